@@ -1,0 +1,18 @@
+"""Who may attend to whom: predicates, their algebra, block maps and pictures."""
+
+from maskformer.masks.arbitrary import Dense, Predicate, dense, predicate
+from maskformer.masks.block_map import BlockMap, TileLists, block_map
+from maskformer.masks.expression import And, Mask, Not, Or
+from maskformer.masks.positions import (
+    Causal,
+    Everything,
+    Nothing,
+    SlidingWindow,
+    causal,
+    everything,
+    nothing,
+    sliding_window,
+)
+from maskformer.masks.sequences import KeyPadding, Segments, key_padding, segments
+
+__all__ = [name for name in dir() if not name.startswith("_")]

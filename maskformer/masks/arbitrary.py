@@ -1,0 +1,55 @@
+"""Masks given as a matrix or as any function of two positions."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Iterator
+
+import jax
+import numpy as np
+
+from maskformer.masks.expression import Mask, leaf, take
+
+
+@leaf(array=2)
+class Dense(Mask):
+    """``array[q, k]``."""
+
+    array: Any
+
+    def attend(self, q: Any, k: Any) -> Any:
+        return take(self.array, (q, k)) != 0
+
+
+@jax.tree_util.register_pytree_node_class
+class Predicate(Mask):
+    """``fn(q, k, *captured)``; ``array_ranks`` counts each captured array's dimensions without ``[batch, heads]``."""
+
+    def __init__(self, fn: Callable[..., Any], captured: tuple[Any, ...] = (), array_ranks: tuple[int, ...] = ()):
+        self.fn, self.captured, self.array_ranks = fn, tuple(captured), tuple(array_ranks)
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        return self.captured, (self.fn, self.array_ranks)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, captured: Any) -> Predicate:
+        return cls(static[0], tuple(captured), static[1])
+
+    def arrays(self) -> Iterator[tuple[str, Any, int]]:
+        for index, (array, rank) in enumerate(zip(self.captured, self.array_ranks)):
+            yield f"captured[{index}]", array, rank
+
+    def select_leaf(self, pick: Callable[[Any, int], Any]) -> Mask:
+        return Predicate(self.fn, tuple(pick(a, r) for _, a, r in self.arrays()), self.array_ranks)
+
+    def attend(self, q: Any, k: Any) -> Any:
+        return self.fn(q, k, *self.captured)
+
+
+def dense(array: Any) -> Mask:
+    """A mask given as its matrix: bool ``[q_len, kv_len]``, ``[batch, ...]`` or ``[batch, heads, ...]`` in front."""
+    return Dense(array)
+
+
+def predicate(fn: Callable[..., Any], *arrays: Any, batch_dims: int = 0) -> Mask:
+    """Any elementwise function ``fn(q, k, *arrays) -> bool`` of positions and captured arrays."""
+    return Predicate(fn, arrays, tuple(np.ndim(array) - batch_dims for array in arrays))

@@ -1,0 +1,268 @@
+"""The mask expression: named leaves joined by ``&``, ``|`` and ``~``, as one pytree.
+
+A mask is a predicate ``(query position, key position) -> may attend``. Arrays that a leaf captures (segment
+ids, lengths, edges, ...) are pytree leaves, so a thousand different packings share one compilation; everything
+else (window sizes, functions) is static. Each array may carry leading ``[batch]`` or ``[batch, heads]``
+dimensions, which broadcast against each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from typing import Any, Callable, ClassVar, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Mask:
+    """Who may attend to whom. Build one with the functions of ``maskformer.masks``; combine with ``& | ~``.
+
+    Attributes of subclasses are public: backends match on them (``isinstance(mask, masks.SlidingWindow)``).
+    """
+
+    ranks: ClassVar[dict[str, int]] = {}
+    """For each array field, its number of dimensions without ``[batch, heads]`` in front."""
+
+    # --- what a subclass says -------------------------------------------------------------------------------
+
+    def attend(self, q: Any, k: Any) -> Any:
+        """The predicate itself, elementwise, for a mask whose arrays have no batch or head dimension."""
+        raise TypeError(f"{type(self).__name__} does not define attend(q, k)")
+
+    def children(self) -> tuple[Mask, ...]:
+        """The masks this one is made of; empty for a leaf."""
+        return ()
+
+    def rebuild(self, children: Sequence[Mask]) -> Mask:
+        """The same node over other children."""
+        return self
+
+    def arrays(self) -> Iterator[tuple[str, Any, int]]:
+        """``(field, array, rank)`` of the arrays that this node itself holds."""
+        for name, rank in self.ranks.items():
+            array = getattr(self, name)
+            if array is not None:
+                yield name, array, rank
+
+    def select_leaf(self, pick: Callable[[Any, int], Any]) -> Mask:
+        """This leaf with every array replaced by ``pick(array, rank)``."""
+        changed = {name: pick(array, rank) for name, array, rank in self.arrays()}
+        return dataclasses.replace(self, **changed) if changed else self  # type: ignore[type-var]
+
+    # --- what every mask can do -----------------------------------------------------------------------------
+
+    def __and__(self, other: Mask) -> Mask:
+        return And(_terms(And, self) + _terms(And, _check_mask("&", other)))
+
+    def __or__(self, other: Mask) -> Mask:
+        return Or(_terms(Or, self) + _terms(Or, _check_mask("|", other)))
+
+    __rand__ = __and__
+    __ror__ = __or__
+
+    def __invert__(self) -> Mask:
+        return Not(self)
+
+    def __bool__(self) -> bool:
+        raise TypeError("a mask has no truth value: combine masks with & | ~ (not `and`, `or`, `not`)")
+
+    def __eq__(self, other: object) -> Any:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        mine, theirs = jax.tree.flatten(self), jax.tree.flatten(other)
+        return mine[1] == theirs[1] and all(map(_same_array, mine[0], theirs[0]))
+
+    def __hash__(self) -> int:
+        return hash(jax.tree.structure(self))
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The leading dimensions that the arrays carry: ``()``, ``(batch,)`` or ``(batch, heads)``."""
+        leads = [tuple(np.shape(array)[: np.ndim(array) - rank]) for _, array, rank in self.arrays()]
+        leads += [child.lead for child in self.children()]
+        return _broadcast_leads(leads)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(batch, heads)`` that the mask's arrays imply; 1 where they do not care."""
+        batch, heads = (self.lead + (1, 1))[:2]
+        return batch, heads
+
+    def select(self, b: Any = 0, h: Any = 0) -> Mask:
+        """The mask of batch entry ``b`` and head ``h`` (ints, possibly traced), of shape ``(1, 1)``."""
+        children = self.children()
+        if children:
+            return self.rebuild([child.select(b, h) for child in children])
+
+        def pick(array: Any, rank: int) -> Any:
+            for index in (b, h)[: np.ndim(array) - rank]:
+                array = _take_row(array, index)
+            return array
+
+        return self.select_leaf(pick)
+
+    def __call__(self, q: Any, k: Any) -> jax.Array:
+        """May position ``q`` attend to position ``k``? Elementwise over index arrays that broadcast together.
+
+        Raises:
+          ValueError: if the mask differs between batch entries or heads; ``select(b, h)`` one first.
+        """
+        if self.shape != (1, 1):
+            raise ValueError(
+                f"mask of shape (batch, heads) = {self.shape} was called on positions: "
+                "choose one entry first, mask.select(b, h)(q, k)"
+            )
+        q, k = jnp.asarray(q), jnp.asarray(k)
+        shape = jnp.broadcast_shapes(q.shape, k.shape)
+        return jnp.broadcast_to(self.select(0, 0).attend(q, k), shape).astype(bool)
+
+    def dense(self, q_len: int, kv_len: int, q_offset: Any = 0) -> jax.Array:
+        """The whole matrix, bool ``[*batch, q_len, kv_len]`` with the batch dimensions of ``lead`` only.
+
+        Row ``i`` is the query at position ``q_offset + i``. This costs ``q_len * kv_len`` memory: it is the
+        oracle for tests and pictures, and the reference backend.
+        """
+        self.check_lengths(q_len, kv_len, q_offset)
+        q = (jnp.arange(q_len, dtype=jnp.int32) + q_offset)[:, None]
+        k = jnp.arange(kv_len, dtype=jnp.int32)[None, :]
+        lead = self.lead
+        matrix = functools.partial(Mask._matrix, self, q, k)
+        if len(lead) == 0:
+            return matrix(0, 0)
+        if len(lead) == 1:
+            return jax.vmap(lambda b: matrix(b, 0))(jnp.arange(lead[0]))
+        return jax.vmap(lambda b: jax.vmap(lambda h: matrix(b, h))(jnp.arange(lead[1])))(jnp.arange(lead[0]))
+
+    def _matrix(self, q: jax.Array, k: jax.Array, b: Any, h: Any) -> jax.Array:
+        shape = (q.shape[0], k.shape[1])
+        return jnp.broadcast_to(self.select(b, h).attend(q, k), shape).astype(bool)
+
+    def check_lengths(self, q_len: int, kv_len: int, q_offset: Any = 0) -> None:
+        """Raises ValueError where an array does not cover the positions asked for."""
+        for child in self.children():
+            child.check_lengths(q_len, kv_len, q_offset)
+
+    def block_map(self, q_len: int, kv_len: int, block: int | tuple[int, int], q_offset: Any = 0):
+        """Which tiles are empty, full or partial: see ``maskformer.masks.block_map``."""
+        from maskformer.masks.block_map import block_map
+
+        return block_map(self, q_len, kv_len, block, q_offset)
+
+
+def leaf(**ranks: int) -> Callable[[type], type]:
+    """Class decorator: a frozen dataclass registered as a pytree, its ``ranks`` fields being the arrays."""
+
+    def register(cls: type) -> type:
+        cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+        cls.ranks = dict(ranks)  # type: ignore[attr-defined]
+        names = [field.name for field in dataclasses.fields(cls)]
+        static = [name for name in names if name not in ranks]
+        return jax.tree_util.register_dataclass(cls, data_fields=list(ranks), meta_fields=static)
+
+    return register
+
+
+def _register_node(cls: type) -> type:
+    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
+
+
+@_register_node
+class And(Mask):
+    """Attends where every term does."""
+
+    terms: tuple[Mask, ...]
+
+    def children(self) -> tuple[Mask, ...]:
+        return self.terms
+
+    def rebuild(self, children: Sequence[Mask]) -> Mask:
+        return And(tuple(children))
+
+    def attend(self, q: Any, k: Any) -> Any:
+        return functools.reduce(operator.and_, [term.attend(q, k) for term in self.terms])
+
+
+@_register_node
+class Or(Mask):
+    """Attends where any term does."""
+
+    terms: tuple[Mask, ...]
+
+    def children(self) -> tuple[Mask, ...]:
+        return self.terms
+
+    def rebuild(self, children: Sequence[Mask]) -> Mask:
+        return Or(tuple(children))
+
+    def attend(self, q: Any, k: Any) -> Any:
+        return functools.reduce(operator.or_, [term.attend(q, k) for term in self.terms])
+
+
+@_register_node
+class Not(Mask):
+    """Attends where the term does not."""
+
+    term: Mask
+
+    def children(self) -> tuple[Mask, ...]:
+        return (self.term,)
+
+    def rebuild(self, children: Sequence[Mask]) -> Mask:
+        return Not(children[0])
+
+    def attend(self, q: Any, k: Any) -> Any:
+        return ~self.term.attend(q, k)
+
+
+def take(array: Any, index: Any) -> jax.Array:
+    """``array[index]`` for positions, clamped: tiles that overhang the sequence read the last entry."""
+    return jnp.asarray(array).at[index].get(mode="clip", wrap_negative_indices=False)
+
+
+def _take_row(array: Any, index: Any) -> Any:
+    size = np.shape(array)[0]
+    if size == 1:
+        return array[0]
+    if isinstance(index, (int, np.integer)):
+        if not 0 <= index < size:
+            raise IndexError(f"select({index}) of a mask with {size} entries in that dimension")
+        return array[int(index)]
+    return jax.lax.dynamic_index_in_dim(jnp.asarray(array), index, keepdims=False)
+
+
+def _terms(kind: type, mask: Mask) -> tuple[Mask, ...]:
+    return mask.terms if type(mask) is kind else (mask,)  # type: ignore[attr-defined]
+
+
+def _check_mask(symbol: str, other: object) -> Mask:
+    if isinstance(other, Mask):
+        return other
+    hint = "wrap the array with masks.dense(array)" if hasattr(other, "shape") else "expected another mask"
+    raise TypeError(f"mask {symbol} {type(other).__name__}: {hint}")
+
+
+def _broadcast_leads(leads: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    rank = max(map(len, leads), default=0)
+    if rank > 2:
+        raise ValueError(f"mask arrays have leading dimensions {leads}: expected at most [batch, heads]")
+    padded = [lead + (1,) * (rank - len(lead)) for lead in leads]
+    try:
+        return tuple(np.broadcast_shapes(*padded)) if padded else ()
+    except ValueError:
+        raise ValueError(
+            f"mask arrays have leading [batch, heads] dimensions {sorted(set(leads))}, which do not broadcast"
+        ) from None
+
+
+def _same_array(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return False
+    return np.shape(a) == np.shape(b) and bool(np.all(np.asarray(a) == np.asarray(b)))
