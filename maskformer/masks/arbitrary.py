@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from maskformer.masks.expression import Mask, leaf, take
+from maskformer.masks.registry import builder
 
 
 @leaf(array=2)
@@ -41,15 +42,22 @@ class Predicate(Mask):
     def select_leaf(self, pick: Callable[[Any, int], Any]) -> Mask:
         return Predicate(self.fn, tuple(pick(a, r) for _, a, r in self.arrays()), self.array_ranks)
 
+    def spell(self) -> tuple[str, list[tuple[str | None, Any]]]:
+        arguments: list[tuple[str | None, Any]] = [("fn", self.fn), *((None, array) for array in self.captured)]
+        batch_dims = max((np.ndim(a) - rank for _, a, rank in self.arrays()), default=0)
+        return "predicate", arguments + ([("batch_dims", batch_dims)] if batch_dims else [])
+
     def attend(self, q: Any, k: Any) -> Any:
         return self.fn(q, k, *self.captured)
 
 
+@builder(array="array")
 def dense(array: Any) -> Mask:
     """A mask given as its matrix: bool ``[q_len, kv_len]``, ``[batch, ...]`` or ``[batch, heads, ...]`` in front."""
     return Dense(array)
 
 
+@builder(fn="fn")
 def predicate(fn: Callable[..., Any], *arrays: Any, batch_dims: int = 0) -> Mask:
     """Any elementwise function ``fn(q, k, *arrays) -> bool`` of positions and captured arrays."""
     return Predicate(fn, arrays, tuple(np.ndim(array) - batch_dims for array in arrays))

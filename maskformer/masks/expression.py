@@ -11,11 +11,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from typing import Any, Callable, ClassVar, Iterator, Sequence
+from typing import Any, Callable, ClassVar, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from maskformer.masks.registry import BUILDERS, KEYWORD_ONLY, builder_name
 
 
 class Mask:
@@ -53,6 +55,13 @@ class Mask:
         changed = {name: pick(array, rank) for name, array, rank in self.arrays()}
         return dataclasses.replace(self, **changed) if changed else self  # type: ignore[type-var]
 
+    def spell(self) -> tuple[str, list[tuple[str | None, Any]]]:
+        """How to write this leaf: its builder's name and ``(parameter, value)`` for each argument to write."""
+        name = builder_name(type(self))
+        parameters = BUILDERS[name].parameters
+        values = [(key, getattr(self, key)) for key in parameters]
+        return name, [(key, value) for key, value in values if not _is_default(value, parameters[key].default)]
+
     # --- what every mask can do -----------------------------------------------------------------------------
 
     def __and__(self, other: Mask) -> Mask:
@@ -78,6 +87,45 @@ class Mask:
 
     def __hash__(self) -> int:
         return hash(jax.tree.structure(self))
+
+    def __repr__(self) -> str:
+        return _Writer().mask(self)
+
+    def bindings(self) -> dict[str, Any]:
+        """The arrays and functions that ``str(mask)`` names: ``parse(str(mask), **mask.bindings()) == mask``."""
+        writer = _Writer()
+        writer.mask(self)
+        return writer.named
+
+    @property
+    def unbound(self) -> tuple[str, ...]:
+        """The names of a parsed mask's text that still stand for an array; see ``bind``."""
+        return tuple(dict.fromkeys(name for leaf in self.leaves() for name in leaf.names()))
+
+    def bind(self, **arrays: Any) -> Mask:
+        """The mask with arrays in the place of the names that its text left open.
+
+        A model offers all it has, ``mask.bind(segment_ids=..., valid=...)``; names that the mask does not use
+        are of no concern to it, and a name still open raises when the mask is evaluated.
+        """
+        children = self.children()
+        return self.rebuild([child.bind(**arrays) for child in children]) if children else self.resolve(arrays)
+
+    def names(self) -> tuple[str, ...]:
+        """The open names of this leaf itself."""
+        return ()
+
+    def resolve(self, arrays: Mapping[str, Any]) -> Mask:
+        """This leaf with its open names filled from ``arrays``, where they are there."""
+        return self
+
+    def leaves(self) -> Iterator[Mask]:
+        """All leaves, left to right."""
+        children = self.children()
+        for child in children:
+            yield from child.leaves()
+        if not children:
+            yield self
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -157,7 +205,7 @@ def leaf(**ranks: int) -> Callable[[type], type]:
     """Class decorator: a frozen dataclass registered as a pytree, its ``ranks`` fields being the arrays."""
 
     def register(cls: type) -> type:
-        cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+        cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
         cls.ranks = dict(ranks)  # type: ignore[attr-defined]
         names = [field.name for field in dataclasses.fields(cls)]
         static = [name for name in names if name not in ranks]
@@ -167,7 +215,7 @@ def leaf(**ranks: int) -> Callable[[type], type]:
 
 
 def _register_node(cls: type) -> type:
-    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
 
@@ -220,6 +268,60 @@ class Not(Mask):
         return ~self.term.attend(q, k)
 
 
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A name in a mask's text that stands for an array or function given later."""
+
+    name: str
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class _Writer:
+    """Writes masks as the text that ``parse`` reads, collecting what the text refers to by name."""
+
+    def __init__(self) -> None:
+        self.named: dict[str, Any] = {}
+
+    def mask(self, mask: Mask) -> str:
+        if isinstance(mask, (And, Or)):
+            return (" & " if isinstance(mask, And) else " | ").join(map(self.operand, mask.terms))
+        if isinstance(mask, Not):
+            return "~" + self.operand(mask.term)
+        name, arguments = mask.spell()
+        written, positional = [], True
+        order = list(BUILDERS[name].parameters.values())
+        for index, (key, value) in enumerate(arguments):
+            # An argument needs its name only once one before it was left out, or where only a name will do.
+            expected = order[min(index, len(order) - 1)]
+            positional = positional and (key is None or (expected.name == key and expected.kind != KEYWORD_ONLY))
+            text = self.value(value, BUILDERS[name].references.get(key or "", key or "array"))
+            written.append(text if positional or key is None else f"{key}={text}")
+        return f"{name}({', '.join(written)})" if written else name
+
+    def operand(self, mask: Mask) -> str:
+        return f"({self.mask(mask)})" if isinstance(mask, (And, Or)) else self.mask(mask)
+
+    def value(self, value: Any, suggestion: str) -> str:
+        if isinstance(value, Mask):
+            return self.mask(value)
+        if isinstance(value, tuple):
+            inside = [self.value(item, suggestion) for item in value]
+            return f"({', '.join(inside)}{',' if len(inside) == 1 else ''})"
+        if value is None or isinstance(value, (bool, int, float, Reference)):
+            return repr(value)
+        if callable(value):
+            name = getattr(value, "__name__", "")
+            suggestion = name if name.isidentifier() else "fn"
+        number, name = 1, suggestion
+        while name in self.named and self.named[name] is not value:
+            number += 1
+            name = f"{suggestion}_{number}"
+        self.named[name] = value
+        return name
+
+
 def take(array: Any, index: Any) -> jax.Array:
     """``array[index]`` for positions, clamped: tiles that overhang the sequence read the last entry."""
     return jnp.asarray(array).at[index].get(mode="clip", wrap_negative_indices=False)
@@ -238,6 +340,10 @@ def _take_row(array: Any, index: Any) -> Any:
 
 def _terms(kind: type, mask: Mask) -> tuple[Mask, ...]:
     return mask.terms if type(mask) is kind else (mask,)  # type: ignore[attr-defined]
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    return value is default or (isinstance(value, (int, float, tuple)) and value == default)
 
 
 def _check_mask(symbol: str, other: object) -> Mask:

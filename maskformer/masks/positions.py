@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from maskformer.masks.expression import Mask, leaf
+from maskformer.masks.registry import builder
 
 
 @leaf()
@@ -44,21 +45,25 @@ class SlidingWindow(Mask):
         return (q - k <= self.left) & (k - q <= self.right)
 
 
+@builder("full")
 def everything() -> Mask:
     """Every query sees every key (full, bidirectional attention)."""
     return Everything()
 
 
+@builder()
 def nothing() -> Mask:
     """No query sees any key; the neutral element of ``|``."""
     return Nothing()
 
 
+@builder()
 def causal() -> Mask:
     """A query sees its own position and those before it: ``k <= q``."""
     return Causal()
 
 
+@builder("window")
 def sliding_window(left: int, right: int = 0) -> Mask:
     """A query at ``i`` sees ``i - left <= j <= i + right``."""
     return SlidingWindow(int(left), int(right))

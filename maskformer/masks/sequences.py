@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from maskformer.masks.expression import Mask, leaf, take
+from maskformer.masks.registry import builder
 
 
 @leaf(q_ids=1, kv_ids=1)
@@ -34,11 +35,13 @@ class KeyPadding(Mask):
         return real[0] if len(real) == 1 else real[0] & real[1]
 
 
+@builder(q_ids="segment_ids", kv_ids="kv_segment_ids")
 def segments(q_ids: Any, kv_ids: Any = None, padding: int | None = None) -> Mask:
     """Packed examples: a query sees the keys whose id equals its own. ``q_ids`` int ``[batch, q_len]``."""
     return Segments(q_ids, kv_ids, padding)
 
 
+@builder(valid="valid", lengths="lengths")
 def key_padding(valid: Any = None, lengths: Any = None) -> Mask:
     """Hides padding keys: ``valid`` bool ``[batch, kv_len]`` (True = a real token) or ``lengths`` int ``[batch]``."""
     if valid is None and lengths is None:
