@@ -1,0 +1,154 @@
+"""An objective is a composition: select positions, replace them, weight the predictions, say who attends to whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maskformer import masks
+from maskformer.objectives import loss as losses
+from maskformer.objectives import randomness
+from maskformer.objectives.counting import slots
+from maskformer.objectives.predict import PredictCorrupted
+from maskformer.objectives.rows import Corrupted, Row, Selection, rows_from_batch
+from maskformer.objectives.schedules import Schedule
+from maskformer.objectives.vocabulary import Vocabulary
+
+
+def attend_within_segments(corrupted: Corrupted) -> masks.Mask:
+    """Bidirectional attention inside each packed segment; padding attends to nothing."""
+    return masks.segments(corrupted.segment_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """Common part of all objectives on one stack of layers.
+
+    An objective is immutable, holds no random state, and may be called inside or outside `jax.jit`:
+    `objective(key, batch)` gives the same corruption of an example in whatever batch, order or sharding it comes.
+
+    Attributes:
+      name: as given to `create`.
+      vocabulary: special ids.
+      length: tokens per row, L.
+      budget: prediction slots per row, P. `length` when every position predicts.
+      rate: corruption rate, constant or a `Schedule` of the step.
+      static_copies: 0 = a new corruption every epoch; k = k fixed corruptions per example, taken in turn.
+      needs_words: the batch must carry `word_starts`.
+      description: one line for logs.
+    """
+
+    name: str
+    vocabulary: Vocabulary
+    length: int
+    budget: int
+    rate: float | Schedule = 0.0
+    static_copies: int = 0
+    needs_words: bool = False
+    description: str = ""
+
+    def row(self, key: jax.Array, row: Row, rate, token_weights) -> Corrupted:
+        """Corrupts one row; every field of the result lacks the batch axis."""
+        raise TypeError(f"{type(self).__name__} does not define row()")
+
+    def attend(self, corrupted: Corrupted) -> masks.Mask:
+        """Who may attend to whom in the stack that reads `corrupted.input_tokens`."""
+        return attend_within_segments(corrupted)
+
+    def rate_at(self, step, rate):
+        """The rate to use: an override, the schedule's value at `step`, or None for the constant rate."""
+        if rate is not None:
+            return jnp.asarray(rate, jnp.float32)
+        if isinstance(self.rate, Schedule):
+            if step is None:
+                raise ValueError(
+                    f"objective '{self.name}' has a rate that changes with the step ({self.rate.description}): "
+                    "call objective(key, batch, step=step)"
+                )
+            return self.rate(step)
+        return None
+
+    def __call__(
+        self,
+        key: jax.Array,
+        batch: Mapping[str, jax.Array],
+        *,
+        step: jax.Array | int | None = None,
+        rate: jax.Array | float | None = None,
+        token_weights: jax.Array | None = None,
+    ) -> Corrupted:
+        """Corrupts a batch.
+
+        Args:
+          key: one key for the whole run (any JAX key); not folded with the step.
+          batch: `tokens segment_ids positions` int32 `[batch, length]`, `example_id epoch` int32 `[batch]`, and
+            `word_starts` bool `[batch, length]` where words matter.
+          step: the training step, needed only by a rate that follows a schedule.
+          rate: overrides the corruption rate; may be traced. Above the rate that the budget was sized for, the surplus
+            is not corrupted.
+          token_weights: float `[vocabulary.size]`, relative chance of each token to be chosen, for adaptive masking;
+            only objectives that select by token weight take it.
+        """
+        rows = rows_from_batch(batch, self.length, self.name, self.needs_words)
+        return _corrupt(
+            self, key, rows, jnp.asarray(batch["epoch"], jnp.int32), jnp.asarray(batch["example_id"], jnp.int32),
+            self.rate_at(step, rate), token_weights,
+        )
+
+    def loss(
+        self, logits: jax.Array, corrupted: Corrupted, label_smoothing: float = 0.0
+    ) -> tuple[jax.Array, jax.Array]:
+        """(loss_sum, weight_sum) of `logits` `[batch, budget, vocabulary]`; divide once, globally."""
+        loss_sum, weight_sum = losses.cross_entropy(
+            logits, corrupted.target_tokens, corrupted.loss_weights, label_smoothing
+        )
+        if corrupted.denominators is not None:
+            weight_sum = jnp.sum(corrupted.denominators.astype(jnp.float32))
+        return loss_sum, weight_sum
+
+
+@partial(jax.jit, static_argnums=0)
+def _corrupt(objective: Objective, key, rows: Row, epoch, example_id, rate, token_weights) -> Corrupted:
+    # Jitted here as well, so that a call outside jit is one dispatch; inside another jit it is inlined.
+    keys = randomness.row_keys(key, epoch, example_id, objective.static_copies)
+    return jax.vmap(partial(objective.row, rate=rate, token_weights=token_weights))(keys, rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Masking(Objective):
+    """Hides positions in place: `select`, then `replace`, then `predict`. Lengths never change.
+
+    Each part is a pure function and may be any callable of the same signature:
+    `select(key, row, rate, token_weights) -> Selection`, `replace(key, tokens, selection) -> (tokens, kinds)`,
+    `predict(key, selection) -> float32 [length]` loss weights, `attention(corrupted) -> Mask`.
+    """
+
+    select: Callable[..., Selection] = field(kw_only=True)
+    replace: Callable[..., Any] = field(kw_only=True)
+    predict: Callable[..., jax.Array] = field(default=PredictCorrupted(), kw_only=True)
+    attention: Callable[[Corrupted], masks.Mask] = field(default=attend_within_segments, kw_only=True)
+
+    def row(self, key, row, rate, token_weights):
+        selection = self.select(key, row, rate, token_weights)
+        tokens, kinds = self.replace(key, row.tokens, selection)
+        weights = self.predict(key, selection)
+        positions, used = slots(weights > 0, self.budget)
+        return Corrupted(
+            input_tokens=tokens,
+            segment_ids=row.segment_ids,
+            positions=row.positions,
+            predict_positions=positions,
+            target_tokens=jnp.where(used, row.tokens[positions], self.vocabulary.pad or 0),
+            loss_weights=jnp.where(used, weights[positions], 0.0),
+            kinds=jnp.where(used, kinds[positions], 0).astype(jnp.int8),
+            selected=selection.chosen,
+            units=selection.unit,
+        )
+
+    def attend(self, corrupted):
+        return self.attention(corrupted)

@@ -1,0 +1,86 @@
+"""Which positions a corruption works on: `select(key, row, rate, token_weights) -> Selection`, a pure function."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from maskformer.objectives import randomness
+from maskformer.objectives.counting import Count, top_n
+from maskformer.objectives.rows import Row, Selection
+from maskformer.objectives.units import spread, take_in_random_order, words
+from maskformer.objectives.vocabulary import is_any_of
+
+# Stages of the row key (randomness.bits); replacement uses 20 and above.
+ORDER = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """`count` single tokens, uniformly without replacement from those that are not in `avoid`.
+
+    The count is taken over all non-padding tokens of the row, special ones included, as BERT and RoBERTa do.
+    """
+
+    count: Count
+    avoid: tuple[int, ...]
+    vocabulary_size: int
+    needs_words = False
+
+    def eligible(self, row: Row) -> jax.Array:
+        return row.valid & ~is_any_of(row.tokens, self.avoid, self.vocabulary_size)
+
+    def most(self) -> int:
+        return self.count.largest()
+
+    def __call__(self, key: jax.Array, row: Row, rate=None, token_weights=None) -> Selection:
+        count = self.count(key, row.size, rate)
+        draw = randomness.bits(key, ORDER, row.tokens.shape)
+        return Selection(top_n(draw, self.eligible(row), count, self.most()))
+
+
+@dataclass(frozen=True, eq=False)
+class Words:
+    """Whole words, counted in tokens (BERT) or in words (RoBERTa).
+
+    Counted in tokens: words in random order until `count` tokens are taken; a word that would overshoot is passed over.
+    Counted in words: `count` of the row's words; `limit` tokens at most, so that the prediction slots suffice.
+    Special tokens that are not in `avoid` are words of their own.
+    """
+
+    count: Count
+    avoid: tuple[int, ...]
+    special: tuple[int, ...]
+    vocabulary_size: int
+    counted_in: str
+    limit: int
+    needs_words = True
+
+    def most(self) -> int:
+        return self.limit
+
+    def __call__(self, key: jax.Array, row: Row, rate=None, token_weights=None) -> Selection:
+        is_special = is_any_of(row.tokens, self.special, self.vocabulary_size)
+        after_special = jnp.concatenate([jnp.zeros(1, bool), is_special[:-1]])
+        member = row.valid & ~is_any_of(row.tokens, self.avoid, self.vocabulary_size)
+        units = words(row.__class__(row.tokens, row.segment_ids, row.positions,
+                                    row.word_starts | is_special | after_special), member)
+        draw = randomness.bits(key, ORDER, row.tokens.shape)
+        if self.counted_in == "tokens":
+            room = jnp.minimum(self.count(key, row.size, rate), self.limit)
+            taken = take_in_random_order(draw, units, room)
+        else:
+            count = self.count(key, jnp.sum(units.start, dtype=jnp.int32), rate)
+            taken = top_n(draw, units.start, count, self.count.largest())
+            # Words at the end of the random order give way where the slots are full.
+            limited = units.__class__(units.member, taken, units.first, jnp.where(taken, units.size, 0))
+            taken = take_in_random_order(draw, limited, jnp.int32(self.limit))
+        return Selection(spread(units, taken), unit=units.first)
+
+
+def word_limit(rate: float, length: int) -> int:
+    """Slots for words counted in words: mean plus six deviations of words of about two tokens, at most the row."""
+    return min(length, math.ceil(rate * length + 6.0 * math.sqrt(2.0 * rate * (1.0 - rate) * length)) + 1)
