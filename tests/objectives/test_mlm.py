@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from maskformer import objectives
-from tests.objectives.conftest import make_batch, make_vocabulary
+from tests.objectives.examples import make_batch, make_vocabulary
 
 VOCABULARY = make_vocabulary()
 

@@ -1,8 +1,6 @@
 """Small packed batches and a vocabulary, shared by the objective tests."""
 
-import jax
 import numpy as np
-import pytest
 
 from maskformer import objectives
 
@@ -38,13 +36,3 @@ def make_batch(batch_size, length, *, lengths=None, size=64, seed=0, epoch=0, ma
         "example_id": np.arange(batch_size, dtype=np.int32),
         "epoch": np.full(batch_size, epoch, np.int32),
     }
-
-
-@pytest.fixture(scope="session")
-def vocabulary():
-    return make_vocabulary()
-
-
-@pytest.fixture(scope="session")
-def key():
-    return jax.random.key(7)
