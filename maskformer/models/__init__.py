@@ -1,0 +1,20 @@
+"""Parameters and what they compute: encoder layers, embeddings, heads."""
+
+from maskformer.models.config import EncoderConfig
+from maskformer.models.model import Model, Params, create
+from maskformer.models.partitioning import ACTIVATION_AXES, PARAMETER_AXES, constrain, logical_rules
+from maskformer.models.positions import alibi_slopes, apply_rotary, rotary_tables
+
+__all__ = [
+    "ACTIVATION_AXES",
+    "EncoderConfig",
+    "Model",
+    "PARAMETER_AXES",
+    "Params",
+    "alibi_slopes",
+    "apply_rotary",
+    "constrain",
+    "create",
+    "logical_rules",
+    "rotary_tables",
+]

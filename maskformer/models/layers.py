@@ -1,0 +1,186 @@
+"""The modules of an encoder layer: projections, norms, attention, feed-forward.
+
+Flax NNX modules hold parameters and nothing else; dropout keys, masks and position tables are arguments, so a
+module is a pure function of its inputs. Every parameter carries its logical axis names as metadata
+(`logical_axes`), which `Model.logical_axes` collects.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maskformer.attention import dot_product_attention
+from maskformer.attention.dropout import dropout
+from maskformer.masks import Mask
+from maskformer.models.config import EncoderConfig
+from maskformer.models.partitioning import constrain
+from maskformer.models.positions import apply_rotary
+
+
+class LayerInputs(NamedTuple):
+    """What every layer reads besides the hidden state; the same for all layers."""
+
+    rotary: tuple[jax.Array, jax.Array] | None
+    alibi: Any | None
+
+
+def initial_weights(rngs: nnx.Rngs, shape: Sequence[int], config: EncoderConfig) -> jax.Array:
+    """Truncated normal, cut at two standard deviations, as in BERT's reference implementation."""
+    initializer = jax.nn.initializers.truncated_normal(config.initializer_range)
+    return initializer(rngs.params(), tuple(shape), config.dtype("param"))
+
+
+class Projection(nnx.Module):
+    """A linear map from the `inputs` axes to the `outputs` axes, computed as one matrix product.
+
+    Args:
+        inputs, outputs: (logical name, size) of each axis, e.g. `[("embed", 256)]` to
+            `[("heads", 4), ("head_dim", 64)]`.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[tuple[str, int]],
+        outputs: Sequence[tuple[str, int]],
+        config: EncoderConfig,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        names, sizes = zip(*inputs, *outputs, strict=True)
+        self.input_shape = tuple(size for _, size in inputs)
+        self.output_shape = tuple(size for _, size in outputs)
+        self.dtype = config.dtype("compute")
+        self.kernel = nnx.Param(initial_weights(rngs, sizes, config), logical_axes=names)
+        self.bias = None
+        if config.use_bias:
+            zeros = jnp.zeros(self.output_shape, config.dtype("param"))
+            self.bias = nnx.data(nnx.Param(zeros, logical_axes=names[len(inputs) :]))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`x` [..., *inputs] -> [..., *outputs] in the compute dtype."""
+        batch = x.shape[: x.ndim - len(self.input_shape)]
+        kernel = self.kernel[...].astype(self.dtype).reshape(math.prod(self.input_shape), -1)
+        y = x.astype(self.dtype).reshape(*batch, -1) @ kernel
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype).reshape(-1)
+        return y.reshape(*batch, *self.output_shape)
+
+
+class Norm(nnx.Module):
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the last axis, statistics in float32."""
+
+    def __init__(self, config: EncoderConfig):
+        self.epsilon = config.norm_epsilon
+        self.centred = config.norm == "layernorm"
+        dtype = config.dtype("param")
+        self.scale = nnx.Param(jnp.ones(config.width, dtype), logical_axes=("norm",))
+        self.bias = None
+        if self.centred and config.norm_bias:
+            self.bias = nnx.data(nnx.Param(jnp.zeros(config.width, dtype), logical_axes=("norm",)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.centred:
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        y = wide * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...].astype(wide.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(wide.dtype)
+        return y.astype(x.dtype)
+
+
+def activate(name: str, x: jax.Array, gate: jax.Array | None = None) -> jax.Array:
+    """The activation `name` of `x`; gated ones return `act(gate) * x` (Shazeer 2020)."""
+    if name == "relu":
+        return jax.nn.relu(x)
+    if name == "silu":
+        return jax.nn.silu(x)
+    if name == "swiglu":
+        return jax.nn.silu(gate) * x
+    if name == "geglu":
+        return jax.nn.gelu(gate, approximate=False) * x
+    return jax.nn.gelu(x, approximate=name == "gelu_tanh")
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head (or grouped-query) self-attention with its four projections."""
+
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+        embed = [("embed", config.width)]
+        heads = [("heads", config.heads), ("head_dim", config.resolved_head_dim)]
+        kv_heads = [("kv_heads", config.resolved_kv_heads), ("head_dim", config.resolved_head_dim)]
+        self.config = config
+        self.query = Projection(embed, heads, config, rngs=rngs)
+        self.key = Projection(embed, kv_heads, config, rngs=rngs)
+        self.value = Projection(embed, kv_heads, config, rngs=rngs)
+        self.out = Projection(heads, embed, config, rngs=rngs)
+
+    def __call__(
+        self, x: jax.Array, mask: Mask | None, inputs: LayerInputs, dropout_key: jax.Array | None
+    ) -> jax.Array:
+        """`x` [batch, length, width] -> the same shape."""
+        config = self.config
+        query = constrain(self.query(x), "batch", "length", "activation_heads", None)
+        key = constrain(self.key(x), "batch", "length", "activation_kv_heads", None)
+        value = constrain(self.value(x), "batch", "length", "activation_kv_heads", None)
+        if inputs.rotary is not None:
+            query, key = apply_rotary(query, inputs.rotary), apply_rotary(key, inputs.rotary)
+        attended = dot_product_attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=inputs.alibi,
+            logits_soft_cap=config.logits_soft_cap,
+            dropout_rate=config.attention_dropout if dropout_key is not None else 0.0,
+            dropout_key=dropout_key if config.attention_dropout else None,
+            implementation=config.attention_implementation,
+        )
+        return self.out(constrain(attended, "batch", "length", "activation_heads", None))
+
+
+class FeedForward(nnx.Module):
+    """Two projections around an activation; a gated activation has a third, `gate`."""
+
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+        embed, mlp = [("embed", config.width)], [("mlp", config.resolved_mlp_width)]
+        self.activation = config.activation
+        self.up = Projection(embed, mlp, config, rngs=rngs)
+        self.gate = Projection(embed, mlp, config, rngs=rngs) if config.gated else None
+        self.down = Projection(mlp, embed, config, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = None if self.gate is None else self.gate(x)
+        hidden = activate(self.activation, self.up(x), gate)
+        return self.down(constrain(hidden, "batch", "length", "activation_mlp"))
+
+
+class Layer(nnx.Module):
+    """One encoder layer: attention and feed-forward, each with dropout, a residual and a norm."""
+
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.attention = SelfAttention(config, rngs=rngs)
+        self.attention_norm = Norm(config)
+        self.mlp = FeedForward(config, rngs=rngs)
+        self.mlp_norm = Norm(config)
+
+    def __call__(
+        self, x: jax.Array, mask: Mask | None, inputs: LayerInputs, dropout_keys: jax.Array | None
+    ) -> jax.Array:
+        """`x` [batch, length, width]; `dropout_keys`: three keys, or None for no dropout."""
+        probabilities, after_attention, after_mlp = (None,) * 3 if dropout_keys is None else dropout_keys
+        rate = self.config.hidden_dropout
+        pre = self.config.norm_position == "pre"
+        branch = self.attention(self.attention_norm(x) if pre else x, mask, inputs, probabilities)
+        x = constrain(x + dropout(after_attention, branch, rate), "batch", "length", "activation_embed")
+        x = x if pre else self.attention_norm(x)
+        branch = self.mlp(self.mlp_norm(x) if pre else x)
+        x = constrain(x + dropout(after_mlp, branch, rate), "batch", "length", "activation_embed")
+        return x if pre else self.mlp_norm(x)
