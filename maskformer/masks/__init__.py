@@ -2,7 +2,7 @@
 
 from maskformer.masks.arbitrary import Dense, Predicate, dense, predicate
 from maskformer.masks.block_map import BlockMap, TileLists, block_map
-from maskformer.masks.expression import And, Mask, Not, Or
+from maskformer.masks.expression import And, Choice, Mask, Not, Or, PerHead, Shift, per_head, shift
 from maskformer.masks.parse import MaskSyntaxError, parse
 from maskformer.masks.positions import (
     Causal,

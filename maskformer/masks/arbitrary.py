@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from maskformer.masks.expression import Mask, leaf, take
@@ -48,7 +49,8 @@ class Predicate(Mask):
         return "predicate", arguments + ([("batch_dims", batch_dims)] if batch_dims else [])
 
     def attend(self, q: Any, k: Any) -> Any:
-        return self.fn(q, k, *self.captured)
+        # The function is written for one query and one key; broadcasting is ours to do.
+        return jnp.vectorize(lambda q, k: self.fn(q, k, *self.captured))(q, k)
 
 
 @builder(array="array")

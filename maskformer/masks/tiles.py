@@ -1,0 +1,213 @@
+"""Sets of tiles, and the search for the ones a mask touches: coarse tiles first, then their children."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskformer.masks import interval_rules, interval_shapes  # noqa: F401  (they register the rules)
+from maskformer.masks.expression import And, Choice, Mask, Not, Or, Shift
+from maskformer.masks.intervals import BOTH, KEY, NEITHER, QUERY, RULES, Analysis, Interval
+
+FAN_OUT = 4
+"""A tile that is neither empty nor full is searched as 4 x 4 smaller ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TileSet:
+    """Some tiles of the ``q_blocks x kv_blocks`` grid.
+
+    Attributes:
+      xp: numpy, or jax.numpy where arrays are traced.
+      q, k: the positions in each block, intervals of shape ``[q_blocks]`` and ``[kv_blocks]``.
+      block: the tile's ``(q, kv)`` size.
+      finest: False for the coarse tiles of the search.
+      rows, columns: index arrays that together give the tiles' shape, e.g. both ``[n]`` for a list of tiles.
+    """
+
+    xp: Any
+    q: Interval
+    k: Interval
+    block: tuple[int, int]
+    finest: bool
+    rows: Any
+    columns: Any
+
+    def expand(self, array: Any, depends: int) -> Any:
+        """``[q_blocks, ...]`` or ``[kv_blocks, ...]`` to what broadcasts against ``[*tiles, ...]``."""
+        if depends == BOTH:
+            return array
+        chosen = self.rows if depends == QUERY else self.columns
+        if np.size(chosen) == array.shape[0] and not isinstance(chosen, jax.core.Tracer) and self._is_range(chosen):
+            return self.xp.reshape(array, chosen.shape + array.shape[1:])
+        return array[chosen]
+
+    @staticmethod
+    def _is_range(chosen: np.ndarray) -> bool:
+        return chosen.ndim > 1 and bool((chosen.ravel() == np.arange(chosen.size)).all())
+
+    def shape(self, depends: int) -> tuple[int, ...]:
+        if depends == BOTH:
+            return tuple(np.broadcast_shapes(self.rows.shape, self.columns.shape))
+        return () if depends == NEITHER else ((self.q if depends == QUERY else self.k).lo.shape[0],)
+
+    def lead(self, depends: int) -> int:
+        return len(self.shape(depends))
+
+    def unit(self, depends: int) -> int:
+        return {QUERY: self.block[0], KEY: self.block[1]}.get(depends, min(self.block))
+
+
+def tile_set(
+    xp: Any, lengths: tuple[int, int], block: tuple[int, int], rows: Any, columns: Any, finest: bool = True
+) -> TileSet:
+    """Tiles of the given block size, clipped to the lengths."""
+    ends = []
+    for length, size, depends in zip(lengths, block, (QUERY, KEY)):
+        start = np.arange(0, length, size, dtype=np.int32)
+        ends.append(Interval(start, np.minimum(start + (size - 1), length - 1).astype(np.int32), depends))
+    return TileSet(xp, ends[0], ends[1], block, finest, rows, columns)
+
+
+# --- the bounds of a whole expression -----------------------------------------------------------------------
+
+
+class Programs:
+    """The jaxprs of the leaves met, each traced once per structure and shapes."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, Any] = {}
+
+    def of(self, leaf: Mask) -> tuple[Any, list[Any]]:
+        """``(closed jaxpr, arrays)``; the jaxpr takes the leaf's arrays, then scalar positions q and k."""
+        arrays, structure = jax.tree.flatten(leaf)
+        avals = tuple(jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for a in arrays)
+        key = (structure, tuple((aval.shape, aval.dtype) for aval in avals))
+        if key not in self.known:
+            self.known[key] = _trace(structure, avals)
+        return self.known[key], arrays
+
+
+def _trace(structure: Any, avals: tuple[Any, ...]) -> Any:
+    position = jax.ShapeDtypeStruct((), np.int32)
+
+    def program(arrays: Any, q: Any, k: Any) -> Any:
+        return jnp.asarray(jax.tree.unflatten(structure, arrays).attend(q, k)) != 0
+
+    closed = jax.make_jaxpr(program)(list(avals), position, position)
+    (out,) = closed.out_avals
+    if out.shape != ():
+        raise ValueError(
+            f"mask {jax.tree.unflatten(structure, avals)!r} gives shape {out.shape} for one query and one key: "
+            "a predicate works elementwise on positions; give batched arrays as predicate(..., batch_dims=1)"
+        )
+    return closed
+
+
+def bounds(mask: Mask, tiles: TileSet, programs: Programs, widened: set[str]) -> Interval:
+    """``[all, any]`` of the mask on each tile; names of primitives without a rule are added to ``widened``."""
+    analysis = Analysis(tiles)
+    if isinstance(mask, Not):
+        inner = bounds(mask.term, tiles, programs, widened)
+        return Interval(~inner.hi, ~inner.lo, inner.depends)
+    if isinstance(mask, (And, Or)):
+        depends, terms = analysis.align(*[bounds(term, tiles, programs, widened) for term in mask.terms])
+        lo, hi = terms[0].lo, terms[0].hi
+        for term in terms[1:]:
+            lo, hi = (lo & term.lo, hi & term.hi) if isinstance(mask, And) else (lo | term.lo, hi | term.hi)
+        return Interval(lo, hi, depends)
+    if isinstance(mask, Shift):
+        q, k = (
+            RULES["add"](analysis, None, position, analysis.constant(jnp_int32(offset)))
+            for position, offset in ((tiles.q, mask.q_offset), (tiles.k, mask.k_offset))
+        )
+        return bounds(mask.term, dataclasses.replace(tiles, q=q, k=k), programs, widened)
+    if isinstance(mask, Choice):
+        depends, terms = analysis.align(*[bounds(term, tiles, programs, widened) for term in mask.terms])
+        xp, index = tiles.xp, analysis.constant(mask.index)
+        # Without knowing which, a tile is what all of the terms agree on.
+        lo = xp.stack([xp.broadcast_to(term.lo, tiles.shape(depends)) for term in terms])
+        hi = xp.stack([xp.broadcast_to(term.hi, tiles.shape(depends)) for term in terms])
+        if index.exact:
+            return Interval(lo[index.lo], hi[index.lo], depends)
+        return Interval(lo.all(0), hi.any(0), depends)
+    own = mask.tile_bounds(analysis)
+    if own is not None:
+        return own
+    closed, arrays = programs.of(mask)
+    consts = [analysis.constant(value) for value in closed.consts]
+    (result,) = analysis.run(closed.jaxpr, consts, [*map(analysis.constant, arrays), tiles.q, tiles.k])
+    if analysis.widened:
+        widened.update(f"{primitive} in {mask!r}" for primitive in analysis.widened)
+    return result
+
+
+def jnp_int32(value: Any) -> Any:
+    """An offset as int32, traced or not."""
+    return value.astype(jnp.int32) if isinstance(value, jax.core.Tracer) else np.asarray(value, np.int32)
+
+
+# --- search -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Found:
+    """Tiles of the finest grid that the mask may touch: index arrays ``[n]`` each, in no particular order."""
+
+    partial: tuple[np.ndarray, np.ndarray]
+    full: tuple[np.ndarray, np.ndarray]
+    widened: set[str]
+    examined: int
+
+
+def search(mask: Mask, q_len: int, kv_len: int, block: tuple[int, int], programs: Programs) -> Found:
+    """Finds the tiles that are full or may be partial, on the host, treating traced arrays as unknown.
+
+    Cost follows the border of the active area (plus its full tiles, which are only listed): a coarse tile that
+    is empty or full is not looked into.
+    """
+    grid = (-(-q_len // block[0]), -(-kv_len // block[1]))
+    scale = 1
+    while max(grid) > 8 * scale:
+        scale *= FAN_OUT
+    rows, columns = (g.ravel() for g in np.indices([-(-size // scale) for size in grid], dtype=np.int32))
+    widened: set[str] = set()
+    full: list[tuple[np.ndarray, np.ndarray]] = []
+    examined = 0
+    while True:
+        sizes = (block[0] * scale, block[1] * scale)
+        tiles = tile_set(np, (q_len, kv_len), sizes, rows, columns, finest=scale == 1)
+        result = Analysis(tiles).expand(bounds(mask, tiles, programs, widened), BOTH)
+        always, ever = (np.broadcast_to(end, rows.shape) for end in (result.lo, result.hi))
+        examined += rows.size
+        full.append(_children(rows[always], columns[always], scale, grid))
+        rows, columns = rows[ever & ~always], columns[ever & ~always]
+        if scale == 1 or rows.size == 0:
+            break
+        rows, columns = _children(rows, columns, FAN_OUT, [-(-size // (scale // FAN_OUT)) for size in grid])
+        scale //= FAN_OUT
+    full_rows, full_columns = (np.concatenate(parts) for parts in zip(*full))
+    # A tile that hangs over the end of the sequence always needs its mask.
+    over = np.zeros(full_rows.shape, bool)
+    if q_len % block[0]:
+        over |= full_rows == grid[0] - 1
+    if kv_len % block[1]:
+        over |= full_columns == grid[1] - 1
+    partial = np.concatenate([rows, full_rows[over]]), np.concatenate([columns, full_columns[over]])
+    return Found(partial, (full_rows[~over], full_columns[~over]), widened, examined)
+
+
+def _children(rows: np.ndarray, columns: np.ndarray, factor: int, grid: Any) -> tuple[np.ndarray, np.ndarray]:
+    if factor == 1:
+        return rows, columns
+    inner_rows, inner_columns = (g.ravel().astype(np.int32) for g in np.indices((factor, factor)))
+    rows = (rows[:, None] * factor + inner_rows).ravel()
+    columns = (columns[:, None] * factor + inner_columns).ravel()
+    inside = (rows < grid[0]) & (columns < grid[1])
+    return rows[inside], columns[inside]
+
+
