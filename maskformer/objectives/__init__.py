@@ -13,12 +13,12 @@ from maskformer.objectives.vocabulary import Vocabulary
 
 __all__ = [
     "BUILDERS",
-    "Corrupted",
     "KEEP",
     "MASK",
+    "RANDOM",
+    "Corrupted",
     "Masking",
     "Objective",
-    "RANDOM",
     "Row",
     "Selection",
     "Vocabulary",

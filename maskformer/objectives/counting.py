@@ -19,7 +19,7 @@ from maskformer.objectives import randomness
 # The stage of the row key that stochastic rounding draws from (randomness.bits).
 STAGE = 0
 
-RULES = ("round", "ceil", "stochastic", "bernoulli")
+RULES = ("round", "ceil", "stochastic")
 
 
 def check_fraction(name: str, value: float, *, low_open: bool = False) -> float:
@@ -29,7 +29,8 @@ def check_fraction(name: str, value: float, *, low_open: bool = False) -> float:
     value = float(value)
     if not (0.0 <= value <= 1.0) or (low_open and value == 0.0):
         hint = f"; did you mean {value / 100:g}?" if 2.0 <= value <= 100.0 else ""
-        raise ValueError(f"{name}={value:g}: expected a fraction {'above 0 and at most' if low_open else 'between 0 and'} 1{hint}")
+        bounds = "above 0 and at most 1" if low_open else "between 0 and 1"
+        raise ValueError(f"{name}={value:g}: expected a fraction {bounds}{hint}")
     return value
 
 
@@ -58,8 +59,8 @@ class Count:
     maximum: int | None = None
 
     def __post_init__(self):
-        if self.rule not in RULES[:3]:
-            raise ValueError(f"rule={self.rule!r}: expected one of {', '.join(RULES[:3])}")
+        if self.rule not in RULES:
+            raise ValueError(f"rule={self.rule!r}: expected one of {', '.join(RULES)}")
 
     def _bounds(self, count, size, where):
         count = where.maximum(count, self.minimum)

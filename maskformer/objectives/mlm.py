@@ -1,18 +1,88 @@
-"""Masked language modelling and its conventions."""
+"""Masked language modelling: each recipe is a choice of what to select, how to replace it and what to predict."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from maskformer.objectives import schedules
-from maskformer.objectives.counting import Count, check_length
+import jax
+import jax.numpy as jnp
+
+from maskformer.objectives import randomness, schedules
+from maskformer.objectives.counting import Count, binomial_quantile, check_fraction, check_length, slots
 from maskformer.objectives.objective import Masking
+from maskformer.objectives.predict import PredictCorrupted, PredictSome
 from maskformer.objectives.replace import Replace, check_policy
-from maskformer.objectives.select import Tokens, Words, word_limit
+from maskformer.objectives.rows import Corrupted, Row, Selection
+from maskformer.objectives.select import ORDER, Tokens, Words, word_limit
+from maskformer.objectives.select_spans import (
+    Lexicon,
+    LexiconUnits,
+    Spans,
+    geometric_lengths,
+    inverse_lengths,
+    uniform_lengths,
+)
+from maskformer.objectives.select_weighted import WEIGHT_SOURCES, Bernoulli, Weighted, check_table
 from maskformer.objectives.vocabulary import Vocabulary
 
 # Never hidden by the BERT convention. [UNK] is text there, as in the reference implementation.
 _MARKERS = ("pad", "mask", "cls", "sep", "bos", "eos", "sentinels", "special")
+CONVENTIONS = ("bert", "roberta", "hf")
+
+
+@dataclass(frozen=True)
+class _Common:
+    """The checked arguments that all recipes share."""
+
+    length: int
+    rate: float | schedules.Schedule
+    most: float
+    policy: tuple[float, float, float]
+    markers: tuple[int, ...]
+
+
+def _check_common(name, vocabulary, length, rate, replacement, max_predictions, static_copies) -> _Common:
+    length = check_length(length)
+    rate = schedules.as_rate("rate", rate)
+    policy = check_policy(replacement)
+    if policy[0] > 0:
+        vocabulary.require("mask", name)
+    if max_predictions is not None and not 1 <= max_predictions <= length:
+        raise ValueError(f"max_predictions={max_predictions}: expected between 1 and the row length {length}")
+    if isinstance(static_copies, bool) or static_copies < 0 or int(static_copies) != static_copies:
+        raise ValueError(f"static_copies={static_copies!r}: expected 0 (dynamic) or a number of fixed copies")
+    return _Common(length, rate, schedules.maximum(rate), policy, vocabulary.ids(_MARKERS))
+
+
+def _assemble(name, vocabulary, common, select, replace, predict_rate, static_copies, what) -> Masking:
+    predict: Any = PredictCorrupted()
+    budget = select.most()
+    if predict_rate is not None:
+        predict_rate = check_fraction("predict_rate", predict_rate)
+        if predict_rate > common.most:
+            return _disjoint(name, vocabulary, common, select, replace, predict_rate, static_copies, what)
+        if predict_rate < common.most:
+            predict = PredictSome(Count("round", predict_rate, common.length, minimum=1))
+            budget = min(budget, predict.count.largest())
+    shown = f"{common.rate:g}" if isinstance(common.rate, float) else common.rate.description
+    return Masking(
+        name=name,
+        vocabulary=vocabulary,
+        length=common.length,
+        budget=budget,
+        rate=common.rate,
+        static_copies=int(static_copies),
+        needs=tuple(select.needs),
+        takes_token_weights=isinstance(select, Weighted) and select.source != "positions",
+        description=f"{name}: {what}, rate {shown}, (mask, random, keep) {common.policy}"
+        + (f", predicts {predict_rate:g}" if predict_rate is not None else ""),
+        select=select,
+        replace=replace,
+        predict=predict,
+    )
 
 
 def mlm(
@@ -21,25 +91,29 @@ def mlm(
     *,
     rate: Any = 0.15,
     compat: str = "bert",
-    replacement: tuple[float, float, float] = (0.8, 0.1, 0.1),
+    replacement: Sequence[float] = (0.8, 0.1, 0.1),
     whole_word: bool = False,
+    predict_rate: float | None = None,
     max_predictions: int | None = None,
     static_copies: int = 0,
 ) -> Masking:
     """Hide some tokens, predict them from both sides (Devlin et al. 2019; Liu et al. 2019).
 
-    The sequence of both conventions is the packed row: all tokens of it that are not padding.
+    The sequence of every convention is the packed row: all tokens of it that are not padding.
 
     Args:
       vocabulary: needs `mask` where the policy masks.
       length: tokens per row.
-      rate: fraction of tokens, in (0, 1], or a `Schedule`.
+      rate: corruption rate: a fraction, a `Schedule`, or a mapping such as
+        `{"schedule": "linear", "start": 0.3, "end": 0.15, "steps": 10000}`.
       compat: `bert` takes min(max_predictions, max(1, round(rate * size))) tokens, never a marker, and its random
-        ids may be any id; `roberta` takes floor(rate * size + U) positions, markers included as in fairseq, and its
-        random ids are never special.
+        ids may be any id. `roberta` takes floor(rate * size + U) positions, markers included as in fairseq, and its
+        random ids are never special. `hf` takes each non-special token with probability `rate`.
       replacement: (mask, random, keep).
       whole_word: hide all pieces of a word or none. `bert` counts tokens and decides mask/random/keep per piece;
-        `roberta` counts words and decides per word.
+        `roberta` counts words and decides per word; `hf` draws per word and decides per piece.
+      predict_rate: None predicts all that is corrupted; a lower rate predicts some of it; a multiple of `rate` makes
+        that many copies of each row with disjoint masks (Wettig et al. 2022, section 4).
       max_predictions: slots per row; by default what the rate needs. Fewer lower the realised rate.
       static_copies: see `Objective`.
 
@@ -47,43 +121,241 @@ def mlm(
       ValueError: naming the parameter, its value and the fix.
 
     >>> vocabulary = Vocabulary(size=100, pad=0, unk=1, cls=2, sep=3, mask=4)
-    >>> mlm(vocabulary, 128).budget, mlm(vocabulary, 128, compat="roberta").budget, mlm(vocabulary, 512).budget
-    (19, 20, 77)
+    >>> [mlm(vocabulary, 128, compat=c).budget for c in ("bert", "roberta", "hf")]
+    [19, 20, 47]
     """
-    length = check_length(length)
-    rate = schedules.as_rate("rate", rate)
-    most = schedules.maximum(rate)
-    policy = check_policy(replacement)
-    if policy[0] > 0:
-        vocabulary.require("mask", "mlm")
-    if max_predictions is not None and not 1 <= max_predictions <= length:
-        raise ValueError(f"max_predictions={max_predictions}: expected between 1 and the row length {length}")
-    if static_copies < 0:
-        raise ValueError(f"static_copies={static_copies}: expected 0 (dynamic) or a number of fixed copies")
-    markers = vocabulary.ids(_MARKERS)
+    common = _check_common("mlm", vocabulary, length, rate, replacement, max_predictions, static_copies)
+    length = common.length
+    never: tuple[int, ...] = ()
     if compat == "bert":
-        count = Count("round", most, length, minimum=1, maximum=max_predictions)
-        avoid, never = markers, ()
+        count = Count("round", common.most, length, minimum=1, maximum=max_predictions)
+        if whole_word:
+            select: Any = Words(
+                count, common.markers, vocabulary.special_ids, vocabulary.size, "tokens", count.largest()
+            )
+        else:
+            select = Tokens(count, common.markers, vocabulary.size)
     elif compat == "roberta":
-        count = Count("stochastic", most, length, maximum=None if whole_word else max_predictions)
-        avoid, never = vocabulary.ids(("pad",)), vocabulary.special_ids
+        never, avoid = vocabulary.special_ids, vocabulary.ids(("pad",))
+        count = Count("stochastic", common.most, length, maximum=None if whole_word else max_predictions)
+        if whole_word:
+            limit = max_predictions or word_limit(common.most, length)
+            select = Words(count, avoid, vocabulary.special_ids, vocabulary.size, "words", limit)
+        else:
+            select = Tokens(count, avoid, vocabulary.size)
+    elif compat == "hf":
+        limit = word_limit(common.most, length) if whole_word else binomial_quantile(length, common.most)
+        limit = max_predictions or limit
+        select = Bernoulli(common.most, limit, vocabulary.special_ids, vocabulary.size, per_word=whole_word)
     else:
-        raise ValueError(f"compat={compat!r}: expected 'bert' or 'roberta'")
-    if whole_word:
-        limit = count.largest() if compat == "bert" else max_predictions or word_limit(most, length)
-        select = Words(count, avoid, vocabulary.special_ids, vocabulary.size, "tokens" if compat == "bert" else "words", limit)
-    else:
-        select = Tokens(count, avoid, vocabulary.size)
-    return Masking(
-        "mlm",
-        vocabulary,
-        length,
-        select.most(),
-        rate,
-        static_copies,
-        select.needs_words,
-        f"mlm ({compat}), rate {rate if isinstance(rate, float) else rate.description}, replacement {policy}"
-        + (", whole words" if whole_word else ""),
-        select=select,
-        replace=Replace(policy, vocabulary.mask, vocabulary.size, never, per_unit=whole_word and compat == "roberta"),
+        raise ValueError(f"compat={compat!r}: expected one of {', '.join(CONVENTIONS)}")
+    replace = Replace(
+        common.policy, vocabulary.mask, vocabulary.size, never, per_unit=whole_word and compat == "roberta"
+    )
+    what = f"{compat} convention" + (", whole words" if whole_word else "")
+    return _assemble("mlm", vocabulary, common, select, replace, predict_rate, static_copies, what)
+
+
+def span_mlm(
+    vocabulary: Vocabulary,
+    length: int,
+    *,
+    rate: Any = 0.15,
+    geometric_p: float = 0.2,
+    longest: int = 10,
+    shortest: int = 1,
+    distribution: str = "geometric",
+    in_words: bool = True,
+    replacement: Sequence[float] = (0.8, 0.1, 0.1),
+    per_span: bool = True,
+    predict_rate: float | None = None,
+    static_copies: int = 0,
+) -> Masking:
+    """Hide spans of words until ceil(rate * size) tokens are hidden (SpanBERT: Joshi et al. 2020, `masking.py`).
+
+    Args:
+      vocabulary, length, rate, replacement, predict_rate, static_copies: as in `mlm`.
+      geometric_p, longest: of the `geometric` length distribution, cut at `longest` and renormalised.
+      shortest: with `uniform`, the shortest length.
+      distribution: `geometric`, `inverse` (P(n) proportional to 1/n) or `uniform` (shortest..longest).
+      in_words: lengths count words; else tokens.
+      per_span: one mask/random/keep decision for a whole span, touching spans being one; else one per token.
+
+    Raises:
+      ValueError: a span can be longer than the row, or another bad value.
+
+    >>> vocabulary = Vocabulary(size=100, pad=0, unk=1, cls=2, sep=3, mask=4)
+    >>> span_mlm(vocabulary, 128).budget
+    20
+    """
+    common = _check_common("span_mlm", vocabulary, length, rate, replacement, None, static_copies)
+    if longest > common.length:
+        raise ValueError(
+            f"longest={longest}: a span would be longer than the row of {common.length} tokens; "
+            "lower it or lengthen the rows"
+        )
+    makers: dict[str, Callable[[], tuple[float, ...]]] = {
+        "geometric": lambda: geometric_lengths(geometric_p, longest),
+        "inverse": lambda: inverse_lengths(longest),
+        "uniform": lambda: uniform_lengths(shortest, longest),
+    }
+    if distribution not in makers:
+        raise ValueError(f"distribution={distribution!r}: expected one of {', '.join(makers)}")
+    count = Count("ceil", common.most, common.length)
+    select = Spans(count, makers[distribution](), common.markers, vocabulary.size, in_words)
+    replace = Replace(common.policy, vocabulary.mask, vocabulary.size, vocabulary.special_ids, per_unit=per_span)
+    what = f"spans of {distribution} length up to {longest} {'words' if in_words else 'tokens'}"
+    return _assemble("span_mlm", vocabulary, common, select, replace, predict_rate, static_copies, what)
+
+
+def ngram_mlm(vocabulary: Vocabulary, length: int, *, longest: int = 3, **options: Any) -> Masking:
+    """Hide n-grams of words, P(n) proportional to 1/n up to `longest` (ALBERT: Lan et al. 2020, equation 3).
+
+    Takes the options of `span_mlm`; the replacement is decided per token, as ALBERT's data code does.
+
+    >>> vocabulary = Vocabulary(size=100, pad=0, unk=1, cls=2, sep=3, mask=4)
+    >>> ngram_mlm(vocabulary, 128).budget
+    20
+    """
+    options = {"per_span": False, "distribution": "inverse", **options}
+    return dataclasses.replace(span_mlm(vocabulary, length, longest=longest, **options), name="ngram_mlm")
+
+
+def pmi_mlm(
+    vocabulary: Vocabulary,
+    length: int,
+    *,
+    ngrams: Iterable[Sequence[int]] | Lexicon,
+    rate: Any = 0.15,
+    replacement: Sequence[float] = (0.8, 0.1, 0.1),
+    predict_rate: float | None = None,
+    static_copies: int = 0,
+) -> Masking:
+    """Hide collocations as wholes (PMI-masking: Levine et al. 2021).
+
+    Every token belongs to the longest entry of `ngrams` that contains it there, or stands alone. Units are hidden in
+    random order until round(rate * size) tokens are hidden, one that would overshoot being passed over. Mask, random
+    or keep is decided per unit.
+
+    Args:
+      ngrams: tuples of 2 or more token ids, or a `Lexicon` made of them.
+      vocabulary, length, rate, replacement, predict_rate, static_copies: as in `mlm`.
+
+    >>> vocabulary = Vocabulary(size=100, pad=0, unk=1, cls=2, sep=3, mask=4)
+    >>> pmi_mlm(vocabulary, 128, ngrams=[(10, 11), (12, 13, 14)]).budget
+    19
+    """
+    common = _check_common("pmi_mlm", vocabulary, length, rate, replacement, None, static_copies)
+    lexicon = ngrams if isinstance(ngrams, Lexicon) else Lexicon(ngrams)
+    if lexicon.longest > common.length:
+        raise ValueError(f"ngrams: an entry of {lexicon.longest} ids is longer than the row of {common.length} tokens")
+    if lexicon.largest_id >= vocabulary.size:
+        raise ValueError(f"ngrams: id {lexicon.largest_id} is outside the vocabulary of {vocabulary.size}")
+    count = Count("round", common.most, common.length, minimum=1)
+    select = LexiconUnits(count, lexicon, common.markers, vocabulary.size)
+    replace = Replace(common.policy, vocabulary.mask, vocabulary.size, per_unit=True)
+    return _assemble("pmi_mlm", vocabulary, common, select, replace, predict_rate, static_copies, "lexicon units")
+
+
+def conditional_mlm(
+    vocabulary: Vocabulary,
+    length: int,
+    *,
+    weights: str = "table",
+    table: Any = None,
+    scaled: bool = True,
+    rate: Any = 0.15,
+    replacement: Sequence[float] = (0.8, 0.1, 0.1),
+    predict_rate: float | None = None,
+    max_predictions: int | None = None,
+    static_copies: int = 0,
+) -> Masking:
+    """Hide tokens with unequal chances: by frequency, part of speech, tf-idf, position, or a running loss.
+
+    p_i = min(1, c * w_i), with c such that the p_i of a row sum to rate * size; draws are independent.
+
+    Args:
+      weights: `table` = `table[token]`; `tf_idf` = term frequency in the row times `table[token]`; `positions` = the
+        batch's `select_weights` `[batch, length]`.
+      table: float `[vocabulary.size]`; see `frequency_weights`, `tag_weights`, `inverse_document_frequencies`. A call
+        may replace it: `objective(key, batch, token_weights=...)` (adaptive masking). None = all ones.
+      scaled: False uses the weights of `positions` as the probabilities themselves.
+      max_predictions: slots per row, by default enough for all but one row in 1e9.
+      vocabulary, length, rate, replacement, predict_rate, static_copies: as in `mlm`.
+
+    >>> vocabulary = Vocabulary(size=100, pad=0, unk=1, cls=2, sep=3, mask=4)
+    >>> conditional_mlm(vocabulary, 128, weights="positions", scaled=False).budget   # any position may be certain
+    128
+    """
+    common = _check_common("conditional_mlm", vocabulary, length, rate, replacement, max_predictions, static_copies)
+    if weights not in WEIGHT_SOURCES:
+        raise ValueError(f"weights={weights!r}: expected one of {', '.join(WEIGHT_SOURCES)}")
+    if weights == "positions" and table is not None:
+        raise ValueError("table: weights='positions' reads the batch's select_weights; drop one of the two")
+    if not scaled and weights != "positions":
+        raise ValueError("scaled=False: only weights='positions' gives probabilities; a table gives relative weights")
+    if weights != "positions":
+        table = check_table([1.0] * vocabulary.size if table is None else table, vocabulary.size)
+    limit = max_predictions or (binomial_quantile(common.length, common.most) if scaled else common.length)
+    select = Weighted(common.most, limit, common.markers, vocabulary.size, weights, table, scaled)
+    replace = Replace(common.policy, vocabulary.mask, vocabulary.size)
+    return _assemble(
+        "conditional_mlm", vocabulary, common, select, replace, predict_rate, static_copies, f"weighted by {weights}"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class DisjointCopies(Masking):
+    """Several copies of each row whose masks do not overlap: more predictions than any one copy corrupts.
+
+    The result has `copies` rows for each row of the batch, in order.
+    """
+
+    copies: int = 2
+    total: Count = dataclasses.field(kw_only=True)
+
+    def row(self, key: jax.Array, row: Row, rate, token_weights) -> Corrupted:
+        draw = randomness.bits(key, ORDER, row.tokens.shape)
+        member = self.select.eligible(row)
+        score = jnp.where(member, randomness.sortable(draw), 0.0)
+        per_copy = self.select.count(key, row.size, rate)
+        rank = jnp.zeros(self.length, jnp.int32).at[jax.lax.top_k(score, self.length)[1]].set(jnp.arange(self.length))
+        total = jnp.minimum(self.total(key, row.size), jnp.sum(member, dtype=jnp.int32))
+
+        def copy(number):
+            first = number * per_copy
+            chosen = member & (rank >= first) & (rank < jnp.minimum(first + per_copy, total))
+            own = jax.random.fold_in(key, number)
+            tokens, kinds = self.replace(own, row.tokens, Selection(chosen))
+            positions, used = slots(chosen, self.budget)
+            return Corrupted(
+                input_tokens=tokens, segment_ids=row.segment_ids, positions=row.positions,
+                predict_positions=positions,
+                target_tokens=jnp.where(used, row.tokens[positions], self.vocabulary.pad or 0),
+                loss_weights=used.astype(jnp.float32),
+                kinds=jnp.where(used, kinds[positions], 0).astype(jnp.int8),
+                selected=chosen,
+            )
+
+        return jax.vmap(copy)(jnp.arange(self.copies))
+
+    def finish(self, corrupted: Corrupted) -> Corrupted:
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), corrupted)
+
+
+def _disjoint(name, vocabulary, common, select, replace, predict_rate, static_copies, what) -> Masking:
+    copies = round(predict_rate / common.most)
+    if not isinstance(common.rate, float) or abs(copies * common.most - predict_rate) > 1e-6:
+        raise ValueError(
+            f"predict_rate={predict_rate:g}: above the corruption rate it is reached by copies with disjoint masks, "
+            f"so it must be a multiple of a constant rate ({common.most:g})"
+        )
+    if not isinstance(select, Tokens):
+        raise ValueError(f"predict_rate={predict_rate:g} above rate={common.most:g}: defined for single tokens only")
+    return DisjointCopies(
+        name=name, vocabulary=vocabulary, length=common.length, budget=select.most(), rate=common.rate,
+        static_copies=int(static_copies), needs=tuple(select.needs),
+        description=f"{name}: {what}, rate {common.most:g}, {copies} disjoint copies of each row",
+        select=select, replace=replace, copies=copies,
+        total=Count("round", predict_rate, common.length, minimum=1),
     )

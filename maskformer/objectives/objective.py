@@ -21,7 +21,7 @@ from maskformer.objectives.vocabulary import Vocabulary
 
 
 def attend_within_segments(corrupted: Corrupted) -> masks.Mask:
-    """Bidirectional attention inside each packed segment; padding attends to nothing."""
+    """Bidirectional attention inside each packed segment. Padding (segment 0) sees padding only, and is never read."""
     return masks.segments(corrupted.segment_ids)
 
 
@@ -39,7 +39,8 @@ class Objective:
       budget: prediction slots per row, P. `length` when every position predicts.
       rate: corruption rate, constant or a `Schedule` of the step.
       static_copies: 0 = a new corruption every epoch; k = k fixed corruptions per example, taken in turn.
-      needs_words: the batch must carry `word_starts`.
+      needs: batch keys it reads beyond the usual ones: `word_starts`, `select_weights`.
+      takes_token_weights: it selects by a token's weight, which a call may replace (adaptive masking).
       description: one line for logs.
     """
 
@@ -49,12 +50,22 @@ class Objective:
     budget: int
     rate: float | Schedule = 0.0
     static_copies: int = 0
-    needs_words: bool = False
+    needs: tuple[str, ...] = ()
+    takes_token_weights: bool = False
     description: str = ""
+
+    @property
+    def output_length(self) -> int:
+        """Tokens per row that the stack of layers reads; differs from `length` where tokens are added or removed."""
+        return self.length
 
     def row(self, key: jax.Array, row: Row, rate, token_weights) -> Corrupted:
         """Corrupts one row; every field of the result lacks the batch axis."""
         raise TypeError(f"{type(self).__name__} does not define row()")
+
+    def finish(self, corrupted: Corrupted) -> Corrupted:
+        """Last step on the whole batch, for objectives that change the number of rows."""
+        return corrupted
 
     def attend(self, corrupted: Corrupted) -> masks.Mask:
         """Who may attend to whom in the stack that reads `corrupted.input_tokens`."""
@@ -87,14 +98,19 @@ class Objective:
         Args:
           key: one key for the whole run (any JAX key); not folded with the step.
           batch: `tokens segment_ids positions` int32 `[batch, length]`, `example_id epoch` int32 `[batch]`, and
-            `word_starts` bool `[batch, length]` where words matter.
+            `word_starts` bool `[batch, length]` or `select_weights` float `[batch, length]` where `needs` says so.
           step: the training step, needed only by a rate that follows a schedule.
           rate: overrides the corruption rate; may be traced. Above the rate that the budget was sized for, the surplus
             is not corrupted.
           token_weights: float `[vocabulary.size]`, relative chance of each token to be chosen, for adaptive masking;
             only objectives that select by token weight take it.
         """
-        rows = rows_from_batch(batch, self.length, self.name, self.needs_words)
+        rows = rows_from_batch(batch, self.length, self.name, self.needs)
+        if token_weights is not None and not self.takes_token_weights:
+            raise ValueError(
+                f"objective '{self.name}' does not select by token weight: drop token_weights, "
+                "or use create('conditional_mlm', ...)"
+            )
         return _corrupt(
             self, key, rows, jnp.asarray(batch["epoch"], jnp.int32), jnp.asarray(batch["example_id"], jnp.int32),
             self.rate_at(step, rate), token_weights,
@@ -116,7 +132,8 @@ class Objective:
 def _corrupt(objective: Objective, key, rows: Row, epoch, example_id, rate, token_weights) -> Corrupted:
     # Jitted here as well, so that a call outside jit is one dispatch; inside another jit it is inlined.
     keys = randomness.row_keys(key, epoch, example_id, objective.static_copies)
-    return jax.vmap(partial(objective.row, rate=rate, token_weights=token_weights))(keys, rows)
+    corrupted = jax.vmap(partial(objective.row, rate=rate, token_weights=token_weights))(keys, rows)
+    return objective.finish(corrupted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +142,7 @@ class Masking(Objective):
 
     Each part is a pure function and may be any callable of the same signature:
     `select(key, row, rate, token_weights) -> Selection`, `replace(key, tokens, selection) -> (tokens, kinds)`,
-    `predict(key, selection) -> float32 [length]` loss weights, `attention(corrupted) -> Mask`.
+    `predict(key, row, selection) -> float32 [length]` loss weights, `attention(corrupted) -> Mask`.
     """
 
     select: Callable[..., Selection] = field(kw_only=True)
@@ -136,7 +153,7 @@ class Masking(Objective):
     def row(self, key, row, rate, token_weights):
         selection = self.select(key, row, rate, token_weights)
         tokens, kinds = self.replace(key, row.tokens, selection)
-        weights = self.predict(key, selection)
+        weights = self.predict(key, row, selection)
         positions, used = slots(weights > 0, self.budget)
         return Corrupted(
             input_tokens=tokens,

@@ -7,11 +7,17 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from maskformer.objectives.mlm import mlm
+from maskformer.objectives.mlm import conditional_mlm, mlm, ngram_mlm, pmi_mlm, span_mlm
 from maskformer.objectives.objective import Objective
 from maskformer.objectives.vocabulary import Vocabulary
 
-BUILDERS: dict[str, Callable[..., Objective]] = {"mlm": mlm}
+BUILDERS: dict[str, Callable[..., Any]] = {
+    "mlm": mlm,
+    "span_mlm": span_mlm,
+    "ngram_mlm": ngram_mlm,
+    "pmi_mlm": pmi_mlm,
+    "conditional_mlm": conditional_mlm,
+}
 
 
 def _nearest(word: str, known) -> str:

@@ -46,7 +46,8 @@ class Replace:
         drawn = randomness.integers(key, RANDOM_ID, shape, self.vocabulary_size - len(never))
         if len(never):
             # The r-th allowed id is r plus the number of forbidden ids at or below it.
-            drawn += jnp.searchsorted(never - np.arange(len(never), dtype=np.int32), drawn, side="right").astype(jnp.int32)
+            below = jnp.searchsorted(never - np.arange(len(never), dtype=np.int32), drawn, side="right")
+            drawn += below.astype(jnp.int32)
         return drawn
 
     def __call__(self, key: jax.Array, tokens: jax.Array, selection: Selection) -> tuple[jax.Array, jax.Array]:
@@ -58,9 +59,8 @@ class Replace:
             draw = randomness.bits(key, DECISION, tokens.shape)
             if self.per_unit and selection.unit is not None:
                 draw = draw[selection.unit]
-            kinds = jnp.where(
-                randomness.below(draw, mask), MASK, jnp.where(randomness.below(draw, mask + random if keep else 1.0), RANDOM, KEEP)
-            ).astype(jnp.int8)
+            touched = randomness.below(draw, mask + random if keep else 1.0)
+            kinds = jnp.where(randomness.below(draw, mask), MASK, jnp.where(touched, RANDOM, KEEP)).astype(jnp.int8)
         replaced = tokens
         if mask > 0.0:
             replaced = jnp.where(kinds == MASK, self.mask_id, replaced)

@@ -15,12 +15,16 @@ MASK, RANDOM, KEEP = 0, 1, 2
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Row:
-    """One packed row, every field `[length]`. Padding has segment 0; positions restart with each segment."""
+    """One packed row, every field `[length]`. Padding has segment 0; positions restart with each segment.
+
+    `weights` is what the batch gives per position (`select_weights`) for objectives that read it; else None.
+    """
 
     tokens: jax.Array
     segment_ids: jax.Array
     positions: jax.Array
     word_starts: jax.Array
+    weights: jax.Array | None = None
 
     @property
     def valid(self) -> jax.Array:
@@ -82,9 +86,12 @@ class Corrupted:
     units: jax.Array | None = None
 
 
-def rows_from_batch(batch: Mapping[str, jax.Array], length: int, objective: str, words: bool) -> Row:
-    """The batch's arrays as a `Row` with a leading batch axis; ValueError on a missing or misshapen one."""
-    needed = ["tokens", "segment_ids", "positions", "example_id", "epoch"] + (["word_starts"] if words else [])
+def rows_from_batch(batch: Mapping[str, jax.Array], length: int, objective: str, extra: tuple[str, ...] = ()) -> Row:
+    """The batch's arrays as a `Row` with a leading batch axis; ValueError on a missing or misshapen one.
+
+    `extra` names what this objective needs beyond the usual keys: `word_starts`, `select_weights`.
+    """
+    needed = ["tokens", "segment_ids", "positions", "example_id", "epoch", *extra]
     for name in needed:
         if name not in batch:
             raise ValueError(
@@ -98,9 +105,10 @@ def rows_from_batch(batch: Mapping[str, jax.Array], length: int, objective: str,
             "build it with the data's row length"
         )
     for name in needed[1:]:
-        expected = shape if name in ("segment_ids", "positions", "word_starts") else shape[:1]
+        expected = shape[:1] if name in ("example_id", "epoch") else shape
         if batch[name].shape != expected:
             raise ValueError(f"batch['{name}'] has shape {batch[name].shape}: expected {expected}")
     starts = jnp.asarray(batch["word_starts"], bool) if "word_starts" in batch else jnp.zeros(shape, bool)
+    weights = jnp.asarray(batch["select_weights"], jnp.float32) if "select_weights" in extra else None
     fields = (jnp.asarray(batch[name], jnp.int32) for name in ("tokens", "segment_ids", "positions"))
-    return Row(*fields, word_starts=starts)
+    return Row(*fields, word_starts=starts, weights=weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ class Tokens:
     count: Count
     avoid: tuple[int, ...]
     vocabulary_size: int
-    needs_words = False
+    needs = ()
 
     def eligible(self, row: Row) -> jax.Array:
         return row.valid & ~is_any_of(row.tokens, self.avoid, self.vocabulary_size)
@@ -57,17 +57,15 @@ class Words:
     vocabulary_size: int
     counted_in: str
     limit: int
-    needs_words = True
+    needs = ("word_starts",)
 
     def most(self) -> int:
         return self.limit
 
     def __call__(self, key: jax.Array, row: Row, rate=None, token_weights=None) -> Selection:
         is_special = is_any_of(row.tokens, self.special, self.vocabulary_size)
-        after_special = jnp.concatenate([jnp.zeros(1, bool), is_special[:-1]])
         member = row.valid & ~is_any_of(row.tokens, self.avoid, self.vocabulary_size)
-        units = words(row.__class__(row.tokens, row.segment_ids, row.positions,
-                                    row.word_starts | is_special | after_special), member)
+        units = words(row, member, is_special)
         draw = randomness.bits(key, ORDER, row.tokens.shape)
         if self.counted_in == "tokens":
             room = jnp.minimum(self.count(key, row.size, rate), self.limit)
@@ -76,7 +74,7 @@ class Words:
             count = self.count(key, jnp.sum(units.start, dtype=jnp.int32), rate)
             taken = top_n(draw, units.start, count, self.count.largest())
             # Words at the end of the random order give way where the slots are full.
-            limited = units.__class__(units.member, taken, units.first, jnp.where(taken, units.size, 0))
+            limited = replace(units, start=taken, size=jnp.where(taken, units.size, 0))
             taken = take_in_random_order(draw, limited, jnp.int32(self.limit))
         return Selection(spread(units, taken), unit=units.first)
 

@@ -46,10 +46,20 @@ def units_from_starts(member: jax.Array, start: jax.Array) -> Units:
     return Units(member, start, first, jnp.where(start, end - index, 0))
 
 
-def words(row: Row, member: jax.Array) -> Units:
-    """Words among the member positions. A row that opens in mid-word counts the rest of it as a word."""
-    new_segment = jnp.concatenate([jnp.ones(1, bool), row.segment_ids[1:] != row.segment_ids[:-1]])
-    return units_from_starts(member, row.word_starts | new_segment)
+def segment_starts(row: Row) -> jax.Array:
+    """bool `[length]`: the first position of each segment (and of the padding)."""
+    return jnp.concatenate([jnp.ones(1, bool), row.segment_ids[1:] != row.segment_ids[:-1]])
+
+
+def words(row: Row, member: jax.Array, alone: jax.Array | bool = False) -> Units:
+    """Words among the member positions; those that are `alone` are words of their own.
+
+    A row that opens in mid-word counts the rest of that word as a word.
+    """
+    start = row.word_starts | segment_starts(row)
+    if not isinstance(alone, bool):
+        start = start | alone | jnp.concatenate([jnp.zeros(1, bool), alone[:-1]])
+    return units_from_starts(member, start)
 
 
 def spread(units: Units, taken: jax.Array) -> jax.Array:
