@@ -1,0 +1,149 @@
+"""The arguments of one attention call, checked once and handed to every backend in the same form."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskformer import masks
+from maskformer.attention import dropout, score_mods
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One checked attention call. Arrays have a batch axis; optional ones are None when absent."""
+
+    query: jax.Array  # [batch, q_len, heads, head_dim]
+    key: jax.Array  # [batch, kv_len, kv_heads, head_dim]
+    value: jax.Array  # [batch, kv_len, kv_heads, value_dim]
+    mask: masks.Mask | None
+    bias: jax.Array | None  # [batch|1, heads|1, q_len|1, kv_len|1]
+    score_mod: score_mods.Lifted | None
+    sinks: jax.Array | None  # [heads]
+    seed: jax.Array | None  # uint32 [2]; None without dropout
+    dropout_rate: float
+    scale: float
+    logits_soft_cap: float | None
+    q_offset: int | jax.Array
+
+    @property
+    def batch(self) -> int:
+        return self.query.shape[0]
+
+    @property
+    def q_len(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def kv_len(self) -> int:
+        return self.key.shape[1]
+
+    @property
+    def heads(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def groups(self) -> int:
+        """Query heads per key/value head."""
+        return self.heads // self.kv_heads
+
+
+def check(
+    query,
+    key,
+    value,
+    *,
+    mask=None,
+    bias=None,
+    score_mod=None,
+    sinks=None,
+    scale=None,
+    logits_soft_cap=None,
+    dropout_rate=0.0,
+    dropout_key=None,
+    q_offset=0,
+) -> Call:
+    """Checks shapes and options; see `maskformer.attention.dot_product_attention` for what they mean.
+
+    Raises:
+      ValueError: naming the argument, its value and what was expected.
+    """
+    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if array.ndim != 4:
+            raise ValueError(f"{name}: expected [batch, length, heads, head_dim], got shape {array.shape}")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name}: expected a floating dtype, got {array.dtype}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"query, key, value: expected one dtype, got {query.dtype}, {key.dtype}, {value.dtype}")
+    batch, q_len, heads, head_dim = query.shape
+    if key.shape[0] != batch or value.shape[0] != batch:
+        raise ValueError(f"batch: query has {batch}, key {key.shape[0]}, value {value.shape[0]}; they must agree")
+    if key.shape[1:3] != value.shape[1:3]:
+        raise ValueError(f"value: expected key's length and heads {key.shape[1:3]}, got {value.shape[1:3]}")
+    if key.shape[3] != head_dim:
+        raise ValueError(f"key: expected query's head_dim {head_dim}, got {key.shape[3]}")
+    kv_len, kv_heads = key.shape[1:3]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"key: expected a head count that divides query's {heads}, got {kv_heads}")
+    q_offset = _offset(q_offset)
+
+    if bias is not None:
+        bias = jnp.asarray(bias)
+        bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+        full = (batch, heads, q_len, kv_len)
+        if bias.ndim != 4 or any(size not in (1, want) for size, want in zip(bias.shape, full, strict=True)):
+            raise ValueError(f"bias: expected a shape that broadcasts to [batch, heads, q_len, kv_len] = {full}, "
+                             f"got {bias.shape}")
+    if sinks is not None:
+        sinks = jnp.asarray(sinks)
+        if sinks.shape != (heads,):
+            raise ValueError(f"sinks: expected one logit per query head, shape ({heads},), got {sinks.shape}")
+    if logits_soft_cap is not None and not logits_soft_cap > 0:
+        raise ValueError(f"logits_soft_cap: expected a positive number or None, got {logits_soft_cap}")
+    dropout.threshold(dropout_rate)
+    if dropout_rate > 0 and dropout_key is None:
+        raise ValueError(f"dropout_rate is {dropout_rate} but dropout_key is None; pass a key, or rate 0 to evaluate")
+    return Call(
+        query=query,
+        key=key,
+        value=value,
+        mask=None if mask is None else _as_mask(mask, batch, heads),
+        bias=bias,
+        score_mod=None if score_mod is None else score_mods.lift(score_mod),
+        sinks=sinks,
+        seed=dropout.seed_words(dropout_key) if dropout_rate > 0 else None,
+        dropout_rate=float(dropout_rate),
+        scale=1.0 / math.sqrt(head_dim) if scale is None else scale,
+        logits_soft_cap=logits_soft_cap,
+        q_offset=q_offset,
+    )
+
+
+def _offset(value) -> int | jax.Array:
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    if isinstance(value, jax.Array) and value.shape == () and jnp.issubdtype(value.dtype, jnp.integer):
+        return value.astype(jnp.int32)
+    raise ValueError(f"q_offset: expected an integer or an integer scalar array, got {value!r}")
+
+
+def _as_mask(mask, batch: int, heads: int) -> masks.Mask:
+    if isinstance(mask, (jax.Array, np.ndarray)):
+        raise ValueError(f"mask: expected a maskformer Mask, got an array of shape {mask.shape}; "
+                         "wrap it with masks.dense(array)")
+    if not isinstance(mask, masks.Mask):
+        raise ValueError(f"mask: expected a maskformer Mask, got {type(mask).__name__}; "
+                         "strings go through masks.parse")
+    for name, size, want in zip(("batch", "heads"), mask.shape, (batch, heads), strict=True):
+        if size not in (1, want):
+            raise ValueError(f"mask: its {name} dimension is {size}, but query has {want}")
+    return mask

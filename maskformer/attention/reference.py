@@ -1,0 +1,71 @@
+"""Dense attention in plain JAX: the oracle of the other backends, and the fastest one for short sequences.
+
+It is differentiable any number of times, in both modes. Operands are transposed to heads-first once: XLA's CPU matmul
+wants the batch dimensions leading, and one copy is cheaper than the strided products (at batch 32, 4 heads, 128
+tokens, forward and backward run at the speed of the bare matmuls).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from maskformer.attention import logits
+from maskformer.attention.arguments import Call
+
+
+def refuses(call: Call) -> str | None:
+    """Nothing: the reference honours every option."""
+    return None
+
+
+def attend(call: Call) -> tuple[jax.Array, jax.Array]:
+    """Output [batch, q_len, heads, value_dim] and logsumexp, float32 [batch, q_len, heads]."""
+    batch, q_len, heads, head_dim = call.query.shape
+    kv_len, kv_heads, value_dim = call.kv_len, call.kv_heads, call.value.shape[3]
+    query, key, value = (x.transpose(0, 2, 1, 3) for x in (call.query, call.key, call.value))
+    # The query heads that share a key head are rows of one product: GQA repeats nothing.
+    query = query.reshape(batch, kv_heads, call.groups * q_len, head_dim)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32) * call.scale
+    scores = scores.reshape(batch, heads, q_len, kv_len)
+    places = (
+        jnp.arange(batch),
+        jnp.arange(heads),
+        call.q_offset + jnp.arange(q_len),
+        jnp.arange(kv_len),
+    )
+    scores = logits.transform(
+        scores,
+        bias=call.bias,
+        score_mod=call.score_mod,
+        captured=call.score_mod.captured if call.score_mod else (),
+        soft_cap=call.logits_soft_cap,
+        places=places,
+    )
+    if call.mask is not None:
+        attends = call.mask.dense(q_len, kv_len, q_offset=call.q_offset)
+        if attends.ndim == 3:
+            attends = attends[:, None]
+        scores = jnp.where(attends, scores, -jnp.inf)
+
+    # A row that attends to nothing has maximum -inf; 0 in its place makes every exponential 0 and every gradient 0.
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf))
+    if call.sinks is not None:
+        sink = call.sinks.astype(jnp.float32)[:, None, None]
+        top = jnp.where(top == -jnp.inf, top, jnp.maximum(top, jax.lax.stop_gradient(sink)))
+    empty = top == -jnp.inf
+    top = jnp.where(empty, 0.0, top)
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if call.sinks is not None:
+        total = total + jnp.exp(jnp.where(empty, -jnp.inf, sink - top))
+    total = jnp.where(empty, 1.0, total)
+    residual = jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
+    weights = weights / total
+    if call.seed is not None:
+        kept = logits.keep(call.seed, call.dropout_rate, places)
+        weights = jnp.where(kept, weights * (1.0 / (1.0 - call.dropout_rate)), 0.0)
+    weights = weights.astype(value.dtype).reshape(batch, kv_heads, call.groups * q_len, kv_len)
+    output = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=jnp.float32)
+    output = output.reshape(batch, heads, q_len, value_dim).transpose(0, 2, 1, 3)
+    return output.astype(call.query.dtype), residual.transpose(0, 2, 1)
