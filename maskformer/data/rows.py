@@ -1,0 +1,179 @@
+"""Packed rows on disk: memory-mapped arrays, written once in order and read at random."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from maskformer.data.packing import Segment
+
+_META = "meta.json"
+# A file is checked on opening by the checksums of so many blocks, evenly spaced: whole where it is small, and
+# at constant cost where it is large.
+_CHECKED_BLOCKS = 16
+_BLOCK = 1 << 20
+_WRITE_AT_ONCE = 1024  # rows
+PADDING_EXAMPLE = -1
+
+
+def write_rows(
+    folder: Path,
+    rows: Iterable[list[Segment]],
+    length: int,
+    vocabulary_size: int,
+    pad: int,
+    start: int | None,
+    end: int | None,
+) -> None:
+    """Writes packed rows to `folder`, which does not exist yet.
+
+    Args:
+      folder: where to.
+      rows: segments of each row, without start and end tokens.
+      length: tokens in a row.
+      vocabulary_size: decides the width of the stored ids.
+      pad: id after the last segment.
+      start, end: ids around every segment; None is no token.
+    """
+    folder.mkdir()
+    token_type = np.dtype("<u2" if vocabulary_size <= 1 << 16 else "<u4")
+    around = (start is not None) + (end is not None)
+    counts = {"rows": 0, "segments": 0, "tokens": 0, "text_tokens": 0, "words": 0}
+    with (
+        open(folder / "tokens.bin", "wb") as tokens_file,
+        open(folder / "segments.bin", "wb") as segments_file,
+        open(folder / "words.bin", "wb") as words_file,
+    ):
+        tokens = np.full((_WRITE_AT_ONCE, length), pad, token_type)
+        segments = np.zeros((_WRITE_AT_ONCE, length), "<u2")
+        words = np.zeros((_WRITE_AT_ONCE, length), bool)
+        filled = 0
+
+        def flush() -> None:
+            tokens_file.write(tokens[:filled].tobytes())
+            segments_file.write(segments[:filled].tobytes())
+            words_file.write(np.packbits(words[:filled], axis=1).tobytes())
+            tokens[:], segments[:], words[:] = pad, 0, False
+
+        for row in rows:
+            position = 0
+            for number, segment in enumerate(row, start=1):
+                begin = position
+                if start is not None:
+                    tokens[filled, position] = start
+                    position += 1
+                stop = position + len(segment)
+                tokens[filled, position:stop] = segment.tokens
+                words[filled, position:stop] = segment.word_starts
+                if end is not None:
+                    tokens[filled, stop] = end
+                    stop += 1
+                segments[filled, begin:stop] = number
+                position = stop
+                counts["text_tokens"] += len(segment)
+                counts["words"] += int(segment.word_starts.sum())
+            counts["rows"] += 1
+            counts["segments"] += len(row)
+            counts["tokens"] += sum(map(len, row)) + around * len(row)
+            filled += 1
+            if filled == _WRITE_AT_ONCE:
+                flush()
+                filled = 0
+        flush()
+    meta = {"length": length, "token_type": token_type.str, **counts}
+    meta["checksums"] = {path.name: _checksum(path) for path in sorted(folder.glob("*.bin"))}
+    (folder / _META).write_text(json.dumps(meta))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether `folder` holds complete, undamaged rows."""
+    try:
+        meta = json.loads((folder / _META).read_text())
+        return all(_checksum(folder / name) == checksum for name, checksum in meta["checksums"].items())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+
+
+def _checksum(path: Path) -> list[int]:
+    """Size of the file and CRC-32 of evenly spaced blocks of it."""
+    size = path.stat().st_size
+    blocks = max(-(-size // _BLOCK), 1)
+    checked = min(_CHECKED_BLOCKS, blocks)
+    places = [i * (blocks - 1) // max(checked - 1, 1) for i in range(checked)]
+    crc = 0
+    with path.open("rb") as file:
+        for place in places:
+            file.seek(place * _BLOCK)
+            crc = zlib.crc32(file.read(_BLOCK), crc)
+    return [size, crc]
+
+
+class PackedRows:
+    """Random access to the rows of a folder that `write_rows` made.
+
+    Attributes:
+      length: tokens in a row.
+      segments, tokens, text_tokens, words: totals; `tokens` counts start and end tokens, `text_tokens` does not.
+    """
+
+    def __init__(self, folder: Path, pad: int):
+        meta = json.loads((folder / _META).read_text())
+        self.length: int = meta["length"]
+        self.segments: int = meta["segments"]
+        self.tokens: int = meta["tokens"]
+        self.text_tokens: int = meta["text_tokens"]
+        self.words: int = meta["words"]
+        self._size: int = meta["rows"]
+        self._pad = pad
+        width = -(-self.length // 8)
+        self._tokens = _mapped(folder / "tokens.bin", np.dtype(meta["token_type"]), (self._size, self.length))
+        self._segments = _mapped(folder / "segments.bin", np.dtype("<u2"), (self._size, self.length))
+        self._words = _mapped(folder / "words.bin", np.dtype("u1"), (self._size, width))
+
+    def __len__(self) -> int:
+        return self._size
+
+    def read(self, rows: np.ndarray, epoch: np.ndarray | int = 0) -> dict[str, np.ndarray]:
+        """A batch of the given rows.
+
+        Args:
+          rows: int64 [B]; `PADDING_EXAMPLE` (-1) gives a row of padding: segment 0 everywhere.
+          epoch: int64 [B] or one for all.
+
+        Returns:
+          `tokens int32 [B, L]`, `segment_ids int32 [B, L]` (0 is padding), `positions int32 [B, L]` (from 0 in
+          every segment), `word_starts bool [B, L]`, `example_id int32 [B]` (the row), `epoch int32 [B]`.
+        """
+        real = rows != PADDING_EXAMPLE
+        shape = (len(rows), self.length)
+        tokens = np.full(shape, self._pad, np.int32)
+        segment_ids = np.zeros(shape, np.int32)
+        word_starts = np.zeros(shape, bool)
+        tokens[real] = self._tokens[rows[real]]
+        segment_ids[real] = self._segments[rows[real]]
+        word_starts[real] = np.unpackbits(self._words[rows[real]], axis=1, count=self.length).astype(bool)
+        return {
+            "tokens": tokens,
+            "segment_ids": segment_ids,
+            "positions": _positions(segment_ids),
+            "word_starts": word_starts,
+            "example_id": rows.astype(np.int32),
+            "epoch": np.broadcast_to(np.asarray(epoch, np.int32), len(rows)).copy(),
+        }
+
+
+def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, int]) -> np.ndarray:
+    # An empty file cannot be mapped.
+    return np.memmap(path, dtype, "r", shape=shape) if shape[0] else np.zeros(shape, dtype)
+
+
+def _positions(segment_ids: np.ndarray) -> np.ndarray:
+    index = np.arange(segment_ids.shape[1], dtype=np.int32)[None, :]
+    begins = np.ones(segment_ids.shape, bool)
+    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    start = np.maximum.accumulate(np.where(begins, index, 0), axis=1)
+    return np.where(segment_ids > 0, index - start, 0).astype(np.int32)

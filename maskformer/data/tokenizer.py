@@ -1,0 +1,336 @@
+"""Tokens and words: trains or loads a tokenizer, and keeps track of where words begin."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from maskformer.data.cache import build_once, cache_dir, content_key
+from maskformer.data.config import DataConfig, DataError
+from maskformer.data.sources import open_source
+from maskformer.objectives.vocabulary import Vocabulary
+
+DEFAULT_VOCABULARY_SIZE = 8192
+# Raise it when training or encoding changes, so that nothing made before is taken for current.
+_VERSION = 1
+# The names under which published tokenizers have these tokens; the first one present counts.
+_NAMES = {
+    "pad": ("[PAD]", "<pad>", "<|pad|>"),
+    "mask": ("[MASK]", "<mask>", "<|mask|>"),
+    "cls": ("[CLS]", "<cls>", "<s>"),
+    "sep": ("[SEP]", "<sep>", "</s>"),
+    "unk": ("[UNK]", "<unk>"),
+    "bos": ("[BOS]", "<s>", "<bos>", "<|startoftext|>", "<|endoftext|>"),
+    "eos": ("[EOS]", "</s>", "<eos>", "<|endoftext|>"),
+}
+_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+_INSIDE_WORD = re.compile(r"(?<=\S)\S")
+
+
+class Tokenizer:
+    """Text to ids and back, with word boundaries.
+
+    Attributes:
+      vocabulary: the special ids, for the objectives.
+      fingerprint: SHA-256 of what decides the ids.
+    """
+
+    def __init__(self, definition: str):
+        """`definition` is the content of a `tokenizer.json`."""
+        settings = json.loads(definition)
+        # Padding and truncation belong to packing, and a template would add special tokens a second time.
+        settings.update(padding=None, truncation=None, post_processor=None)
+        definition = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+        self._definition = definition
+        self._with_specials = Backend.from_str(definition)
+        self._plain = Backend.from_str(definition)
+        # A corpus that spells out "[MASK]" must not turn into the token.
+        self._plain.encode_special_tokens = True
+        self.fingerprint = hashlib.sha256(definition.encode()).hexdigest()
+        self.vocabulary = _vocabulary(self._with_specials)
+        # Without a pre-tokenizer that cuts at spaces every text is one "word" to the library, and the marks on the
+        # pieces have to tell.
+        encoding = self._plain.encode("a b", add_special_tokens=False)
+        self._word_start_of_id = None if len(set(encoding.word_ids)) > 1 else self._marked_pieces()
+
+    def __len__(self) -> int:
+        return self.vocabulary.size
+
+    def _marked_pieces(self) -> np.ndarray:
+        marked = np.zeros(self.vocabulary.size, bool)
+        for piece, token in self._plain.get_vocab().items():
+            marked[token] = piece.startswith(("\u2581", "\u0120"))
+        return marked
+
+    def encode_texts(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Encodes corpus text: no special token is added, and none is read from the text.
+
+        Returns:
+          For each text `(tokens int32 [n], word_starts bool [n])`; True at the first piece of each word.
+        """
+        encodings = self._plain.encode_batch(list(texts), add_special_tokens=False)
+        return [(np.array(e.ids, np.int32), self._word_starts(e)) for e in encodings]
+
+    def encode(
+        self, text: str, *, start_token: str | None = None, end_token: str | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes a text written for a model, where `[MASK]` (or the tokenizer's own name) is the mask token.
+
+        Args:
+          text: may contain special tokens by name.
+          start_token, end_token: added around it; None adds nothing.
+
+        Returns:
+          `(tokens int32 [n], word_starts bool [n])`; special tokens start no word.
+
+        Raises:
+          DataError: the text has `[MASK]` and the tokenizer no mask token, or an added token is unknown.
+        """
+        if "[MASK]" in text:
+            if self.vocabulary.mask is None:
+                raise DataError("the text has [MASK] and the tokenizer no mask token; load one that has")
+            text = text.replace("[MASK]", self.token(self.vocabulary.mask))
+        encoding = self._with_specials.encode(text, add_special_tokens=False)
+        tokens, words = np.array(encoding.ids, np.int32), self._word_starts(encoding)
+        words &= ~np.isin(tokens, self.vocabulary.special_ids) | (tokens == self.vocabulary.unk)
+        before, after = (
+            np.array([] if name is None else [self.token_id(name)], np.int32) for name in (start_token, end_token)
+        )
+        return (
+            np.concatenate([before, tokens, after]),
+            np.concatenate([np.zeros(len(before), bool), words, np.zeros(len(after), bool)]),
+        )
+
+    def decode(self, tokens: Sequence[int] | np.ndarray, skip_special: bool = True) -> str:
+        """Readable text of `tokens`: pieces joined into words; special tokens left out, or shown by name."""
+        return self._with_specials.decode([int(t) for t in tokens], skip_special_tokens=skip_special)
+
+    def token(self, token_id: int) -> str:
+        """The piece with this id, such as `##ing`."""
+        piece = self._with_specials.id_to_token(int(token_id))
+        if piece is None:
+            raise DataError(f"token id {int(token_id)}: the tokenizer has no such id, its size is {len(self)}")
+        return piece
+
+    def token_id(self, name: str) -> int:
+        """The id of a piece.
+
+        Raises:
+          DataError: the tokenizer has no such piece.
+        """
+        found = self._with_specials.token_to_id(name)
+        if found is None:
+            specials = ", ".join(self.token(i) for i in self.vocabulary.special_ids) or "none"
+            raise DataError(f"the tokenizer has no token {name!r}; its special tokens are {specials}")
+        return found
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a `tokenizer.json`, which `tokenizer=<path>` and the `tokenizers` library read."""
+        Path(path).write_text(self._definition, encoding="utf-8")
+
+    def _word_starts(self, encoding: tokenizers.Encoding) -> np.ndarray:
+        ids = encoding.ids
+        if not ids:
+            return np.zeros(0, bool)
+        if self._word_start_of_id is not None:
+            starts = self._word_start_of_id[ids]
+            starts[0] = True
+            return starts
+        # Added tokens have no word (None); `-1` sets the first piece apart from all of them.
+        words = np.array([-1, *(-2 if w is None else w for w in encoding.word_ids)])
+        return words[1:] != words[:-1]
+
+
+def load_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer that `config` names: read from its file, or trained on the train split and cached.
+
+    Training is deterministic. The cache is keyed by the content of the corpus, the settings and the version of
+    the `tokenizers` library.
+
+    Raises:
+      DataError: the file is missing or no tokenizer, or the data cannot be read.
+    """
+    if not config.trains_tokenizer:
+        return Tokenizer(_read_definition(Path(config.tokenizer), config.lowercase))
+    source = open_source(config, "train")
+    size = config.vocabulary_size or DEFAULT_VOCABULARY_SIZE
+    lowercase = config.tokenizer == "wordpiece" if config.lowercase is None else config.lowercase
+    key = content_key(
+        version=_VERSION,
+        library=tokenizers.__version__,
+        corpus=source.fingerprint,
+        kind=config.tokenizer,
+        size=size,
+        lowercase=lowercase,
+        sentinels=config.sentinels,
+    )
+
+    def build(path: Path) -> None:
+        definition = train(config.tokenizer, source.documents, size, lowercase, config.sentinels)
+        path.write_text(definition, encoding="utf-8")
+
+    path = build_once(cache_dir() / "tokenizers" / f"{key}.json", _is_definition, build)
+    return Tokenizer(path.read_text(encoding="utf-8"))
+
+
+def train(kind: str, documents: Callable[[], Iterator[str]], size: int, lowercase: bool, sentinels: int = 0) -> str:
+    """Trains a tokenizer and returns its definition (a `tokenizer.json`).
+
+    Ids: `[PAD] [UNK] [CLS] [SEP] [MASK]` are 0 to 4, then the pieces, then the sentinels, of which
+    `<extra_id_0>` is the last id (T5's order).
+
+    Args:
+      kind: `wordpiece`, `bpe` (byte-level) or `unigram`.
+      documents: starts a pass over the text to learn from; it may be called twice.
+      size: number of ids, special tokens and sentinels included; fewer where the text is too small for as many.
+      lowercase: fold case and accents.
+      sentinels: number of `<extra_id_i>` tokens.
+    """
+    learned = size - sentinels
+    backend = {"wordpiece": _train_wordpiece, "bpe": _train_bpe, "unigram": _train_unigram}[kind](
+        documents, learned, lowercase
+    )
+    if (found := backend.get_vocab_size()) > learned:
+        raise DataError(f"data.vocabulary_size={size}: the characters of the corpus alone need {found + sentinels}")
+    for name in _SPECIAL:
+        # " [MASK]" after a word is one token: the tokenizers whose pieces carry the space must not leave it alone.
+        absorbs_space = name == "[MASK]" and kind != "wordpiece"
+        backend.add_special_tokens([AddedToken(name, special=True, normalized=False, lstrip=absorbs_space)])
+    for i in reversed(range(sentinels)):
+        backend.add_special_tokens([AddedToken(f"<extra_id_{i}>", special=True, normalized=False)])
+    return backend.to_str()
+
+
+def _train_wordpiece(documents: Callable[[], Iterator[str]], size: int, lowercase: bool) -> Backend:
+    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
+
+    def normalized() -> Iterator[str]:
+        return (normalizer.normalize_str(text) for text in documents())
+
+    # Rare characters would crowd out words; a word that holds one becomes [UNK].
+    counts: Counter[str] = Counter()
+    inside: set[str] = set()
+    for text in normalized():
+        counts.update(text)
+        inside.update(_INSIDE_WORD.findall(text))
+    ranked = sorted(counts, key=lambda c: (-counts[c], c))
+    kept = set(ranked[: max(size // 4, 1)])
+    rare = str.maketrans({c: " " for c in ranked if c not in kept})
+    # The trainer numbers the `##` characters in the order of a randomly seeded hash table and breaks ties by
+    # number. Naming them in advance, in sorted order, makes it deterministic; they are ordinary pieces below.
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[*_SPECIAL, *(f"##{c}" for c in sorted(inside & kept) if not _is_punctuation(c))],
+    )
+    scratch = Backend(models.WordPiece(unk_token="[UNK]"))
+    scratch.pre_tokenizer = pre_tokenizer
+    scratch.train_from_iterator((text.translate(rare) for text in normalized()), trainer)
+    backend = Backend(models.WordPiece(scratch.get_vocab(), unk_token="[UNK]", max_input_chars_per_word=100))
+    backend.normalizer, backend.pre_tokenizer = normalizer, pre_tokenizer
+    backend.decoder = decoders.WordPiece(prefix="##")
+    return backend
+
+
+def _train_bpe(documents: Callable[[], Iterator[str]], size: int, lowercase: bool) -> Backend:
+    backend = Backend(models.BPE())
+    if lowercase:
+        backend.normalizer = _fold()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=_SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    backend.train_from_iterator(documents(), trainer)
+    return backend
+
+
+def _train_unigram(documents: Callable[[], Iterator[str]], size: int, lowercase: bool) -> Backend:
+    scratch = Backend(models.Unigram())
+    scratch.normalizer = normalizers.Sequence([normalizers.NFKC(), *([_fold()] if lowercase else [])])
+    scratch.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=size, show_progress=False, special_tokens=_SPECIAL, unk_token="[UNK]"
+    )
+    scratch.train_from_iterator(documents(), trainer)
+    # The trainer adds floats in the order of a randomly seeded hash table: the last digits of the scores, and with
+    # them the order of the pieces, differ from run to run until they are rounded.
+    scores = {piece: round(score, 6) for piece, score in json.loads(scratch.to_str())["model"]["vocab"]}
+    pieces = sorted((p for p in scores if p not in _SPECIAL), key=lambda p: (-scores[p], p))
+    vocabulary = [(p, 0.0) for p in _SPECIAL] + [(p, scores[p]) for p in pieces]
+    backend = Backend(models.Unigram(vocabulary, unk_id=_SPECIAL.index("[UNK]")))
+    backend.normalizer, backend.pre_tokenizer = scratch.normalizer, scratch.pre_tokenizer
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    return backend
+
+
+def _fold() -> normalizers.Normalizer:
+    return normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()])
+
+
+def _is_punctuation(character: str) -> bool:
+    """As BERT's pre-tokenizer sees it: these are always words of their own."""
+    return unicodedata.category(character).startswith("P") or character in "$+<=>^`|~"
+
+
+def _read_definition(path: Path, lowercase: bool | None) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise DataError(f"data.tokenizer='{path}': {reason}; give the path of a tokenizer.json or vocab.txt") from None
+    if path.suffix == ".json":
+        try:
+            Backend.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            reason = str(error).splitlines()[0]
+            raise DataError(f"data.tokenizer='{path}': no definition of the tokenizers library ({reason})") from None
+        return text
+    pieces = [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
+    if "[UNK]" not in pieces:
+        raise DataError(f"data.tokenizer='{path}': no line [UNK]; expected a WordPiece vocabulary, one piece a line")
+    backend = Backend(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase is not False)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
+    present = [name for name in _SPECIAL if name in pieces]
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in present])
+    return backend.to_str()
+
+
+def _is_definition(path: Path) -> bool:
+    try:
+        Backend.from_file(str(path))
+    except Exception:  # the library raises bare Exception
+        return False
+    return True
+
+
+def _vocabulary(backend: Backend) -> Vocabulary:
+    named = {}
+    for field, names in _NAMES.items():
+        named[field] = next((i for i in map(backend.token_to_id, names) if i is not None), None)
+    sentinels = []
+    while (token := backend.token_to_id(f"<extra_id_{len(sentinels)}>")) is not None:
+        sentinels.append(token)
+    added = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+    others = added - set(named.values()) - set(sentinels)
+    # Ids may have holes, and a table of embeddings needs the highest.
+    size = max(backend.get_vocab().values()) + 1
+    return Vocabulary(size=size, **named, sentinels=tuple(sentinels), special=tuple(sorted(others)))
