@@ -1,0 +1,18 @@
+"""From a config to a trained model: state, step, loop, checkpoints, records."""
+
+from maskformer.training.config import default_config, objectives_section, resolve
+from maskformer.training.loop import NonFiniteError, train_and_evaluate
+from maskformer.training.preemption import EX_TEMPFAIL, Preempted
+from maskformer.training.recipes import load_config, parse_arg
+
+__all__ = [
+    "EX_TEMPFAIL",
+    "NonFiniteError",
+    "Preempted",
+    "default_config",
+    "load_config",
+    "objectives_section",
+    "parse_arg",
+    "resolve",
+    "train_and_evaluate",
+]

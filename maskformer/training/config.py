@@ -1,0 +1,411 @@
+"""The sections of an experiment's config, each one validated value, and how a ConfigDict becomes them.
+
+A recipe starts from `default_config()`, which holds every key there is, changes what it needs, and returns the
+`ConfigDict`. `resolve` turns that into an `ExperimentConfig` of frozen dataclasses. Nothing here touches a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from maskformer import masks, objectives
+from maskformer.data import DataConfig
+from maskformer.models import EncoderConfig
+
+OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
+SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")
+DECAYED = ("matrices", "kernels", "all")
+MODES = ("min", "max")
+
+
+def require(ok: bool, field: str, value: Any, expected: str) -> None:
+    """Raise the one-line `ValueError` of a config field unless `ok`."""
+    if not ok:
+        raise ValueError(f"{field}={value!r}: expected {expected}")
+
+
+def choose(field: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of `allowed`, naming the nearest."""
+    close = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    require(value in allowed, field, value, f"one of {', '.join(allowed)}{hint}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer, schedule and weight averaging.
+
+    Attributes:
+      name: "adamw", "sgd", "lion" or "adafactor", each Optax's own.
+      learning_rate: peak rate, reached after the warm-up.
+      schedule: shape after the warm-up: "constant", "linear", "cosine" (both to `final_fraction` of the peak at
+        the last step), "inverse_sqrt" (peak * sqrt(warmup / step)), "wsd" (warm-up, stable, then linear decay over
+        the last `decay_fraction` of the steps; Hu et al. 2024).
+      warmup_steps: linear from 0 to the peak.
+      weight_decay: decoupled (Loshchilov & Hutter 2019), multiplied by the learning rate.
+      decay: which parameters decay: "matrices" (two or more dimensions beside the layer axis), "kernels"
+        (matrices without the embedding tables), "all".
+      clip_norm: global gradient norm above which gradients are scaled down; None for no clipping.
+      b1, b2, epsilon: moment decays and denominator of adamw and lion (b1, b2).
+      momentum, nesterov: of sgd.
+      ema_decay: decay of an exponential moving average of the parameters, used for evaluation; None for none.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    final_fraction: float = 0.0
+    decay_fraction: float = 0.2
+    weight_decay: float = 0.01
+    decay: str = "matrices"
+    clip_norm: float | None = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+    epsilon: float = 1e-8
+    momentum: float = 0.9
+    nesterov: bool = False
+    ema_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        choose("optimizer.name", self.name, OPTIMIZERS)
+        choose("optimizer.schedule", self.schedule, SCHEDULES)
+        choose("optimizer.decay", self.decay, DECAYED)
+        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a number above 0")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more steps")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        for field in ("final_fraction", "decay_fraction"):
+            require(0 <= getattr(self, field) <= 1, f"optimizer.{field}", getattr(self, field), "a share in [0, 1]")
+        for field in ("b1", "b2", "momentum"):
+            require(0 <= getattr(self, field) < 1, f"optimizer.{field}", getattr(self, field), "a decay in [0, 1)")
+        require(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "a number above 0")
+        if self.clip_norm is not None:
+            require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "a norm above 0, or None")
+        if self.ema_decay is not None:
+            require(0 < self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "a decay in (0, 1), or None")
+        if self.schedule == "inverse_sqrt":
+            require(
+                self.warmup_steps > 0, "optimizer.warmup_steps", self.warmup_steps,
+                "at least 1 with schedule 'inverse_sqrt', whose curve starts at the end of the warm-up",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch and rhythm of a run.
+
+    Attributes:
+      steps: optimizer updates.
+      batch_size: rows per update, over all devices and accumulation steps.
+      accumulation_steps: the batch is run in this many parts whose gradients are summed, then normalised once.
+      label_smoothing: share of the target's probability spread evenly over the vocabulary.
+      log_every: steps between log lines, each an average over the window.
+      init_from: workdir whose parameters (best checkpoint, or the newest) start a new run; None for none.
+      resume: workdir whose whole state is continued when this workdir has no checkpoint; None for none.
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    accumulation_steps: int = 1
+    label_smoothing: float = 0.0
+    log_every: int = 10
+    init_from: str | None = None
+    resume: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "batch_size", "accumulation_steps", "log_every"):
+            require(getattr(self, field) >= 1, f"train.{field}", getattr(self, field), "an integer of at least 1")
+        require(
+            self.batch_size % self.accumulation_steps == 0, "train.accumulation_steps", self.accumulation_steps,
+            f"a divisor of train.batch_size={self.batch_size}",
+        )
+        require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "a share in [0, 1)")
+        require(
+            self.init_from is None or self.resume is None, "train.init_from", self.init_from,
+            "None beside train.resume, which already brings the parameters",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation during and after training, under masks that no training setting moves.
+
+    Attributes:
+      every: steps between evaluations; one more follows the last step. 0 for none.
+      batch_size: rows per evaluation batch, over all devices.
+      max_batches: batches per evaluation; None for the whole split.
+      split: the split to evaluate.
+      seed: of the evaluation masks.
+      objective: changes to the training objective's parameters when evaluating, such as a fixed `rate`.
+      metric, mode: what "best" means, for the kept checkpoint and early stopping.
+      patience: evaluations without improvement after which training stops; None never stops early.
+      min_improvement: a smaller change does not count as improvement.
+    """
+
+    every: int = 100
+    batch_size: int = 32
+    max_batches: int | None = None
+    split: str = "validation"
+    seed: int = 0
+    objective: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    metric: str = "loss"
+    mode: str = "min"
+    patience: int | None = None
+    min_improvement: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "evaluation.every", self.every, "0 (never) or a number of steps")
+        require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "at least 1 row")
+        choose("evaluation.mode", self.mode, MODES)
+        for field in ("max_batches", "patience"):
+            value = getattr(self, field)
+            require(value is None or value >= 1, f"evaluation.{field}", value, "at least 1, or None")
+        require(self.min_improvement >= 0, "evaluation.min_improvement", self.min_improvement, "0 or more")
+        if self.patience is not None:
+            require(self.every > 0, "evaluation.every", self.every, "at least 1 when evaluation.patience is set")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and what to keep.
+
+    Attributes:
+      every: steps between checkpoints; one more follows the last step. 0 saves only there.
+      keep: how many of the newest to keep, beside the best by `evaluation.metric`.
+    """
+
+    every: int = 100
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "checkpoint.every", self.every, "0 (only at the end) or a number of steps")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; at most one may be -1, "all that remain".
+
+    Attributes:
+      data: replicas of the parameters; each sees its own rows of the batch.
+      fsdp: shards of the parameters; each also sees its own rows.
+      tensor: shards of the heads, the feed-forward width and the vocabulary.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            require(size >= 1 or size == -1, f"mesh.{axis}", size, "at least 1, or -1 for all remaining devices")
+        require(
+            list(sizes.values()).count(-1) <= 1, "mesh", sizes, "at most one axis of -1, since only one can be inferred"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class WriterConfig:
+    """Where metrics go beside `metrics.jsonl`, which is always written.
+
+    Attributes:
+      progress: draw a live progress bar on a terminal; plain lines elsewhere.
+      tensorboard: write TensorBoard events to the workdir.
+      wandb_project: Weights & Biases project (extra `[wandb]`); None for none.
+    """
+
+    progress: bool = True
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """A whole experiment. `objective` holds `name` and the parameters of that objective."""
+
+    seed: int
+    data: DataConfig
+    objective: Mapping[str, Any]
+    model: Mapping[str, Any]
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig
+    mesh: MeshConfig
+    writers: WriterConfig
+
+    def create_objective(self, vocabulary: objectives.Vocabulary, **changes: Any) -> Any:
+        """The training objective over rows of `data.length` tokens, with some parameters changed."""
+        return _create_objective({**self.objective, **changes}, vocabulary, self.data.length)
+
+    def create_encoder_config(self, vocabulary: objectives.Vocabulary) -> EncoderConfig:
+        """The model's shape; its vocabulary comes from the tokenizer and its positions from the row length."""
+        return _model_config(self.model, self.data, vocab_size=vocabulary.size)
+
+
+_SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
+    "evaluation": EvaluationConfig,
+    "checkpoint": CheckpointConfig,
+    "mesh": MeshConfig,
+    "writers": WriterConfig,
+}
+# Stands in for the tokenizer's vocabulary, which may take a while to train, while parameters are checked.
+_PROBE = objectives.Vocabulary(
+    size=100_000, pad=0, unk=1, cls=2, sep=3, mask=4, bos=5, eos=6, sentinels=tuple(range(99_999, 89_999, -1))
+)
+# What the tokenizer and the data decide; asking for them twice would let the two answers differ.
+_DERIVED_MODEL_FIELDS = ("vocab_size", "max_length")
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every key of an experiment at its default, for a recipe to change.
+
+    Optional values are typed placeholders, so that `--config.optimizer.clip_norm=0.5` parses as a number.
+    """
+    config = ml_collections.ConfigDict({"seed": 0})
+    for name, section in _SECTIONS.items():
+        config[name] = _defaults(section)
+    config.model = _defaults(EncoderConfig, skip=_DERIVED_MODEL_FIELDS)
+    config.objective = objectives_section("mlm")
+    # Fields of the objective that evaluation changes; a recipe pins the rate here.
+    config.evaluation.objective = ml_collections.ConfigDict()
+    return config
+
+
+def objectives_section(name: str, **changes: Any) -> ml_collections.ConfigDict:
+    """The `objective` section of a recipe: every parameter of the objective `name`, some of them changed."""
+    section = ml_collections.ConfigDict({"name": name})
+    for key, parameter in _objective_parameters(name).items():
+        # Absent keys mean the builder's default; listing them all lets `--config.objective.x=` know the name.
+        section[key] = _leaf(parameter.default, object)
+    section.update(changes)
+    return section
+
+
+def resolve(config: Mapping[str, Any]) -> ExperimentConfig:
+    """Validate a config and freeze it.
+
+    Args:
+      config: a `ConfigDict` as recipes return it, or the mapping read back from a run's `config.json`.
+
+    Raises:
+      ValueError: one line naming the field, its value and what was expected.
+    """
+    config = plain(config)
+    known = {field.name for field in dataclasses.fields(ExperimentConfig)}
+    _check_keys("", config, known)
+    missing = sorted(known - config.keys())
+    if missing:
+        raise ValueError(f"config.{missing[0]} is missing: start the recipe from maskformer.training.default_config()")
+    sections = {name: _build(section, config[name], name) for name, section in _SECTIONS.items()}
+    if "name" not in config["objective"]:
+        raise ValueError("objective.name is missing: expected the name of an objective, such as 'mlm'")
+    evaluated = {**config["objective"], **sections["evaluation"].objective}
+    for section in (config["objective"], evaluated):
+        _create_objective(section, _PROBE, sections["data"].length)
+    names = {field.name for field in dataclasses.fields(EncoderConfig)} - set(_DERIVED_MODEL_FIELDS)
+    _check_keys("model", config["model"], names)
+    _check_types(EncoderConfig, config["model"], "model")
+    for text in _model_config(config["model"], sections["data"], vocab_size=1).mask_pattern:
+        try:
+            masks.parse(text)
+        except ValueError as error:
+            raise ValueError(f"model.mask: {error}") from error
+    return ExperimentConfig(seed=config["seed"], objective=config["objective"], model=config["model"], **sections)
+
+
+def plain(config: Any) -> Any:
+    """The config as nested dicts, lists and scalars, ready for `json.dumps`."""
+    if isinstance(config, ml_collections.ConfigDict):
+        config = config.to_dict()
+    if isinstance(config, Mapping):
+        return {key: plain(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [plain(value) for value in config]
+    return config
+
+
+def _objective_parameters(name: str) -> dict[str, inspect.Parameter]:
+    choose("objective.name", name, tuple(objectives.BUILDERS))
+    parameters = inspect.signature(objectives.BUILDERS[name]).parameters
+    return dict(list(parameters.items())[2:])  # after vocabulary and length
+
+
+def _create_objective(section: Mapping[str, Any], vocabulary: objectives.Vocabulary, length: int) -> Any:
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}
+    name = values.pop("name")
+    try:
+        return objectives.create(name, vocabulary, length, **values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config.objective: {error}") from error
+
+
+def _model_config(model: Mapping[str, Any], data: DataConfig, vocab_size: int) -> EncoderConfig:
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in model.items()}
+    return EncoderConfig(vocab_size=vocab_size, max_length=data.length, **values)
+
+
+def _defaults(section: type, skip: tuple[str, ...] = ()) -> ml_collections.ConfigDict:
+    types_ = typing.get_type_hints(section)
+    values = ml_collections.ConfigDict()
+    for field in dataclasses.fields(section):
+        if field.name in skip:
+            continue
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        values[field.name] = _leaf(default, types_[field.name])
+    return values
+
+
+def _leaf(default: Any, annotation: Any) -> Any:
+    """`default`, or for None a placeholder of the annotated type so that overrides are parsed and checked."""
+    if default is not None:
+        return default
+    options = [option for option in typing.get_args(annotation) if option is not types.NoneType]
+    kind = typing.get_origin(options[0]) or options[0] if options else object
+    return config_dict.placeholder(kind if kind in (int, float, str, bool, tuple) else object)
+
+
+def _build(section: type, values: Mapping[str, Any], name: str) -> Any:
+    _check_keys(name, values, {field.name for field in dataclasses.fields(section)})
+    _check_types(section, values, name)
+    return section(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _check_keys(path: str, values: Mapping[str, Any], known: set[str]) -> None:
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(sorted(known))}"
+            raise ValueError(f"config.{path + '.' if path else ''}{key}: no such key{hint}")
+
+
+def _check_types(section: type, values: Mapping[str, Any], name: str) -> None:
+    """Scalars of the wrong type fail here, by name, before a validator compares them."""
+    hints = typing.get_type_hints(section)
+    for key, value in values.items():
+        options = typing.get_args(hints[key]) if _is_union(hints[key]) else (hints[key],)
+        scalars = tuple(option for option in options if option in (int, float, str, bool, types.NoneType))
+        if len(scalars) != len(options):
+            continue
+        accepted = scalars + (int,) if float in scalars else scalars
+        wrong = isinstance(value, bool) and bool not in accepted
+        if wrong or not isinstance(value, accepted):
+            expected = " or ".join("None" if option is types.NoneType else option.__name__ for option in scalars)
+            raise ValueError(f"{name}.{key}={value!r}: expected {expected}, got {type(value).__name__}")
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)

@@ -1,0 +1,133 @@
+"""Recipes: Python files with `get_config(arg)` and `sweep()`, and the command-line flags that change them."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import pathlib
+import runpy
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_collections
+
+from maskformer.training import sweeps
+
+
+def parse_arg(
+    arg: str | None, choices: Sequence[str] = (), default: str = "", **options: Any
+) -> tuple[str, types.SimpleNamespace]:
+    """The structure argument of a recipe, `[choice][,option=value...]`, with the types of the defaults.
+
+    Raises:
+      ValueError: an unknown choice or option (naming the nearest), or a value of the wrong type.
+
+    >>> parse_arg("tiny,seq=64", choices=("tiny", "base"), default="base", seq=128, vocab=8192)
+    ('tiny', namespace(seq=64, vocab=8192))
+    >>> parse_arg("tinny", choices=("tiny", "base"), default="base")
+    Traceback (most recent call last):
+        ...
+    ValueError: config argument 'tinny': expected one of tiny, base; did you mean 'tiny'?
+    """
+    choice, values = default, dict(options)
+    for part in filter(None, (arg or "").split(",")):
+        key, equals, text = part.partition("=")
+        if not equals:
+            if key not in choices:
+                raise ValueError(f"config argument {key!r}: expected {_choices(key, choices)}")
+            choice = key
+        elif key not in options:
+            raise ValueError(f"config argument {key!r}: expected {_choices(key, options)}")
+        else:
+            values[key] = _parse_as(key, text, type(options[key]))
+    return choice, types.SimpleNamespace(**values)
+
+
+def load_config(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, str]:
+    """The config that flags describe: `--config=configs/bert.py:mini --config.optimizer.learning_rate=1e-3`.
+
+    Returns:
+      The config with its overrides, and the recipe as given (`configs/bert.py:mini`).
+
+    Raises:
+      ValueError: one line that names the flag, its value and the fix.
+    """
+    recipes = [flag.partition("=")[2] for flag in argv if flag.startswith("--config=")]
+    if not recipes:
+        raise ValueError("--config is missing: expected a recipe, such as --config=configs/bert.py:mini")
+    recipe = recipes[-1]
+    path, colon, arg = recipe.partition(":")
+    get_config = _load_recipe(path).get("get_config")
+    if get_config is None:
+        raise ValueError(f"--config={recipe}: {path} has no get_config(arg=None)")
+    config = get_config(arg if colon else None)
+    return override(config, [flag for flag in argv if not flag.startswith("--config=")]), recipe
+
+
+def override(config: ml_collections.ConfigDict, flags: Sequence[str]) -> ml_collections.ConfigDict:
+    """A copy of `config` changed by flags such as `--config.train.steps=10`; text is read as the type of its key."""
+    changes: dict[str, Any] = {}
+    for flag in flags:
+        key, equals, text = flag.partition("=")
+        if not key.startswith("--config."):
+            raise ValueError(f"argument {flag!r}: no such flag; expected --config.KEY=VALUE")
+        key = key.removeprefix("--config.")
+        if not equals:
+            raise ValueError(f"--config.{key}: expected --config.{key}=VALUE, with an equals sign")
+        kind = sweeps.key_type(config, key)
+        changes[key] = text if kind is str and text != "None" else _literal(text)
+    return sweeps.apply(config, changes)
+
+
+def load_sweep(recipe: str, name: str = "sweep") -> list[dict[str, Any]]:
+    """The override dicts of a recipe's `sweep()`, or of `sweep_<name>()`.
+
+    Raises:
+      ValueError: the recipe has no such function; the ones it has are named.
+    """
+    path, _, arg = recipe.partition(":")
+    module = _load_recipe(path)
+    function = name if name == "sweep" else f"sweep_{name}"
+    if function not in module:
+        known = sorted(key.removeprefix("sweep_") for key in module if key == "sweep" or key.startswith("sweep_"))
+        raise ValueError(f"--sweep={name}: {path} has no {function}(); it has {', '.join(known) or 'none'}")
+    takes_arg = bool(inspect.signature(module[function]).parameters)
+    sweep: Iterator[dict[str, Any]] = module[function](arg) if takes_arg else module[function]()
+    return list(sweep)
+
+
+def _load_recipe(path: str) -> dict[str, Any]:
+    file = pathlib.Path(path)
+    if not file.is_file():
+        near = sorted(file.parent.glob("*.py")) if file.parent.is_dir() else []
+        close = difflib.get_close_matches(path, map(str, near), n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ", such as configs/bert.py:mini"
+        raise ValueError(f"--config={path}: no such file; expected the path of a recipe{hint}")
+    return runpy.run_path(path)
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _parse_as(key: str, text: str, kind: type) -> Any:
+    if kind is bool and text in ("True", "False", "true", "false"):
+        return text in ("True", "true")
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(f"config argument {key}={text!r}: expected {kind.__name__}") from error
+
+
+def _choices(key: str, known: Any) -> str:
+    return f"one of {', '.join(known)}{_nearest(key, known)}"
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,121 @@
+"""A trained run, loaded from its workdir: to evaluate it, and to ask it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from maskformer import data, evaluation, models
+from maskformer.models.partitioning import Rules
+from maskformer.training import recipes, sharding
+from maskformer.training.checkpoints import restore_params
+from maskformer.training.config import EvaluationConfig, ExperimentConfig, resolve
+from maskformer.training.loop import run_evaluation
+from maskformer.training.step import create_eval_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's config, tokenizer, model and parameters, on this machine's devices."""
+
+    experiment: ExperimentConfig
+    tokenizer: data.Tokenizer
+    model: models.Model
+    mesh: jax.sharding.Mesh
+    rules: Rules
+    params: Any
+    params_at: Any
+    step: int
+
+    def evaluate(self, split: str, objective: Mapping[str, Any] | None = None) -> dict[str, float]:
+        """Metrics over the whole of `split`, with fixed masks.
+
+        Args:
+          split: "train", "validation" or "test".
+          objective: changes to the objective beyond those of `evaluation.objective`, such as `{"rate": 0.4}`.
+        """
+        experiment = self.experiment
+        config: EvaluationConfig = experiment.evaluation
+        vocabulary = self.tokenizer.vocabulary
+        changes = {**config.objective, **(objective or {})}
+        baseline = evaluation.unigram_baseline(data.load_dataset(experiment.data, "train", self.tokenizer))
+        eval_step = jax.jit(
+            create_eval_step(
+                self.model,
+                experiment.create_objective(vocabulary, **changes),
+                seed=config.seed,
+                unigram=jax.numpy.asarray(baseline),
+                activations=(self.mesh, self.rules),
+            ),
+            in_shardings=(self.params_at, sharding.batch_sharding(self.mesh)),
+            out_shardings=sharding.replicated(self.mesh),
+        )
+        dataset = data.load_dataset(experiment.data, split, self.tokenizer)
+        return run_evaluation(eval_step, self.params, dataset, config, self.mesh)
+
+    def fill(self, text: str, top: int = 5) -> list[list[evaluation.Guess]]:
+        """Guesses for each [MASK] in `text`."""
+        config = self.experiment.data
+        tokens, _ = self.tokenizer.encode(text, start_token=config.start_token, end_token=config.end_token)
+        return evaluation.fill_masks(self.model, self.params, self.tokenizer, tokens, top)
+
+    def example_texts(self, count: int, seed: int = 0) -> list[str]:
+        """Passages of the test split with one whole word of each masked."""
+        dataset = data.load_dataset(self.experiment.data, "test", self.tokenizer)
+        generator = np.random.default_rng(seed)
+        texts = []
+        for row in generator.permutation(len(dataset))[:count]:
+            example = dataset.rows.read(np.array([row]))
+            tokens, words = np.array(example["tokens"][0]), np.flatnonzero(example["word_starts"][0])
+            # A word of one piece, with text on both sides, is a fair question.
+            whole = [w for w in words[4:24] if w + 1 in words and self.tokenizer.token(tokens[w]).isalpha()]
+            if not whole:
+                continue
+            place = int(generator.choice(whole))
+            tokens[place] = self.tokenizer.vocabulary.require("mask", "fill")
+            first, last = max(place - 16, 1), place + 12
+            text = self.tokenizer.decode([t for t in tokens[first:last] if not self._is_frame(t)], skip_special=False)
+            texts.append(text)
+        return texts
+
+    def _is_frame(self, token: int) -> bool:
+        vocabulary = self.tokenizer.vocabulary
+        return token in (vocabulary.cls, vocabulary.sep, vocabulary.pad)
+
+
+def load(workdir: str | os.PathLike[str], overrides: Sequence[str] = (), checkpoint: str = "best") -> Run:
+    """The run in `workdir`, its parameters sharded over this machine's devices.
+
+    Args:
+      workdir: folder of a run.
+      overrides: flags such as `--config.evaluation.seed=1`.
+      checkpoint: "best" or "latest".
+
+    Raises:
+      ValueError: no run there, or a bad override.
+      CheckpointError: no checkpoint yet.
+    """
+    path = pathlib.Path(workdir)
+    if not (path / "config.json").is_file():
+        raise ValueError(f"workdir={os.fspath(workdir)!r}: no config.json there; expected the folder of a run")
+    config = ml_collections.ConfigDict(json.loads((path / "config.json").read_text()))
+    experiment = resolve(recipes.override(config, overrides))
+    tokenizer = data.load_tokenizer(experiment.data)
+    model = models.create(experiment.create_encoder_config(tokenizer.vocabulary))
+    mesh = sharding.create_mesh(experiment.mesh)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    rules, _ = sharding.create_rules(mesh, model.config)
+    params_at = sharding.param_shardings(mesh, model.logical_axes(), rules)
+    abstract = jax.tree.map(
+        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where), shapes, params_at
+    )
+    params, step = restore_params(path, abstract, checkpoint)
+    return Run(experiment, tokenizer, model, mesh, rules, params, params_at, step)

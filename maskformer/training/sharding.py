@@ -1,0 +1,156 @@
+"""The device mesh and where each array lives on it.
+
+Parameters name their axes ("embed", "mlp", ...); one table of rules maps those names to mesh axes. Nothing here
+gathers an array to a host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from maskformer.models import EncoderConfig
+from maskformer.models.partitioning import Rules, partition_spec
+from maskformer.training.config import MeshConfig
+
+# Rows of a batch are split over both: fsdp shards parameters, and each shard still sees rows of its own.
+BATCH_AXES = ("data", "fsdp")
+
+# Logical axis -> mesh axis or axes; None is never split. Every name of `models.partitioning` is here.
+RULES: Rules = {
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "embed": "fsdp",
+    "embed_out": None,
+    "head_dim": None,
+    "norm": None,
+    "positions": None,
+    "token_types": None,
+    "layers": None,
+    "batch": BATCH_AXES,
+    "length": None,
+    "activation_embed": None,
+    "activation_heads": "tensor",
+    "activation_kv_heads": "tensor",
+    "activation_mlp": "tensor",
+    "activation_vocab": "tensor",
+}
+
+
+def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config` over `devices` (default: all devices of all processes).
+
+    Raises:
+      ValueError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = dataclasses.asdict(config)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if -1 in sizes.values():
+        if len(devices) % fixed:
+            raise ValueError(
+                f"mesh={sizes}: {len(devices)} devices do not divide into groups of {fixed}; "
+                "choose fixed axes whose product divides the number of devices"
+            )
+        sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
+    elif fixed != len(devices):
+        raise ValueError(f"mesh={sizes}: multiplies to {fixed} of {len(devices)} devices; set one axis to -1")
+    shape = tuple(sizes.values())
+    # On TPU and GPU the order of devices decides how far collectives travel; jax knows the wiring.
+    array = jax.experimental.mesh_utils.create_device_mesh(shape, devices) if len(devices) > 1 else np.array(devices)
+    return Mesh(array.reshape(shape), tuple(sizes))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows split over the data and fsdp axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def row_slice(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """This process's part of every batch as `(index, count)`: slice `index` of `count` equal slices of the rows.
+
+    Processes whose devices differ only along the tensor axis need the same rows, and then share an index.
+
+    Raises:
+      ValueError: the batch does not divide over the mesh, or this process's rows are not one equal slice.
+    """
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size % shards:
+        raise ValueError(
+            f"train.batch_size={batch_size}: does not divide over mesh data x fsdp = {shards} shards; "
+            f"use a multiple of {shards}"
+        )
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    rows = sorted({index[0].indices(batch_size)[:2] for index in places.values()})
+    start, stop = rows[0][0], rows[-1][1]
+    length = stop - start
+    if sum(high - low for low, high in rows) != length or batch_size % length or start % length:
+        raise ValueError(
+            f"mesh={dict(mesh.shape)}: process {jax.process_index()} would read the rows {rows}, which are not one "
+            "equal slice of the batch; give the data axis a multiple of the number of processes"
+        )
+    return start // length, batch_size // length
+
+
+def create_rules(mesh: Mesh, config: EncoderConfig) -> tuple[Rules, list[str]]:
+    """`RULES` as far as the model's sizes divide over the mesh, and a line for each rule that they do not."""
+    sizes = {
+        "vocab": config.padded_vocab_size,
+        "heads": config.heads,
+        "kv_heads": config.resolved_kv_heads,
+        "mlp": config.resolved_mlp_width,
+        "embed": config.width,
+    }
+    rules, dropped = dict(RULES), []
+    for name, size in sizes.items():
+        target = RULES[name]
+        if isinstance(target, str) and size % mesh.shape[target]:
+            rules[name] = None
+            if f"activation_{name}" in rules:
+                rules[f"activation_{name}"] = None
+            dropped.append(
+                f"{name}={size} does not divide over mesh.{target}={mesh.shape[target]}: every device along "
+                f"{target} holds all of it"
+            )
+    return rules, dropped
+
+
+def param_shardings(mesh: Mesh, logical_axes: Any, rules: Rules) -> Any:
+    """Sharding of each parameter, from the names of its axes."""
+    return jax.tree.map(
+        lambda axes: NamedSharding(mesh, partition_spec(axes, rules)),
+        logical_axes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def optimizer_shardings(
+    mesh: Mesh, optimizer: optax.GradientTransformation, state_shapes: Any, shapes: Any, shardings: Any
+) -> Any:
+    """Sharding of each array of the optimizer's state: a moment lies where its parameter does."""
+
+    def place(leaf: Any, shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
+        # Adafactor's factored moments have a shape of their own, and are small.
+        return sharding if leaf.shape == shape.shape else replicated(mesh)
+
+    return optax.tree_utils.tree_map_params(
+        optimizer, place, state_shapes, shapes, shardings, transform_non_params=lambda _: replicated(mesh)
+    )
+
+
+def to_global(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """Global arrays from this process's rows of a batch; each device receives only its own."""
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

@@ -1,0 +1,15 @@
+"""Eight simulated devices for every test, and an embedded-data cache that the whole session shares."""
+
+import os
+import pathlib
+import tempfile
+
+# Before anything imports jax: the number of devices is fixed when the backend starts.
+os.environ["JAX_PLATFORMS"] = "cpu"
+_flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in _flags:
+    os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()
+# The tests' own cache: a developer's is neither trusted nor changed. Kept between sessions, as it is keyed by content.
+os.environ.setdefault(
+    "MASKFORMER_CACHE", str(pathlib.Path(tempfile.gettempdir()) / f"maskformer-tests-{os.getuid()}")
+)

@@ -1,0 +1,91 @@
+import pytest
+
+from maskformer.training import distributed
+from maskformer.training.distributed import detect, slurm_local_devices
+
+EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "4", "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        SLURM | {"SLURM_NTASKS": "1"},
+        {name: SLURM[name] for name in ("SLURM_JOB_ID", "SLURM_NTASKS")},  # inside sbatch, outside srun
+        {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+        {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_MCA_orte_hnp_uri": "x"},
+        EXPLICIT | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"},
+        EXPLICIT | {"MASKFORMER_DISTRIBUTED": "off"},
+        SLURM | {"MASKFORMER_DISTRIBUTED": "off"},
+    ],
+)
+def test_a_process_on_its_own_is_left_alone(environ):
+    assert detect(environ) is None
+
+
+def test_explicit_variables_win_over_the_cluster_around_them():
+    assert detect(SLURM | EXPLICIT) == {
+        "coordinator_address": "10.0.0.1:8476", "num_processes": 4, "process_id": 3,
+        "cluster_detection_method": "deactivate",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [SLURM, {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "x"}, {"MASKFORMER_DISTRIBUTED": "on"}],
+)
+def test_a_detected_or_wished_for_cluster_is_left_to_jax(environ):
+    assert detect(environ) == {}
+
+
+def test_a_tpu_vm_is_detected_unless_another_platform_is_asked_for(monkeypatch):
+    monkeypatch.setattr(distributed, "_on_tpu_vm", lambda: True)
+    assert detect({}) == detect({"JAX_PLATFORMS": "tpu,cpu"}) == {}
+    assert detect({"JAX_PLATFORMS": "cpu"}) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"JAX_PROCESS_ID": None}, "set without JAX_PROCESS_ID: set all three"),
+        ({"JAX_PROCESS_ID": None, "JAX_NUM_PROCESSES": None}, "without JAX_NUM_PROCESSES and JAX_PROCESS_ID"),
+        ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1"}, "expected host:port"),
+        ({"JAX_PROCESS_ID": "4"}, "JAX_PROCESS_ID=4: expected 0 to 3"),
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two'.*whole numbers"),
+        ({"MASKFORMER_DISTRIBUTED": "yes"}, "MASKFORMER_DISTRIBUTED='yes': expected auto, on or off"),
+    ],
+)
+def test_contradicting_variables_are_named_with_the_fix(change, message):
+    environ = {key: value for key, value in (EXPLICIT | change).items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        detect(environ)
+
+
+@pytest.mark.parametrize(
+    ("visible", "on_node", "tasks", "node", "local", "expected"),
+    [
+        ("0,1", 2, "2", 0, 1, [1]),  # one each
+        ("0,1,2,3", 4, "1(x2)", 1, 0, [0, 1, 2, 3]),  # one task owns its node
+        ("0,1,2,3", 4, "1,2", 1, 1, [2, 3]),  # uneven nodes
+        ("0", 2, "2", 0, 1, [0]),  # bound by Slurm: the only one it sees is number 0
+        ("", 0, "2", 0, 1, None),  # no GPU
+    ],
+)
+def test_slurm_tasks_share_the_gpus_of_their_node(visible, on_node, tasks, node, local, expected):
+    environ = SLURM | {
+        "CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_ON_NODE": str(on_node), "SLURM_STEP_TASKS_PER_NODE": tasks,
+        "SLURM_NODEID": str(node), "SLURM_LOCALID": str(local),
+    }  # fmt: skip
+    assert slurm_local_devices(environ) == expected
+    assert detect(environ) == ({} if expected is None else {"local_device_ids": expected})
+    assert slurm_local_devices(environ | {"JAX_LOCAL_DEVICE_IDS": "0"}) is None
+
+
+def test_gpus_that_do_not_divide_are_refused():
+    environ = SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2", "SLURM_GPUS_ON_NODE": "3"}
+    with pytest.raises(ValueError, match="2 Slurm tasks cannot share 3 GPUs of a node evenly"):
+        slurm_local_devices(environ)

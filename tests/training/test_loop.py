@@ -1,0 +1,256 @@
+"""Whole runs: equal on other devices and after interruption, clean on the step path, loud when something is wrong."""
+
+import dataclasses
+import json
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from maskformer.training import NonFiniteError, Preempted, loop, train_and_evaluate
+from maskformer.training.checkpoints import checkpoint_steps
+from tests.training.tiny import metric_lines, tiny_config
+
+# One run's sums on another layout differ by the order of additions only.
+CLOSE = dict(rtol=2e-4, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def reference(corpus, tmp_path_factory):
+    """An uninterrupted run on one device."""
+    from maskformer.training import sharding
+
+    workdir = tmp_path_factory.mktemp("reference")
+    with pytest.MonkeyPatch.context() as patch:
+        create = sharding.create_mesh
+        patch.setattr(sharding, "create_mesh", lambda config: create(config, jax.devices()[:1]))
+        results = train_and_evaluate(tiny_config(corpus), workdir)
+    return workdir, results
+
+
+def numbers(lines, *names):
+    return np.array([[line[name] for name in names] for line in lines if names[0] in line])
+
+
+def test_a_run_learns_and_leaves_its_records(reference):
+    workdir, results = reference
+    lines = metric_lines(workdir)
+    losses = numbers(lines, "train/loss")[:, 0]
+    assert losses[-1] < losses[0]
+    assert [line["step"] for line in lines if "train/loss" in line] == [3, 6, 9, 12]
+    assert [line["step"] for line in lines if "validation/loss" in line] == [6, 12]
+    assert json.loads((workdir / "config.json").read_text())["objective"]["rate"] == 0.2
+    assert results["loss"] == lines[-1]["validation/loss"]
+    assert 0 < lines[-2]["train/tokens_predicted"] < lines[-2]["train/tokens_seen"]
+
+
+@pytest.mark.parametrize("kill_at", [5, 10])
+def test_a_run_cut_off_without_warning_resumes_to_the_same_bits(
+    reference, corpus, devices, tmp_path, monkeypatch, kill_at
+):
+    """The process dies in the middle: what a kill -9 leaves behind is what had been committed by then."""
+
+    class Killed(BaseException):
+        pass
+
+    to_global, calls = loop.sharding.to_global, []
+
+    def dying(batch, where):
+        calls.append(1)
+        if len(calls) > kill_at + 2:  # evaluation batches count too
+            raise Killed
+        return to_global(batch, where)
+
+    monkeypatch.setattr(loop.sharding, "to_global", dying)
+    with pytest.raises(Killed):
+        train_and_evaluate(tiny_config(corpus), tmp_path)
+    monkeypatch.setattr(loop.sharding, "to_global", to_global)
+    train_and_evaluate(tiny_config(corpus), tmp_path)
+    assert metric_lines(tmp_path) == metric_lines(reference[0])
+
+
+@pytest.mark.parametrize("mesh", [dict(data=8), dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=8)])
+def test_eight_devices_give_the_losses_of_one(reference, corpus, devices, tmp_path, mesh):
+    devices(8)
+    overrides = {f"mesh__{axis}": size for axis, size in mesh.items()}
+    train_and_evaluate(tiny_config(corpus, **overrides), tmp_path)
+    names = ("train/loss", "train/grad_norm")
+    np.testing.assert_allclose(
+        numbers(metric_lines(tmp_path), *names), numbers(metric_lines(reference[0]), *names), **CLOSE
+    )
+
+
+def test_accumulated_parts_give_the_update_of_the_whole_batch_under_uneven_masking(corpus, devices, tmp_path):
+    still = dict(model__hidden_dropout=0.0, model__attention_dropout=0.0, train__steps=4, evaluation__every=0)
+    for parts in (1, 4):
+        train_and_evaluate(
+            tiny_config(corpus, train__accumulation_steps=parts, **still), tmp_path / str(parts)
+        )
+    names = ("train/loss", "train/grad_norm", "train/tokens_predicted")
+    np.testing.assert_allclose(
+        numbers(metric_lines(tmp_path / "4"), *names), numbers(metric_lines(tmp_path / "1"), *names), rtol=1e-5
+    )
+
+
+def test_a_checkpoint_of_eight_devices_resumes_on_one(reference, corpus, devices, tmp_path):
+    devices(8)
+    config = tiny_config(corpus, mesh__data=2, mesh__fsdp=4, train__steps=8, optimizer__schedule="constant")
+    train_and_evaluate(config, tmp_path / "moved")
+    devices(1)
+    config = tiny_config(corpus, train__steps=12, optimizer__schedule="constant")
+    train_and_evaluate(config, tmp_path / "moved")
+    train_and_evaluate(config, tmp_path / "straight")
+    moved, straight = (
+        [line for line in metric_lines(tmp_path / name) if line["step"] in (9, 12)] for name in ("moved", "straight")
+    )
+    np.testing.assert_allclose(numbers(moved, "train/loss"), numbers(straight, "train/loss"), **CLOSE)
+
+
+def test_sigterm_saves_at_the_step_boundary_and_the_same_command_goes_on(
+    reference, corpus, devices, tmp_path, monkeypatch
+):
+    to_global, calls = loop.sharding.to_global, []
+
+    def interrupting(batch, where):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return to_global(batch, where)
+
+    monkeypatch.setattr(loop.sharding, "to_global", interrupting)
+    with pytest.raises(Preempted) as stop:
+        train_and_evaluate(tiny_config(corpus), tmp_path)
+    assert stop.value.step == 3 and checkpoint_steps(tmp_path / "checkpoints") == [3]
+    train_and_evaluate(tiny_config(corpus), tmp_path)
+    assert metric_lines(tmp_path) == metric_lines(reference[0])
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(reference):
+    assert checkpoint_steps(reference[0] / "checkpoints") == [8, 12]
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(
+    reference, corpus, devices, tmp_path, caplog
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(reference[0], workdir)
+    newest = workdir / "checkpoints" / "12" / "state"
+    for file in newest.rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    train_and_evaluate(tiny_config(corpus), workdir)
+    assert "checkpoint of step 12" in caplog.text and "damaged" in caplog.text
+    assert (workdir / "damaged-12").is_dir()
+    assert metric_lines(workdir) == metric_lines(reference[0])
+
+
+def test_another_models_checkpoint_is_refused_by_name_and_nothing_is_set_aside(reference, corpus, devices, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(reference[0], workdir)
+    with pytest.raises(RuntimeError, match="has shape .* and the config asks for"):
+        train_and_evaluate(tiny_config(corpus, model__width=64), workdir)
+    assert checkpoint_steps(workdir / "checkpoints") == [8, 12]
+
+
+def test_a_complete_run_says_its_result_again_and_adds_nothing(reference, corpus, devices, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(reference[0], workdir)
+    again = train_and_evaluate(tiny_config(corpus), workdir)
+    assert again == reference[1]
+    assert metric_lines(workdir) == metric_lines(reference[0])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(corpus, devices, tmp_path):
+    config = tiny_config(
+        corpus, optimizer__name="sgd", optimizer__learning_rate=1e30, optimizer__clip_norm=1e30, evaluation__every=0
+    )
+    with pytest.raises(NonFiniteError, match=r"train/(loss|grad_norm) is NaN or infinite at step \d+; the last good"):
+        train_and_evaluate(config, tmp_path)
+    assert checkpoint_steps(tmp_path / "checkpoints") == []
+
+
+def test_training_stops_early_when_the_metric_does_not_improve_and_stays_stopped(corpus, devices, tmp_path):
+    config = tiny_config(
+        corpus, evaluation__every=2, evaluation__patience=2, evaluation__min_improvement=100.0, checkpoint__every=0
+    )
+    train_and_evaluate(config, tmp_path)
+    assert checkpoint_steps(tmp_path / "checkpoints") == [6]
+    before = metric_lines(tmp_path)
+    train_and_evaluate(config, tmp_path)
+    assert metric_lines(tmp_path) == before
+
+
+def test_init_from_takes_the_parameters_and_resume_takes_everything(reference, corpus, devices, tmp_path):
+    constant = dict(optimizer__schedule="constant", train__log_every=1)
+    fresh = tiny_config(corpus, train__init_from=str(reference[0]), **constant)
+    train_and_evaluate(fresh, tmp_path / "fresh")
+    first = metric_lines(tmp_path / "fresh")[0]
+    assert first["step"] == 1 and first["train/loss"] < metric_lines(reference[0])[0]["train/loss"]
+    further = tiny_config(corpus, train__resume=str(reference[0]), train__steps=14, **constant)
+    train_and_evaluate(further, tmp_path / "further")
+    assert metric_lines(tmp_path / "further")[0]["step"] == 13
+
+
+def test_the_moving_average_is_evaluated_and_survives_a_restart(corpus, devices, tmp_path):
+    averaged = dict(optimizer__ema_decay=0.9, optimizer__schedule="constant")
+    train_and_evaluate(tiny_config(corpus, train__steps=8, **averaged), tmp_path / "a")
+    train_and_evaluate(tiny_config(corpus, **averaged), tmp_path / "a")
+    train_and_evaluate(tiny_config(corpus, **averaged), tmp_path / "b")
+    last = [line for line in metric_lines(tmp_path / "a") if line["step"] == 12]
+    assert last == [line for line in metric_lines(tmp_path / "b") if line["step"] == 12]
+
+
+def test_one_run_compiles_its_step_once(corpus, devices, tmp_path, monkeypatch):
+    steps = []
+    jit = jax.jit
+
+    def recording(function, **options):
+        compiled = jit(function, **options)
+        if getattr(function, "__name__", "") == "train_step":
+            steps.append(compiled)
+        return compiled
+
+    monkeypatch.setattr(loop.jax, "jit", recording)
+    train_and_evaluate(tiny_config(corpus), tmp_path)
+    assert [step._cache_size() for step in steps] == [1]
+
+
+def test_nothing_is_read_back_from_the_device_between_log_lines(corpus, devices, tmp_path, monkeypatch):
+    """Every read of a value goes through an array's `_value`; between log lines there is none."""
+    reads, steps = [], []
+    array_type = type(jax.numpy.zeros(1))
+    value = array_type._value
+
+    def counting(self):
+        reads.append(len(steps))
+        return value.fget(self)
+
+    to_global = loop.sharding.to_global
+    monkeypatch.setattr(loop.sharding, "to_global", lambda *args: (steps.append(1), to_global(*args))[1])
+    monkeypatch.setattr(array_type, "_value", property(counting))
+    with jax.transfer_guard_device_to_host("log"):
+        train_and_evaluate(
+            tiny_config(corpus, train__log_every=6, evaluation__every=0, checkpoint__every=0), tmp_path
+        )
+    during = {read for read in reads if 0 < read < 12}
+    # The window of step 6 is read when it is ready, at step 7 or later; no other step is waited for.
+    assert reads and all(read > 6 for read in during)
+
+
+def test_bad_workdirs_and_batches_are_one_line_errors(corpus, devices, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ValueError, match="cannot be written to"):
+        train_and_evaluate(tiny_config(corpus), blocked / "run")
+    devices(8)
+    with pytest.raises(ValueError, match="batch_size=12: does not divide over mesh data x fsdp = 8"):
+        train_and_evaluate(tiny_config(corpus, train__batch_size=12, mesh__data=8), tmp_path)
+
+
+def test_the_record_survives_json():
+    from maskformer.training.checkpoints import RunRecord
+
+    record = RunRecord(next_example=7, best=0.5)
+    assert RunRecord(**json.loads(json.dumps(dataclasses.asdict(record)))) == record
