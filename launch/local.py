@@ -102,7 +102,7 @@ class _Group:
     def wait(self, grace: float) -> int:
         """Waits for all and returns the code of the first failure, or 0."""
         first, deadline = 0, None
-        while any(child.poll() is None for child in self.children):
+        while None in [child.poll() for child in self.children]:
             failed = next((c.returncode for c in self.children if c.returncode), 0)
             if failed and not first:
                 first = failed

@@ -1,0 +1,213 @@
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from launch import slurm
+
+TRAIN = ["maskformer", "train", "--config=configs/bert.py:tiny", "--workdir=runs/x"]
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def arguments_seen_by_srun(script, tmp_path, task="3"):
+    """Runs the file under bash with an `srun` that records its arguments, as the shell hands them over."""
+    fake = tmp_path / "srun"
+    fake.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/seen\n')
+    fake.chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": task}
+    subprocess.run(["bash"], input=script, text=True, env=environ, check=True)
+    return (tmp_path / "seen").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    "word", ["a b", "it's", '"$HOME"', "`id`", "a;b", "--config.model.mask=causal & (window(4) | sinks(2))", "*", "\\"]
+)
+def test_every_argument_reaches_the_program_as_it_was_written(word, tmp_path):
+    seen = arguments_seen_by_srun(slurm.render(["program", word], bin_dir=str(tmp_path)), tmp_path)
+    assert seen[-2:] == ["program", word]
+
+
+def test_an_array_adds_the_sweep_index_to_the_command(tmp_path):
+    seen = arguments_seen_by_srun(slurm.render(TRAIN, array="0-7", bin_dir=str(tmp_path)), tmp_path)
+    assert seen[-5:] == [*TRAIN, "--sweep-index=3"]
+
+
+def test_a_command_may_place_the_index_itself(tmp_path):
+    command = ["python", "train it.py", "--seed={index}", "--out=a 'b' {index}/{index}"]
+    seen = arguments_seen_by_srun(slurm.render(command, array="0-7", bin_dir=str(tmp_path)), tmp_path)
+    assert seen[-4:] == ["python", "train it.py", "--seed=3", "--out=a 'b' 3/3"]
+
+
+def test_every_field_reaches_its_sbatch_option():
+    script = slurm.render(
+        TRAIN, name="bert", nodes=2, tasks_per_node=4, time="8:00:00", cpus_per_task=8, gpus_per_node=4,
+        partition="gpu", array="0-7%2", signal_lead=300, max_requeues=5, logs="logs", setup=["module load cuda"],
+        extra=["--account=lab", "--comment=a b"],
+    )  # fmt: skip
+    options = {line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")}
+    assert options == {
+        "--job-name=bert", "--nodes=2", "--ntasks-per-node=4", "--time=8:00:00", "--cpus-per-task=8",
+        "--gpus-per-node=4", "--partition=gpu", "--array=0-7%2", "--signal=TERM@300", "--requeue",
+        "--open-mode=append", "--output=logs/bert-%A_%a.log", "--account=lab", "--comment=a b",
+    }  # fmt: skip
+    lines = script.splitlines()
+    assert lines.index("module load cuda") < next(i for i, line in enumerate(lines) if line.startswith("srun"))
+    assert "--cpus-per-task=8 \\" in next(line for line in lines if line.startswith("srun"))
+    assert '-lt 5 ]; then' in script
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"time": "8h"}, "--time '8h': expected minutes, H:M:S"),
+        ({"time": "1", "signal_lead": 60}, "--signal-lead 60: expected 1 to 59 s, inside --time 1"),
+        ({"array": "0..7"}, "--array '0..7': expected for example 0-7"),
+        ({"nodes": 0}, "--nodes 0: expected at least 1"),
+        ({"name": "a\n#SBATCH --uid=0"}, "--name"),
+        ({"logs": "my logs"}, "--logs 'my logs'"),
+        ({"extra": ["account=x"]}, "--sbatch-extra 'account=x': expected --option=value"),
+        ({"extra": ["--a=x\nrm"]}, "--sbatch-extra"),
+        ({"command": []}, "the command is empty"),
+        ({"command": ["run", "{index}"]}, "{index} needs --array"),
+    ],
+)
+def test_what_slurm_would_misread_is_refused_by_name(change, message):
+    with pytest.raises(ValueError) as error:
+        slurm.render(**({"command": TRAIN} | change))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("10", 600), ("1:30", 90), ("2:00:00", 7200), ("1-0", 86400), ("1-2:30", 95400), ("1-0:0:5", 86405)],
+)
+def test_every_time_format_of_slurm_is_read(text, expected):
+    assert slurm.seconds(text) == expected
+
+
+def test_the_command_line_prints_or_writes_the_same_file(tmp_path, capsys):
+    flags = ["--time", "30", "--array", "0-1", "--sbatch-extra=--account=x", "--", *TRAIN]
+    assert slurm.main(flags) == 0
+    printed = capsys.readouterr().out
+    assert slurm.main(["--output", str(tmp_path / "job.sh"), *flags]) == 0
+    assert (tmp_path / "job.sh").read_text() == printed == slurm.render(
+        TRAIN, time="30", array="0-1", extra=["--account=x"]
+    )
+
+
+def test_an_error_is_one_line_and_code_2(capsys):
+    assert slurm.main(["--time", "soon", "--", "true"]) == 2
+    assert capsys.readouterr().err.startswith("error: --time 'soon'")
+
+
+# From here on against a real Slurm of one node; skipped where none can be started.
+
+
+@pytest.fixture
+def submit(slurm_cluster, tmp_path, monkeypatch):
+    """Submits Python source with `launch.slurm`, waits for its end, returns the job and the logs by name."""
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, slurm_cluster.environment[name])
+    monkeypatch.chdir(tmp_path)
+
+    def run(source, arguments=(), before_the_end=lambda job: None, timeout=120, **options):
+        (tmp_path / "script.py").write_text(source)
+        options = {"time": "5", "logs": str(tmp_path / "logs")} | options
+        script = slurm.render([sys.executable, str(tmp_path / "script.py"), *arguments], **options)
+        job = slurm.submit(script, options["logs"])
+        before_the_end(job)
+        slurm_cluster.wait(job, timeout)
+        return job, {path.stem: path.read_text() for path in (tmp_path / "logs").iterdir()}
+
+    return run
+
+
+@pytest.mark.multiprocess
+def test_slurm_tasks_join_one_jax_job_without_arguments(submit):
+    source = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from maskformer.training import distributed
+assert distributed.initialize()
+import jax, numpy as np
+from jax.experimental import multihost_utils
+everyone = multihost_utils.process_allgather(np.array([jax.process_index() + 1]))
+print("joined", jax.process_index(), jax.process_count(), int(everyone.sum()), flush=True)
+"""
+    job, logs = submit(source, tasks_per_node=2, setup=["export JAX_PLATFORMS=cpu"])
+    lines = logs[f"maskformer-{job}"].splitlines()
+    assert sorted(line for line in lines if "joined" in line) == ["0: joined 0 2 3", "1: joined 1 2 3"], lines
+
+
+def test_slurm_runs_each_index_of_an_array(submit):
+    job, logs = submit("import sys; print(sys.argv[1:])", array="2-4")
+    assert logs == {f"maskformer-{job}_{i}": f"0: ['--sweep-index={i}']\n" for i in (2, 3, 4)}
+
+
+# Runs until SIGTERM, then ends with 75; the second time it just ends.
+PREEMPTED_ONCE = """
+import os, signal, sys, time
+def stop(number, frame):
+    print("saved", flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+again = os.environ.get("SLURM_RESTART_COUNT")
+print("resumed" if again else "started", flush=True)
+if again is None:
+    open(f"ready-{os.environ.get('SLURM_ARRAY_TASK_ID', '')}-{os.environ['SLURM_PROCID']}", "w").close()
+    time.sleep(600)
+"""
+EVENTS = [f"{task}: {event}" for event in ("resumed", "saved", "started") for task in (0, 1)]
+
+
+def events(log):
+    """The one-word lines that the tasks printed, with the task's label; what Slurm itself says is longer."""
+    lines = [line for line in log.splitlines() if line[:3] in ("0: ", "1: ") and " " not in line[3:]]
+    return sorted(lines, key=lambda line: line[3:] + line)
+
+
+def test_slurm_requeues_a_job_that_saved_on_sigterm(submit, slurm_cluster, tmp_path):
+    def terminate(job):
+        slurm_cluster.until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "the tasks did not start")
+        slurm_cluster.call("scancel", "--signal=TERM", job)
+
+    job, logs = submit(PREEMPTED_ONCE, tasks_per_node=2, before_the_end=terminate)
+    assert events(logs[f"maskformer-{job}"]) == EVENTS
+    assert slurm_cluster.field(job, "Restarts") == "1"
+    assert slurm_cluster.field(job, "JobState") == "COMPLETED"
+
+
+def test_slurm_requeues_only_the_array_task_that_asked(submit, slurm_cluster, tmp_path):
+    def terminate(job):
+        slurm_cluster.until(lambda: len(list(tmp_path.glob("ready-*"))) == 1, "the task did not start")
+        slurm_cluster.call("scancel", "--signal=TERM", f"{job}_1")
+
+    # Task 0 ends at once; task 1 has the number of the whole array as its SLURM_JOB_ID.
+    first = "import os\nif os.environ['SLURM_ARRAY_TASK_ID'] == '0': print('once'); raise SystemExit\n"
+    source = first + PREEMPTED_ONCE
+    job, logs = submit(source, array="0-1", arguments=["{index}"], before_the_end=terminate)
+    assert logs[f"maskformer-{job}_0"] == "0: once\n"
+    assert events(logs[f"maskformer-{job}_1"]) == ["0: resumed", "0: saved", "0: started"]
+
+
+def test_slurm_gives_up_after_the_last_requeue(submit, slurm_cluster):
+    job, logs = submit("print('try', flush=True); raise SystemExit(75)", max_requeues=1)
+    assert logs[f"maskformer-{job}"].count("0: try") == 2
+    assert (slurm_cluster.field(job, "JobState"), slurm_cluster.field(job, "ExitCode")) == ("FAILED", "75:0")
+
+
+def test_slurm_does_not_requeue_a_cancelled_job(submit, slurm_cluster, tmp_path):
+    def cancel(job):
+        slurm_cluster.until(lambda: len(list(tmp_path.glob("ready-*"))) == 1, "the task did not start")
+        slurm_cluster.call("scancel", job)
+
+    job, logs = submit(PREEMPTED_ONCE, before_the_end=cancel)
+    assert events(logs[f"maskformer-{job}"]) == ["0: saved", "0: started"]
+    assert slurm_cluster.field(job, "JobState") == "CANCELLED"
+
+
+@pytest.mark.slow
+def test_slurm_signals_ahead_of_the_time_limit(submit, slurm_cluster):
+    job, logs = submit(PREEMPTED_ONCE, tasks_per_node=2, time="1", signal_lead=50)
+    assert events(logs[f"maskformer-{job}"]) == EVENTS
+    assert slurm_cluster.field(job, "JobState") == "COMPLETED"
