@@ -40,3 +40,13 @@ def cross_entropy(
         uniform = normalizer - jnp.mean(logits, axis=-1)
         losses = (1.0 - label_smoothing) * losses + label_smoothing * uniform
     return jnp.sum(losses * weights), jnp.sum(weights)
+
+
+def suppress(logits: jax.Array, token: int) -> jax.Array:
+    """`logits` `[..., vocabulary]` with one token ruled out.
+
+    The most negative finite value gives it exactly zero probability and zero gradient; minus infinity would too, but
+    turns a target of weight 0 into inf * 0.
+    """
+    lowest = jnp.finfo(logits.dtype).min
+    return jnp.where(jnp.arange(logits.shape[-1]) == token, lowest, logits)
