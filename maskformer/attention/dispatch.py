@@ -11,10 +11,11 @@ import types
 
 import jax
 
-from maskformer.attention import reference
+from maskformer.attention import blockwise, reference
 from maskformer.attention.arguments import Call
 
 BACKENDS: dict[str, types.ModuleType] = {
+    "blockwise": blockwise,
     "reference": reference,
 }
 

@@ -1,0 +1,108 @@
+"""Block-sparse attention in plain JAX: work and memory follow the tiles that the mask leaves, in both passes.
+
+The forward pass is FlashAttention's online softmax (Dao et al. 2022, arXiv:2205.14135) over the tiles that the
+BlockMap lists: full tiles skip the mask, partial ones evaluate it, the others are never touched. The backward pass
+recomputes the logits of the same tiles once and accumulates dQ in place, so it does five products per tile where
+separate dQ and dK/dV passes do seven. Nothing of size ``q_len * kv_len`` exists unless the caller's bias is that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maskformer import masks
+from maskformer.attention import blocks
+from maskformer.attention.arguments import Call
+from maskformer.attention.blockwise_tiles import Fixed, Inputs, Options, Residuals, backward, forward
+
+
+def refuses(call: Call) -> str | None:
+    """Only what a block map cannot describe."""
+    return blocks.refuses(call)
+
+
+def attend(call: Call) -> tuple[jax.Array, jax.Array]:
+    """Output [batch, q_len, heads, value_dim] and logsumexp, float32 [batch, q_len, heads]."""
+    mask = masks.everything() if call.mask is None else call.mask
+    block_map = mask.block_map(call.q_len, call.kv_len, blocks.choose(call), q_offset=call.q_offset)
+    return attend_blocks(call, mask, block_map, q_offset=call.q_offset, kv_offset=0)
+
+
+def attend_blocks(call: Call, mask: masks.Mask, block_map: masks.BlockMap, *, q_offset: Any, kv_offset: Any):
+    """`attend` over a given block map, with positions counted from the two offsets (ints, or traced).
+
+    Context parallelism calls this with the offsets of a device's shard.
+    """
+    key, value = call.key, call.value
+    if block_map.shape[1] > 1 and call.groups > 1:
+        # Heads with tile lists of their own share no tiles: each gets its key head.
+        key, value = (jnp.repeat(x, call.groups, axis=2) for x in (key, value))
+    inputs = Inputs(
+        query=call.query,
+        key=key,
+        value=value,
+        bias=call.bias,
+        captured=call.score_mod.captured if call.score_mod else (),
+        sinks=call.sinks,
+        scale=jnp.asarray(call.scale, jnp.float32),
+    )
+    fixed = Fixed(
+        mask=mask,
+        block_map=block_map,
+        seed=call.seed,
+        q_offset=jnp.asarray(q_offset, jnp.int32),
+        kv_offset=jnp.asarray(kv_offset, jnp.int32),
+    )
+    options = Options(
+        score_mod=call.score_mod and dataclasses.replace(call.score_mod, captured=()),
+        soft_cap=call.logits_soft_cap,
+        dropout_rate=call.dropout_rate,
+    )
+    return _attend(options, inputs, fixed)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(options: Options, inputs: Inputs, fixed: Fixed):
+    return forward(options, inputs, fixed)
+
+
+def _attend_forward(options, inputs, fixed):
+    # With symbolic zeros every leaf says whether anybody wants its gradient: a constant bias costs none.
+    wanted = jax.tree.map(lambda leaf: leaf.perturbed, inputs)
+    inputs, fixed = jax.tree.map(lambda leaf: leaf.value, (inputs, fixed))
+    output, residual = forward(options, inputs, fixed)
+    return (output, residual), Residuals(inputs, fixed, output, residual, _Static.of(wanted))
+
+
+def _attend_backward(options, residuals, cotangents):
+    d_output, d_residual = (
+        None if isinstance(c, jax.custom_derivatives.SymbolicZero) else c for c in cotangents
+    )
+    if d_output is None:
+        d_output = jnp.zeros_like(residuals.output)
+    return backward(options, residuals, d_output, d_residual, residuals.wanted.tree()), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """A pytree of Python values that rides along as structure."""
+
+    leaves: tuple
+    structure: Any
+
+    @classmethod
+    def of(cls, tree):
+        leaves, structure = jax.tree.flatten(tree)
+        return cls(tuple(leaves), structure)
+
+    def tree(self):
+        return jax.tree.unflatten(self.structure, self.leaves)
