@@ -1,19 +1,122 @@
-"""Who may attend to whom: predicates, their algebra, block maps and pictures."""
+"""Who may attend to whom: predicates, their algebra, block maps and pictures.
+
+>>> from maskformer import masks
+>>> mask = masks.causal() & (masks.sliding_window(2) | masks.sinks(1))
+>>> mask
+causal & (sliding_window(2) | sinks(1))
+>>> mask == masks.parse("causal & (window(2) | sinks(1))")
+True
+"""
 
 from maskformer.masks.arbitrary import Dense, Predicate, dense, predicate
 from maskformer.masks.block_map import BlockMap, TileLists, block_map
-from maskformer.masks.expression import And, Choice, Mask, Not, Or, PerHead, Shift, per_head, shift
-from maskformer.masks.parse import MaskSyntaxError, parse
+from maskformer.masks.composites import Choice, PerHead, Shift, per_head, shift
+from maskformer.masks.expression import And, Mask, Not, Or
+from maskformer.masks.graphs import Graph, Tree, bigbird, graph, longformer, random_blocks, tree
+from maskformer.masks.grids import Neighborhood, Tiles, neighborhood, tiles
+from maskformer.masks.parse import MaskSyntaxError, Unbound, parse
 from maskformer.masks.positions import (
+    BlockDiffusion,
     Causal,
+    Chunked,
+    DilatedWindow,
     Everything,
     Nothing,
+    Sinks,
     SlidingWindow,
+    Strided,
+    block_diffusion,
     causal,
+    chunked,
+    dilated_window,
     everything,
     nothing,
+    sinks,
     sliding_window,
+    strided,
 )
-from maskformer.masks.sequences import KeyPadding, Segments, key_padding, segments
+from maskformer.masks.sequences import (
+    BlockDiagonal,
+    GlobalTokens,
+    KeyPadding,
+    Prefix,
+    QueryPadding,
+    Segments,
+    SharedPrefix,
+    ToLastImage,
+    block_diagonal,
+    global_tokens,
+    key_padding,
+    prefix,
+    query_padding,
+    segments,
+    shared_prefix,
+    to_last_image,
+)
 
-__all__ = [name for name in dir() if not name.startswith("_")]
+__all__ = [
+    "And",
+    "BlockDiagonal",
+    "BlockDiffusion",
+    "BlockMap",
+    "Causal",
+    "Choice",
+    "Chunked",
+    "Dense",
+    "DilatedWindow",
+    "Everything",
+    "GlobalTokens",
+    "Graph",
+    "KeyPadding",
+    "Mask",
+    "MaskSyntaxError",
+    "Neighborhood",
+    "Not",
+    "Nothing",
+    "Or",
+    "PerHead",
+    "Predicate",
+    "Prefix",
+    "QueryPadding",
+    "Segments",
+    "SharedPrefix",
+    "Shift",
+    "Sinks",
+    "SlidingWindow",
+    "Strided",
+    "TileLists",
+    "Tiles",
+    "ToLastImage",
+    "Tree",
+    "Unbound",
+    "bigbird",
+    "block_diagonal",
+    "block_diffusion",
+    "block_map",
+    "causal",
+    "chunked",
+    "dense",
+    "dilated_window",
+    "everything",
+    "global_tokens",
+    "graph",
+    "key_padding",
+    "longformer",
+    "neighborhood",
+    "nothing",
+    "parse",
+    "per_head",
+    "predicate",
+    "prefix",
+    "query_padding",
+    "random_blocks",
+    "segments",
+    "shared_prefix",
+    "shift",
+    "sinks",
+    "sliding_window",
+    "strided",
+    "tiles",
+    "to_last_image",
+    "tree",
+]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskformer.masks.checks import array as check_array
 from maskformer.masks.expression import Mask, leaf, take
 from maskformer.masks.registry import builder
 
@@ -17,6 +18,15 @@ class Dense(Mask):
     """``array[q, k]``."""
 
     array: Any
+
+    def check_lengths(self, q_len: int, kv_len: int, q_offset: Any = 0) -> None:
+        rows, columns = np.shape(self.array)[-2:]
+        needed = q_offset + q_len if isinstance(q_offset, (int, np.integer)) else 0
+        if rows < needed or columns < kv_len:
+            raise ValueError(
+                f"dense: array is {rows} x {columns}, but there are {q_len} queries from position {q_offset} on "
+                f"and {kv_len} keys"
+            )
 
     def attend(self, q: Any, k: Any) -> Any:
         return take(self.array, (q, k)) != 0
@@ -50,16 +60,61 @@ class Predicate(Mask):
 
     def attend(self, q: Any, k: Any) -> Any:
         # The function is written for one query and one key; broadcasting is ours to do.
-        return jnp.vectorize(lambda q, k: self.fn(q, k, *self.captured))(q, k)
+        arrays = [jnp.asarray(array) for array in self.captured]
+        return jnp.vectorize(lambda q, k: self.fn(q, k, *arrays))(q, k)
 
 
 @builder(array="array")
 def dense(array: Any) -> Mask:
-    """A mask given as its matrix: bool ``[q_len, kv_len]``, ``[batch, ...]`` or ``[batch, heads, ...]`` in front."""
-    return Dense(array)
+    """A mask given as its matrix, for what no other builder says.
+
+    Args:
+      array: bool ``[q_len, kv_len]``, ``[batch, q_len, kv_len]`` or ``[batch, heads, q_len, kv_len]``; True (or any
+        number but 0) attends. The matrix is all the memory it costs; tiles are still skipped.
+
+    >>> import numpy as np
+    >>> from maskformer import masks
+    >>> print(masks.dense(np.array([[1, 0, 1], [0, 1, 0]])).to_string(2, 3))
+    █ · █
+    · █ ·
+    """
+    return Dense(check_array("dense", "array", array, 2, "bool"))
 
 
 @builder(fn="fn")
 def predicate(fn: Callable[..., Any], *arrays: Any, batch_dims: int = 0) -> Mask:
-    """Any elementwise function ``fn(q, k, *arrays) -> bool`` of positions and captured arrays."""
-    return Predicate(fn, arrays, tuple(np.ndim(array) - batch_dims for array in arrays))
+    """Any function of one query position and one key position: FlexAttention's ``mask_mod``.
+
+    ``fn(q, k, *arrays) -> bool`` is written for a single query and key, scalars. It is traced once; give arrays as
+    arguments rather than closing over them, so that new values do not compile again, and define ``fn`` once
+    rather than a fresh lambda in each step.
+
+    Args:
+      fn: the function. Its tiles are classified by interval analysis; ``block_map(...).widened`` names the
+        operations that the analysis knows nothing about, whose tiles are all visited.
+      *arrays: what ``fn`` reads.
+      batch_dims: 0 if all arrays are shared; 1 if each has ``[batch]`` in front, 2 for ``[batch, heads]`` (size 1
+        broadcasts). ``fn`` sees them without.
+
+    >>> import numpy as np
+    >>> from maskformer import masks
+    >>> print(masks.predicate(lambda q, k: (k - q) % 3 == 0).to_string(4, 4))
+    █ · · █
+    · █ · ·
+    · · █ ·
+    █ · · █
+    >>> kind = np.array([0, 1, 1, 0])
+    >>> print(masks.predicate(lambda q, k, kind: kind[q] >= kind[k], kind).to_string(4, 4))
+    █ · · █
+    █ █ █ █
+    █ █ █ █
+    █ · · █
+    """
+    if not callable(fn):
+        raise TypeError(f"predicate takes a function of (q, k, *arrays); got {type(fn).__name__}")
+    if batch_dims not in (0, 1, 2):
+        raise ValueError(f"predicate: batch_dims={batch_dims!r}, expected 0, 1 or 2")
+    ranks = tuple(np.ndim(array) - batch_dims for array in arrays)
+    if min(ranks, default=0) < 0:
+        raise ValueError(f"predicate: an array has fewer dimensions than batch_dims={batch_dims}")
+    return Predicate(fn, arrays, ranks)

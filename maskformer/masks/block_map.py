@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskformer.masks.expression import Mask, PerHead, Shift
+from maskformer.masks.composites import PerHead, Shift
+from maskformer.masks.expression import Mask
 from maskformer.masks.intervals import BOTH, Analysis
 from maskformer.masks.tiles import Found, Programs, bounds, search, tile_set
 

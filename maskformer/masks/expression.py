@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskformer.masks.registry import BUILDERS, KEYWORD_ONLY, builder, builder_name
+from maskformer.masks.registry import BUILDERS, builder_name
 
 
 class Mask:
@@ -28,6 +28,9 @@ class Mask:
 
     ranks: ClassVar[dict[str, int]] = {}
     """For each array field, its number of dimensions without ``[batch, heads]`` in front."""
+
+    axes: ClassVar[dict[str, str]] = {}
+    """The array fields whose last dimension is indexed by the ``"query"`` position, the ``"key"`` position, or ``"both"``."""
 
     # --- what a subclass says -------------------------------------------------------------------------------
 
@@ -65,10 +68,10 @@ class Mask:
     # --- what every mask can do -----------------------------------------------------------------------------
 
     def __and__(self, other: Mask) -> Mask:
-        return And(_terms(And, self) + _terms(And, _check_mask("&", other)))
+        return And(_terms(And, self) + _terms(And, check_mask("&", other)))
 
     def __or__(self, other: Mask) -> Mask:
-        return Or(_terms(Or, self) + _terms(Or, _check_mask("|", other)))
+        return Or(_terms(Or, self) + _terms(Or, check_mask("|", other)))
 
     __rand__ = __and__
     __ror__ = __or__
@@ -89,13 +92,17 @@ class Mask:
         return hash(jax.tree.structure(self))
 
     def __repr__(self) -> str:
-        return _Writer().mask(self)
+        return self._write()[0]
 
     def bindings(self) -> dict[str, Any]:
         """The arrays and functions that ``str(mask)`` names: ``parse(str(mask), **mask.bindings()) == mask``."""
-        writer = _Writer()
-        writer.mask(self)
-        return writer.named
+        return self._write()[1]
+
+    def _write(self) -> tuple[str, dict[str, Any]]:
+        from maskformer.masks.writing import Writer
+
+        writer = Writer()
+        return writer.mask(self), writer.named
 
     @property
     def unbound(self) -> tuple[str, ...]:
@@ -132,7 +139,7 @@ class Mask:
         """The leading dimensions that the arrays carry: ``()``, ``(batch,)`` or ``(batch, heads)``."""
         leads = [tuple(np.shape(array)[: np.ndim(array) - rank]) for _, array, rank in self.arrays()]
         leads += [child.lead for child in self.children()]
-        return _broadcast_leads(leads)
+        return broadcast_leads(leads)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -197,6 +204,24 @@ class Mask:
         """Raises ValueError where an array does not cover the positions asked for."""
         for child in self.children():
             child.check_lengths(q_len, kv_len, q_offset)
+        for name, array, rank in self.arrays():
+            axis = self.axes.get(name)
+            needed = [kv_len] if axis in ("key", "both") else []
+            if axis in ("query", "both") and isinstance(q_offset, (int, np.integer)):
+                needed.append(q_offset + q_len)
+            if not needed:
+                continue
+            size = np.shape(array)[-1]
+            if size < max(needed):
+                raise ValueError(
+                    f"{builder_name(type(self))}: {name} has {size} entries; expected at least {max(needed)} for "
+                    f"{q_len} queries from position {q_offset} on and {kv_len} keys"
+                )
+
+    def to_string(self, q_len: int, kv_len: int, q_offset: int = 0, batch: int = 0, head: int = 0) -> str:
+        """A picture of one entry in text, a row per query: ``█`` attends, ``·`` does not."""
+        matrix = np.asarray(self.select(batch, head).dense(q_len, kv_len, q_offset))
+        return "\n".join(" ".join("·█"[int(cell)] for cell in row) for row in matrix)
 
     def block_map(self, q_len: int, kv_len: int, block: int | tuple[int, int], q_offset: Any = 0):
         """Which tiles are empty, full or partial: see ``maskformer.masks.block_map``."""
@@ -218,13 +243,13 @@ def leaf(**ranks: int) -> Callable[[type], type]:
     return register
 
 
-def _register_node(cls: type) -> type:
+def node(cls: type) -> type:
     cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
 
 
-@_register_node
+@node
 class And(Mask):
     """Attends where every term does."""
 
@@ -240,7 +265,7 @@ class And(Mask):
         return functools.reduce(operator.and_, [term.attend(q, k) for term in self.terms])
 
 
-@_register_node
+@node
 class Or(Mask):
     """Attends where any term does."""
 
@@ -256,7 +281,7 @@ class Or(Mask):
         return functools.reduce(operator.or_, [term.attend(q, k) for term in self.terms])
 
 
-@_register_node
+@node
 class Not(Mask):
     """Attends where the term does not."""
 
@@ -270,178 +295,6 @@ class Not(Mask):
 
     def attend(self, q: Any, k: Any) -> Any:
         return ~self.term.attend(q, k)
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """A name in a mask's text that stands for an array or function given later."""
-
-    name: str
-
-    def __repr__(self) -> str:
-        return self.name
-
-
-class _Writer:
-    """Writes masks as the text that ``parse`` reads, collecting what the text refers to by name."""
-
-    def __init__(self) -> None:
-        self.named: dict[str, Any] = {}
-
-    def mask(self, mask: Mask) -> str:
-        if isinstance(mask, (And, Or)):
-            return (" & " if isinstance(mask, And) else " | ").join(map(self.operand, mask.terms))
-        if isinstance(mask, Not):
-            return "~" + self.operand(mask.term)
-        name, arguments = mask.spell()
-        written, positional = [], True
-        order = list(BUILDERS[name].parameters.values())
-        for index, (key, value) in enumerate(arguments):
-            # An argument needs its name only once one before it was left out, or where only a name will do.
-            expected = order[min(index, len(order) - 1)]
-            positional = positional and (key is None or (expected.name == key and expected.kind != KEYWORD_ONLY))
-            text = self.value(value, BUILDERS[name].references.get(key or "", key or "array"))
-            written.append(text if positional or key is None else f"{key}={text}")
-        return f"{name}({', '.join(written)})" if written else name
-
-    def operand(self, mask: Mask) -> str:
-        return f"({self.mask(mask)})" if isinstance(mask, (And, Or)) else self.mask(mask)
-
-    def value(self, value: Any, suggestion: str) -> str:
-        if isinstance(value, Mask):
-            return self.mask(value)
-        if isinstance(value, tuple):
-            inside = [self.value(item, suggestion) for item in value]
-            return f"({', '.join(inside)}{',' if len(inside) == 1 else ''})"
-        if value is None or isinstance(value, (bool, int, float, Reference)):
-            return repr(value)
-        if callable(value):
-            name = getattr(value, "__name__", "")
-            suggestion = name if name.isidentifier() else "fn"
-        number, name = 1, suggestion
-        while name in self.named and self.named[name] is not value:
-            number += 1
-            name = f"{suggestion}_{number}"
-        self.named[name] = value
-        return name
-
-
-@_register_node
-class Shift(Mask):
-    """``term`` with positions counted from elsewhere: attends where ``term(q + q_offset, k + k_offset)`` does."""
-
-    term: Mask
-    q_offset: Any = 0
-    k_offset: Any = 0
-
-    def children(self) -> tuple[Mask, ...]:
-        return (self.term,)
-
-    def rebuild(self, children: Sequence[Mask]) -> Mask:
-        return Shift(children[0], self.q_offset, self.k_offset)
-
-    def attend(self, q: Any, k: Any) -> Any:
-        return self.term.attend(q + self.q_offset, k + self.k_offset)
-
-    def check_lengths(self, q_len: int, kv_len: int, q_offset: Any = 0) -> None:
-        if all(isinstance(offset, int) for offset in (self.q_offset, self.k_offset, q_offset)):
-            self.term.check_lengths(q_len, kv_len + self.k_offset, q_offset + self.q_offset)
-
-    def spell(self) -> tuple[str, list[tuple[str | None, Any]]]:
-        return "shift", [("mask", self.term), ("q_offset", self.q_offset), ("k_offset", self.k_offset)]
-
-
-@_register_node
-class PerHead(Mask):
-    """Head ``h`` follows ``heads[h]``."""
-
-    heads: tuple[Mask, ...]
-
-    def children(self) -> tuple[Mask, ...]:
-        return self.heads
-
-    def rebuild(self, children: Sequence[Mask]) -> Mask:
-        return PerHead(tuple(children))
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        batch = _broadcast_leads([head.lead for head in self.heads])
-        return (batch or (1,))[:1] + (len(self.heads),)
-
-    def select(self, b: Any = 0, h: Any = 0) -> Mask:
-        if isinstance(h, (int, np.integer)):
-            if not 0 <= h < len(self.heads):
-                raise IndexError(f"select(head={h}) of a mask with {len(self.heads)} heads")
-            return self.heads[h].select(b, h)
-        return Choice(h, tuple(head.select(b, h) for head in self.heads))
-
-    def attend(self, q: Any, k: Any) -> Any:
-        raise ValueError("a per-head mask needs a head: mask.select(b, h)")
-
-    def spell(self) -> tuple[str, list[tuple[str | None, Any]]]:
-        return "per_head", [(None, head) for head in self.heads]
-
-
-@_register_node
-class Choice(Mask):
-    """``terms[index]`` for a traced ``index``; made by ``select`` of a per-head mask with a traced head."""
-
-    index: Any
-    terms: tuple[Mask, ...]
-
-    def children(self) -> tuple[Mask, ...]:
-        return self.terms
-
-    def rebuild(self, children: Sequence[Mask]) -> Mask:
-        return Choice(self.index, tuple(children))
-
-    def attend(self, q: Any, k: Any) -> Any:
-        shape = jnp.broadcast_shapes(jnp.shape(q), jnp.shape(k))
-        branches = [functools.partial(_attend_on, shape, term) for term in self.terms]
-        return jax.lax.switch(self.index, branches, q, k)
-
-    def spell(self) -> tuple[str, list[tuple[str | None, Any]]]:
-        return "per_head", [(None, term) for term in self.terms]
-
-
-def _attend_on(shape: tuple[int, ...], mask: Mask, q: Any, k: Any) -> jax.Array:
-    return jnp.broadcast_to(mask.attend(q, k), shape).astype(bool)
-
-
-@builder()
-def per_head(*heads: Mask) -> Mask:
-    """A mask for each head: head ``h`` follows the ``h``-th mask given (separately, or as one list).
-
-    >>> from maskformer import masks
-    >>> masks.per_head([masks.causal(), masks.sliding_window(1)]).dense(3, 3).astype(int)
-    Array([[[[1, 0, 0],
-             [1, 1, 0],
-             [1, 1, 1]],
-    <BLANKLINE>
-            [[1, 0, 0],
-             [1, 1, 0],
-             [0, 1, 1]]]], dtype=int32)
-    """
-    if len(heads) == 1 and not isinstance(heads[0], Mask):
-        heads = tuple(heads[0])
-    wrong = [type(head).__name__ for head in heads if not isinstance(head, Mask)]
-    if wrong or not heads:
-        raise TypeError(f"per_head takes one mask for each head; got {', '.join(wrong) or 'none'}")
-    return PerHead(heads)
-
-
-@builder()
-def shift(mask: Mask, q_offset: Any = 0, k_offset: Any = 0) -> Mask:
-    """A mask whose positions are counted from elsewhere: attends where ``mask(q + q_offset, k + k_offset)`` does.
-
-    For a shard that holds a piece of the sequence; the offsets may be traced.
-
-    >>> from maskformer import masks
-    >>> masks.shift(masks.causal(), q_offset=1).dense(2, 3).astype(int)
-    Array([[1, 1, 0],
-           [1, 1, 1]], dtype=int32)
-    """
-    return Shift(_check_mask("shift", mask), q_offset, k_offset)
 
 
 def take(array: Any, index: Any) -> jax.Array:
@@ -468,14 +321,14 @@ def _is_default(value: Any, default: Any) -> bool:
     return value is default or (isinstance(value, (int, float, tuple)) and value == default)
 
 
-def _check_mask(symbol: str, other: object) -> Mask:
+def check_mask(symbol: str, other: object) -> Mask:
     if isinstance(other, Mask):
         return other
     hint = "wrap the array with masks.dense(array)" if hasattr(other, "shape") else "expected another mask"
     raise TypeError(f"mask {symbol} {type(other).__name__}: {hint}")
 
 
-def _broadcast_leads(leads: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+def broadcast_leads(leads: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     rank = max(map(len, leads), default=0)
     if rank > 2:
         raise ValueError(f"mask arrays have leading dimensions {leads}: expected at most [batch, heads]")

@@ -13,12 +13,13 @@ import inspect
 import re
 from typing import Any, Iterator, Mapping, NoReturn
 
-from maskformer.masks.expression import Mask, Reference, leaf
+from maskformer.masks.expression import Mask, leaf
 from maskformer.masks.registry import NAMES, Builder
+from maskformer.masks.writing import Reference
 
 _TOKEN = re.compile(
     r"(?P<number>-?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?)|(?P<name>[A-Za-z_]\w*)"
-    r"|(?P<symbol>[&|~(),=\[\]])"
+    r"|(?P<string>'[^']*'|\"[^\"]*\")|(?P<symbol>[&|~(),=\[\]])"
 )
 _CONSTANTS = {"True": True, "False": False, "None": None}
 
@@ -166,6 +167,8 @@ class _Parser:
         self.at += 1
         if kind == "number":
             return int(word) if re.fullmatch(r"-?\d+", word) else float(word)
+        if kind == "string":
+            return word[1:-1]
         if kind == "name":
             return _CONSTANTS[word] if word in _CONSTANTS else Reference(word)
         if word in "([" and word:

@@ -1,16 +1,23 @@
-"""Masks that depend on the batch: segments, padding, and what follows from them."""
+"""Masks that depend on the batch: segments, padding, and what follows from them.
+
+Arrays are ``[batch, length]`` (or ``[length]``, shared; or ``[batch, heads, length]``) and are indexed by
+position: the query in row ``i`` reads entry ``q_offset + i``.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
+
+from maskformer.masks.checks import array, whole_number
 from maskformer.masks.expression import Mask, leaf, take
 from maskformer.masks.registry import builder
 
 
 @leaf(q_ids=1, kv_ids=1)
 class Segments(Mask):
-    """Equal ids; ``kv_ids=None`` means the keys are the queries' sequence. ``padding`` is an id that sees nothing."""
+    """Equal ids; ``kv_ids=None``: the keys are the queries' own sequence. ``padding``: an id that sees nothing."""
 
     q_ids: Any
     kv_ids: Any = None
@@ -21,6 +28,10 @@ class Segments(Mask):
         same = q_id == take(self.q_ids if self.kv_ids is None else self.kv_ids, k)
         return same if self.padding is None else same & (q_id != self.padding)
 
+    @property
+    def axes(self) -> dict[str, str]:  # type: ignore[override]
+        return {"q_ids": "both" if self.kv_ids is None else "query", "kv_ids": "key"}
+
 
 @leaf(valid=1, lengths=0)
 class KeyPadding(Mask):
@@ -29,21 +40,320 @@ class KeyPadding(Mask):
     valid: Any = None
     lengths: Any = None
 
+    axes = {"valid": "key"}
+
     def attend(self, q: Any, k: Any) -> Any:
-        real = [] if self.valid is None else [take(self.valid, k) != 0]
-        real += [] if self.lengths is None else [k < self.lengths]
-        return real[0] if len(real) == 1 else real[0] & real[1]
+        return _exists(self.valid, self.lengths, k)
 
 
-@builder(q_ids="segment_ids", kv_ids="kv_segment_ids")
+@leaf(valid=1, lengths=0)
+class QueryPadding(Mask):
+    """Queries that exist: ``valid[q]`` and ``q < lengths``, whichever are given."""
+
+    valid: Any = None
+    lengths: Any = None
+
+    axes = {"valid": "query"}
+
+    def attend(self, q: Any, k: Any) -> Any:
+        return _exists(self.valid, self.lengths, q)
+
+
+@leaf(lengths=0, marked=1)
+class Prefix(Mask):
+    """Query and key both in the prefix: before ``lengths``, or ``marked``."""
+
+    lengths: Any = None
+    marked: Any = None
+
+    axes = {"marked": "both"}
+
+    def attend(self, q: Any, k: Any) -> Any:
+        return _exists(self.marked, self.lengths, q) & _exists(self.marked, self.lengths, k)
+
+
+@leaf(marked=1)
+class GlobalTokens(Mask):
+    """Query or key is global: ``marked``, or among the first ``count``."""
+
+    count: int | None = None
+    marked: Any = None
+
+    axes = {"marked": "both"}
+
+    def attend(self, q: Any, k: Any) -> Any:
+        if self.marked is None:
+            return (q < self.count) | (k < self.count)
+        seen = (take(self.marked, q) != 0) | (take(self.marked, k) != 0)
+        return seen if self.count is None else seen | (q < self.count) | (k < self.count)
+
+
+@leaf(segment_ids=1)
+class SharedPrefix(Mask):
+    """The key's segment is the shared one, or the query's own."""
+
+    segment_ids: Any
+    shared_id: int = 0
+
+    axes = {"segment_ids": "both"}
+
+    def attend(self, q: Any, k: Any) -> Any:
+        k_id = take(self.segment_ids, k)
+        return (k_id == self.shared_id) | (k_id == take(self.segment_ids, q))
+
+
+@leaf(image_starts=1, key_images=1, images_before=1)
+class ToLastImage(Mask):
+    """The key belongs to the last image that starts at or before the query; images count from 1."""
+
+    image_starts: Any
+    key_images: Any
+    images_before: Any
+
+    axes = {"image_starts": "query", "key_images": "key"}
+
+    def attend(self, q: Any, k: Any) -> Any:
+        image = take(self.images_before, q)
+        return (image == take(self.key_images, k)) & (image > 0)
+
+
+@leaf(q_lengths=1, kv_lengths=1, kv_starts=1)
+class BlockDiagonal(Mask):
+    """Query ``i`` of block ``n`` sees the keys of block ``n``, up to its own where ``causal``."""
+
+    q_lengths: Any
+    kv_lengths: Any = None
+    kv_starts: Any = None
+    causal: bool | str = False
+
+    def attend(self, q: Any, k: Any) -> Any:
+        q_end = jnp.cumsum(jnp.asarray(self.q_lengths))
+        q_begin = q_end - self.q_lengths
+        k_length = jnp.asarray(self.q_lengths if self.kv_lengths is None else self.kv_lengths)
+        k_begin = jnp.cumsum(k_length) - k_length if self.kv_starts is None else jnp.asarray(self.kv_starts)
+        q, k = jnp.asarray(q)[..., None], jnp.asarray(k)[..., None]
+        inside = (q >= q_begin) & (q < q_end) & (k >= k_begin) & (k < k_begin + k_length)
+        if self.causal:
+            # Aligned at the first query and key of each block, or at the last ones.
+            late = 0 if self.causal == "start" else k_length - self.q_lengths
+            inside = inside & (k - k_begin <= q - q_begin + late)
+        return jnp.any(inside, axis=-1)
+
+
+def _exists(marked: Any, lengths: Any, position: Any) -> Any:
+    known = [] if marked is None else [take(marked, position) != 0]
+    known += [] if lengths is None else [position < lengths]
+    return known[0] if len(known) == 1 else known[0] & known[1]
+
+
+@builder("segment", q_ids="segment_ids", kv_ids="kv_segment_ids")
 def segments(q_ids: Any, kv_ids: Any = None, padding: int | None = None) -> Mask:
-    """Packed examples: a query sees the keys whose id equals its own. ``q_ids`` int ``[batch, q_len]``."""
+    """Packed examples: a query sees the keys whose segment id equals its own.
+
+    Ids may be in any order; sorted ones (as packing makes them) let whole tiles be skipped.
+
+    Args:
+      q_ids: int ``[batch, q_len]``.
+      kv_ids: int ``[batch, kv_len]``; None where queries and keys are one sequence.
+      padding: an id, usually 0, whose tokens see nothing at all. By default padding tokens are a segment like
+        any other, which sees itself: harmless, since nothing else sees it.
+
+    >>> import numpy as np
+    >>> from maskformer import masks
+    >>> ids = np.array([1, 1, 2, 2, 0])
+    >>> print(masks.segments(ids).to_string(5, 5))
+    █ █ · · ·
+    █ █ · · ·
+    · · █ █ ·
+    · · █ █ ·
+    · · · · █
+    >>> print((masks.causal() & masks.segments(ids, padding=0)).to_string(5, 5))
+    █ · · · ·
+    █ █ · · ·
+    · · █ · ·
+    · · █ █ ·
+    · · · · ·
+    """
+    q_ids = array("segments", "q_ids", q_ids, 1)
+    kv_ids = None if kv_ids is None else array("segments", "kv_ids", kv_ids, 1)
     return Segments(q_ids, kv_ids, padding)
 
 
 @builder(valid="valid", lengths="lengths")
 def key_padding(valid: Any = None, lengths: Any = None) -> Mask:
-    """Hides padding keys: ``valid`` bool ``[batch, kv_len]`` (True = a real token) or ``lengths`` int ``[batch]``."""
+    """Hides keys that are padding.
+
+    Args:
+      valid: bool ``[batch, kv_len]``, True for a real token.
+      lengths: int ``[batch]``, how many keys are real; both may be given.
+
+    >>> import numpy as np
+    >>> from maskformer import masks
+    >>> print(masks.key_padding(lengths=np.array([3])).to_string(3, 5))
+    █ █ █ · ·
+    █ █ █ · ·
+    █ █ █ · ·
+    >>> print(masks.key_padding(np.array([True, False, True])).to_string(2, 3))
+    █ · █
+    █ · █
+    """
+    return KeyPadding(*_padding("key_padding", valid, lengths))
+
+
+@builder(valid="valid", lengths="lengths")
+def query_padding(valid: Any = None, lengths: Any = None) -> Mask:
+    """Lets padding queries see nothing: their attention output is exactly 0. Arguments as ``key_padding``.
+
+    >>> import numpy as np
+    >>> from maskformer import masks
+    >>> print(masks.query_padding(lengths=np.array(2)).to_string(4, 3))
+    █ █ █
+    █ █ █
+    · · ·
+    · · ·
+    """
+    return QueryPadding(*_padding("query_padding", valid, lengths))
+
+
+def _padding(name: str, valid: Any, lengths: Any) -> tuple[Any, Any]:
     if valid is None and lengths is None:
-        raise ValueError("key_padding() needs valid=[batch, kv_len] or lengths=[batch]")
-    return KeyPadding(valid, lengths)
+        raise ValueError(f"{name}: give valid=[batch, length], lengths=[batch], or both")
+    valid = None if valid is None else array(name, "valid", valid, 1, "bool")
+    return valid, None if lengths is None else array(name, "lengths", lengths, 0)
+
+
+@builder(lengths="prefix_lengths", marked="prefix")
+def prefix(lengths: Any = None, marked: Any = None) -> Mask:
+    """Query and key both in the prefix, which sees itself both ways; ``causal | prefix`` is a prefix-LM.
+
+    Args:
+      lengths: int ``[batch]``, one prefix per row.
+      marked: bool ``[batch, length]``, True in a prefix: one per segment, with ``& segments`` around it (T5X's
+        ``decoder_causal_attention``).
+
+    >>> import numpy as np
+    >>> from maskformer import masks
+    >>> print((masks.causal() | masks.prefix(lengths=np.array(3))).to_string(5, 5))
+    █ █ █ · ·
+    █ █ █ · ·
+    █ █ █ · ·
+    █ █ █ █ ·
+    █ █ █ █ █
+    >>> mask = masks.parse("(causal | prefix(marked=inputs)) & segments",
+    ...                    inputs=np.array([1, 1, 0, 1, 1, 0]), segment_ids=np.array([1, 1, 1, 2, 2, 2]))
+    >>> print(mask.to_string(6, 6))
+    █ █ · · · ·
+    █ █ · · · ·
+    █ █ █ · · ·
+    · · · █ █ ·
+    · · · █ █ ·
+    · · · █ █ █
+    """
+    if lengths is None and marked is None:
+        raise ValueError("prefix: give lengths=[batch] or marked=[batch, length]")
+    lengths = None if lengths is None else array("prefix", "lengths", lengths, 0)
+    return Prefix(lengths, None if marked is None else array("prefix", "marked", marked, 1, "bool"))
+
+
+@builder(marked="global_tokens")
+def global_tokens(count: int | None = None, marked: Any = None) -> Mask:
+    """Global tokens see everything and are seen by everything (Longformer, BigBird).
+
+    Args:
+      count: the first ``count`` tokens are global.
+      marked: bool ``[batch, length]``, True for a global token.
+
+    >>> from maskformer import masks
+    >>> print((masks.sliding_window(1, 1) | masks.global_tokens(1)).to_string(5, 5))
+    █ █ █ █ █
+    █ █ █ · ·
+    █ █ █ █ ·
+    █ · █ █ █
+    █ · · █ █
+    """
+    if count is None and marked is None:
+        raise ValueError("global_tokens: give count or marked=[batch, length]")
+    count = None if count is None else whole_number("global_tokens", "count", count, 0)
+    return GlobalTokens(count, None if marked is None else array("global_tokens", "marked", marked, 1, "bool"))
+
+
+@builder(segment_ids="segment_ids")
+def shared_prefix(segment_ids: Any, shared_id: int = 0) -> Mask:
+    """One prompt, many continuations in a row: a token sees the shared segment and its own.
+
+    Args:
+      segment_ids: int ``[batch, length]``; the prompt has ``shared_id``, each continuation its own id.
+
+    >>> import numpy as np
+    >>> from maskformer import masks
+    >>> ids = np.array([0, 0, 1, 1, 2, 2])
+    >>> print((masks.causal() & masks.shared_prefix(ids)).to_string(6, 6))
+    █ · · · · ·
+    █ █ · · · ·
+    █ █ █ · · ·
+    █ █ █ █ · ·
+    █ █ · · █ ·
+    █ █ · · █ █
+    """
+    return SharedPrefix(array("shared_prefix", "segment_ids", segment_ids, 1), shared_id)
+
+
+@builder(image_starts="image_starts", key_images="key_images")
+def to_last_image(image_starts: Any, key_images: Any) -> Mask:
+    """Text sees the last image before it (cross-attention of Flamingo, arXiv:2204.14198, section 3.1.3).
+
+    Args:
+      image_starts: bool ``[batch, q_len]``, True at the text position where an image stands. Text before the
+        first image sees nothing.
+      key_images: int ``[batch, kv_len]``, which image each key belongs to, counted from 1; 0 is padding.
+
+    >>> import numpy as np
+    >>> from maskformer import masks
+    >>> mask = masks.to_last_image(np.array([0, 1, 0, 1, 0]), np.array([1, 1, 2, 2]))
+    >>> print(mask.to_string(5, 4))
+    · · · ·
+    █ █ · ·
+    █ █ · ·
+    · · █ █
+    · · █ █
+    """
+    starts = array("to_last_image", "image_starts", image_starts, 1, "bool")
+    images = array("to_last_image", "key_images", key_images, 1)
+    return ToLastImage(starts, images, jnp.cumsum(jnp.asarray(starts) != 0, axis=-1, dtype=jnp.int32))
+
+
+@builder(q_lengths="q_lengths", kv_lengths="kv_lengths", kv_starts="kv_starts")
+def block_diagonal(q_lengths: Any, kv_lengths: Any = None, kv_starts: Any = None, causal: bool | str = False) -> Mask:
+    """Sequences of given lengths, one after another, each seeing only itself.
+
+    xformers' ``BlockDiagonalMask`` and its variants: ``kv_lengths`` where queries and keys differ in number,
+    ``kv_starts`` where the keys of a block begin at a given offset (a padded cache).
+
+    Args:
+      q_lengths: int ``[blocks]``, or ``[batch, blocks]``.
+      kv_lengths: int ``[blocks]``, default as ``q_lengths``.
+      kv_starts: int ``[blocks]``, where each block's keys begin; default one after another.
+      causal: ``"start"`` lines up the first query and the first key of each block, ``"end"`` the last ones
+        (so that a new query sees the whole cache); False for neither.
+
+    >>> from maskformer import masks
+    >>> print(masks.block_diagonal((2, 3)).to_string(5, 5))
+    █ █ · · ·
+    █ █ · · ·
+    · · █ █ █
+    · · █ █ █
+    · · █ █ █
+    >>> print(masks.block_diagonal((1, 2), (2, 3), (0, 4), causal="end").to_string(3, 8))
+    █ █ · · · · · ·
+    · · · · █ █ · ·
+    · · · · █ █ █ ·
+    """
+    if causal not in (False, "start", "end"):
+        raise ValueError(f"block_diagonal: causal={causal!r}, expected False, 'start' or 'end'")
+    name = "block_diagonal"
+    given = [("q_lengths", q_lengths), ("kv_lengths", kv_lengths), ("kv_starts", kv_starts)]
+    arrays = [None if value is None else array(name, key, value, 1) for key, value in given]
+    sizes = {value.shape[-1] for value in arrays if value is not None}
+    if len(sizes) > 1:
+        raise ValueError(f"{name}: q_lengths, kv_lengths and kv_starts count {sorted(sizes)} blocks; expected one number")
+    return BlockDiagonal(*arrays, causal)

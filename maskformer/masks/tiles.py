@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskformer.masks import interval_rules, interval_shapes  # noqa: F401  (they register the rules)
-from maskformer.masks.expression import And, Choice, Mask, Not, Or, Shift
+from maskformer.masks.composites import Choice, Shift
+from maskformer.masks.expression import And, Mask, Not, Or
 from maskformer.masks.intervals import BOTH, KEY, NEITHER, QUERY, RULES, Analysis, Interval
 
 FAN_OUT = 4

@@ -1,0 +1,131 @@
+"""Masks made of other masks in ways other than ``& | ~``: one for each head, and positions counted from elsewhere."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskformer.masks.expression import Mask, broadcast_leads, check_mask, node
+from maskformer.masks.registry import builder
+
+
+@node
+class Shift(Mask):
+    """``term`` with positions counted from elsewhere: attends where ``term(q + q_offset, k + k_offset)`` does."""
+
+    term: Mask
+    q_offset: Any = 0
+    k_offset: Any = 0
+
+    def children(self) -> tuple[Mask, ...]:
+        return (self.term,)
+
+    def rebuild(self, children: Sequence[Mask]) -> Mask:
+        return Shift(children[0], self.q_offset, self.k_offset)
+
+    def attend(self, q: Any, k: Any) -> Any:
+        return self.term.attend(q + self.q_offset, k + self.k_offset)
+
+    def check_lengths(self, q_len: int, kv_len: int, q_offset: Any = 0) -> None:
+        if all(isinstance(offset, int) for offset in (self.q_offset, self.k_offset, q_offset)):
+            self.term.check_lengths(q_len, kv_len + self.k_offset, q_offset + self.q_offset)
+
+    def spell(self) -> tuple[str, list[tuple[str | None, Any]]]:
+        return "shift", [("mask", self.term), ("q_offset", self.q_offset), ("k_offset", self.k_offset)]
+
+
+@node
+class PerHead(Mask):
+    """Head ``h`` follows ``heads[h]``."""
+
+    heads: tuple[Mask, ...]
+
+    def children(self) -> tuple[Mask, ...]:
+        return self.heads
+
+    def rebuild(self, children: Sequence[Mask]) -> Mask:
+        return PerHead(tuple(children))
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        batch = broadcast_leads([head.lead for head in self.heads])
+        return (batch or (1,))[:1] + (len(self.heads),)
+
+    def select(self, b: Any = 0, h: Any = 0) -> Mask:
+        if isinstance(h, (int, np.integer)):
+            if not 0 <= h < len(self.heads):
+                raise IndexError(f"select(head={h}) of a mask with {len(self.heads)} heads")
+            return self.heads[h].select(b, h)
+        return Choice(h, tuple(head.select(b, h) for head in self.heads))
+
+    def attend(self, q: Any, k: Any) -> Any:
+        raise ValueError("a per-head mask needs a head: mask.select(b, h)")
+
+    def spell(self) -> tuple[str, list[tuple[str | None, Any]]]:
+        return "per_head", [(None, head) for head in self.heads]
+
+
+@node
+class Choice(Mask):
+    """``terms[index]`` for a traced ``index``; made by ``select`` of a per-head mask with a traced head."""
+
+    index: Any
+    terms: tuple[Mask, ...]
+
+    def children(self) -> tuple[Mask, ...]:
+        return self.terms
+
+    def rebuild(self, children: Sequence[Mask]) -> Mask:
+        return Choice(self.index, tuple(children))
+
+    def attend(self, q: Any, k: Any) -> Any:
+        shape = jnp.broadcast_shapes(jnp.shape(q), jnp.shape(k))
+        branches = [functools.partial(_attend_on, shape, term) for term in self.terms]
+        return jax.lax.switch(self.index, branches, q, k)
+
+    def spell(self) -> tuple[str, list[tuple[str | None, Any]]]:
+        return "per_head", [(None, term) for term in self.terms]
+
+
+def _attend_on(shape: tuple[int, ...], mask: Mask, q: Any, k: Any) -> jax.Array:
+    return jnp.broadcast_to(mask.attend(q, k), shape).astype(bool)
+
+
+@builder()
+def per_head(*heads: Mask) -> Mask:
+    """A mask for each head: head ``h`` follows the ``h``-th mask given (separately, or as one list).
+
+    >>> from maskformer import masks
+    >>> masks.per_head([masks.causal(), masks.sliding_window(1)]).dense(3, 3).astype(int)
+    Array([[[[1, 0, 0],
+             [1, 1, 0],
+             [1, 1, 1]],
+    <BLANKLINE>
+            [[1, 0, 0],
+             [1, 1, 0],
+             [0, 1, 1]]]], dtype=int32)
+    """
+    if len(heads) == 1 and not isinstance(heads[0], Mask):
+        heads = tuple(heads[0])
+    wrong = [type(head).__name__ for head in heads if not isinstance(head, Mask)]
+    if wrong or not heads:
+        raise TypeError(f"per_head takes one mask for each head; got {', '.join(wrong) or 'none'}")
+    return PerHead(heads)
+
+
+@builder()
+def shift(mask: Mask, q_offset: Any = 0, k_offset: Any = 0) -> Mask:
+    """A mask whose positions are counted from elsewhere: attends where ``mask(q + q_offset, k + k_offset)`` does.
+
+    For a shard that holds a piece of the sequence; the offsets may be traced.
+
+    >>> from maskformer import masks
+    >>> masks.shift(masks.causal(), q_offset=1).dense(2, 3).astype(int)
+    Array([[1, 1, 0],
+           [1, 1, 1]], dtype=int32)
+    """
+    return Shift(check_mask("shift", mask), q_offset, k_offset)

@@ -1,0 +1,167 @@
+"""Masks of images and videos: positions that stand for points of a grid."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from maskformer.masks.checks import whole_numbers
+from maskformer.masks.expression import Mask, leaf
+from maskformer.masks.registry import builder
+
+
+@leaf()
+class Neighborhood(Mask):
+    """The ``kernel`` nearest points of a row-major grid, moved inwards at its edges, ``dilation`` apart."""
+
+    grid: tuple[int, ...]
+    kernel: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    def attend(self, q: Any, k: Any) -> Any:
+        seen = _inside(q, self.grid) & _inside(k, self.grid)
+        axes = zip(_coordinates(q, self.grid), _coordinates(k, self.grid), self.grid, self.kernel, self.dilation)
+        for q_at, k_at, size, kernel, dilation in axes:
+            if dilation > 1:
+                # Points a multiple of the dilation apart form a grid of their own.
+                seen = seen & (q_at % dilation == k_at % dilation)
+                size = (size - q_at % dilation + dilation - 1) // dilation
+                q_at, k_at = q_at // dilation, k_at // dilation
+            first = jnp.clip(q_at - kernel // 2, 0, size - kernel)
+            seen = seen & (k_at >= first) & (k_at < first + kernel)
+        return seen
+
+
+@leaf()
+class Tiles(Mask):
+    """Tiles of a grid, each tile's points together in the sequence, see the ``window`` tiles around their own."""
+
+    grid: tuple[int, ...]
+    tile: tuple[int, ...]
+    window: tuple[int, ...]
+
+    def attend(self, q: Any, k: Any) -> Any:
+        tiles = tuple(size // tile for size, tile in zip(self.grid, self.tile))
+        per_tile = math.prod(self.tile)
+        seen = _inside(q, self.grid) & _inside(k, self.grid)
+        axes = zip(_coordinates(q // per_tile, tiles), _coordinates(k // per_tile, tiles), tiles, self.window)
+        for q_at, k_at, size, window in axes:
+            centre = jnp.clip(q_at, window // 2, size - 1 - window // 2)
+            seen = seen & (jnp.abs(k_at - centre) <= window // 2)
+        return seen
+
+
+def _inside(position: Any, shape: tuple[int, ...]) -> Any:
+    return (position >= 0) & (position < math.prod(shape))
+
+
+def _coordinates(position: Any, shape: tuple[int, ...]) -> list[Any]:
+    """Row-major coordinates of a position, one array per axis."""
+    coordinates = []
+    for axis in range(len(shape)):
+        rest = position // math.prod(shape[axis + 1 :])
+        coordinates.append(rest % shape[axis])
+    return coordinates
+
+
+@builder("natten")
+def neighborhood(
+    grid: tuple[int, ...], kernel: int | tuple[int, ...], dilation: int | tuple[int, ...] = 1
+) -> Mask:
+    """Neighborhood attention (arXiv:2204.07143) on a row-major grid of any number of dimensions.
+
+    Every point sees exactly ``kernel`` points along each axis: the ones around it, or the nearest that fit at an
+    edge. Positions past the grid see nothing and are not seen; join text or class tokens with
+    ``| global_tokens(...)``.
+
+    Args:
+      grid: points along each axis, e.g. ``(height, width)``.
+      kernel: odd, at most the axis; one int, or one per axis.
+      dilation: distance between the points seen; one int, or one per axis.
+
+    The point in the middle of a 4 x 4 image, and the one in its corner:
+
+    >>> import numpy as np
+    >>> from maskformer import masks
+    >>> mask = masks.neighborhood((4, 4), 3)
+    >>> for point in (5, 0):
+    ...     print(np.asarray(mask.dense(16, 16))[point].reshape(4, 4).astype(int))
+    [[1 1 1 0]
+     [1 1 1 0]
+     [1 1 1 0]
+     [0 0 0 0]]
+    [[1 1 1 0]
+     [1 1 1 0]
+     [1 1 1 0]
+     [0 0 0 0]]
+    >>> print(masks.neighborhood((5,), 3).to_string(5, 5))
+    █ █ █ · ·
+    █ █ █ · ·
+    · █ █ █ ·
+    · · █ █ █
+    · · █ █ █
+    """
+    grid = whole_numbers("neighborhood", "grid", grid, 1)
+    kernels = _per_axis("neighborhood", "kernel", kernel, grid)
+    dilations = _per_axis("neighborhood", "dilation", dilation, grid)
+    for size, width, step in zip(grid, kernels, dilations):
+        if width % 2 == 0 or width * step > size:
+            raise ValueError(
+                f"neighborhood: kernel={kernel!r} with dilation={dilation!r} on grid={grid!r}; expected an odd "
+                "kernel with kernel * dilation <= size along each axis"
+            )
+    return Neighborhood(grid, kernels, dilations)
+
+
+@builder("sliding_tiles")
+def tiles(grid: tuple[int, ...], tile: tuple[int, ...], window: int | tuple[int, ...]) -> Mask:
+    """Sliding tile attention (STA, arXiv:2502.04507) in two, three or any number of dimensions.
+
+    The sequence holds the grid tile by tile (the points of one tile side by side), so that a tile is a run of
+    ``prod(tile)`` positions and the mask is made of whole blocks. Each tile sees the ``window`` tiles around
+    it, moved inwards at the edges. Positions past the grid see nothing and are not seen; join text with
+    ``| global_tokens(...)``.
+
+    Args:
+      grid: points along each axis, multiples of ``tile``.
+      tile: points of one tile along each axis.
+      window: tiles seen along each axis, odd; one int, or one per axis.
+
+    >>> from maskformer import masks
+    >>> print(masks.tiles((2, 8), (1, 2), (1, 3)).to_string(16, 16))
+    █ █ █ █ █ █ · · · · · · · · · ·
+    █ █ █ █ █ █ · · · · · · · · · ·
+    █ █ █ █ █ █ · · · · · · · · · ·
+    █ █ █ █ █ █ · · · · · · · · · ·
+    · · █ █ █ █ █ █ · · · · · · · ·
+    · · █ █ █ █ █ █ · · · · · · · ·
+    · · █ █ █ █ █ █ · · · · · · · ·
+    · · █ █ █ █ █ █ · · · · · · · ·
+    · · · · · · · · █ █ █ █ █ █ · ·
+    · · · · · · · · █ █ █ █ █ █ · ·
+    · · · · · · · · █ █ █ █ █ █ · ·
+    · · · · · · · · █ █ █ █ █ █ · ·
+    · · · · · · · · · · █ █ █ █ █ █
+    · · · · · · · · · · █ █ █ █ █ █
+    · · · · · · · · · · █ █ █ █ █ █
+    · · · · · · · · · · █ █ █ █ █ █
+    """
+    grid = whole_numbers("tiles", "grid", grid, 1)
+    tile = _per_axis("tiles", "tile", tile, grid)
+    windows = _per_axis("tiles", "window", window, grid)
+    for size, width, count in zip(grid, tile, windows):
+        if size % width or count % 2 == 0 or count > size // width:
+            raise ValueError(
+                f"tiles: grid={grid!r}, tile={tile!r}, window={window!r}; expected sizes that are multiples of "
+                "the tile and an odd window of at most the number of tiles, along each axis"
+            )
+    return Tiles(grid, tile, windows)
+
+
+def _per_axis(builder_name: str, name: str, value: Any, grid: tuple[int, ...]) -> tuple[int, ...]:
+    values = value if isinstance(value, (tuple, list)) else (value,) * len(grid)
+    if len(values) != len(grid):
+        raise ValueError(f"{builder_name}: {name}={value!r}, expected one int, or {len(grid)} as in grid={grid!r}")
+    return whole_numbers(builder_name, name, tuple(values), 1)
