@@ -7,10 +7,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 DEMO_DIR ?= runs/demo
 PYTEST_ARGS ?=
-# Hours-long cluster tests need nothing here: those of tests/launch skip themselves where Slurm is missing.
+export PYTHON
+# Tests of what is not installed (Slurm, libtpu) skip themselves.
 FAST := not slow
-
-export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint types imports check format setup clean upgrade constraints
@@ -59,16 +58,17 @@ constraints: .venv/.dev  ## write the installed versions to constraints.txt
 # The interpreter: $PYTHON if set, else the first of the usual names that is new enough.
 .venv/.python:
 	@set -e; chosen=; \
-	for candidate in $${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11 python}; do \
+	if [ -n "$$PYTHON" ]; then set -- "$$PYTHON"; else set -- python3 python3.14 python3.13 python3.12 python3.11 python; fi; \
+	for candidate in "$$@"; do \
 	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then chosen=$$candidate; break; fi; \
 	done; \
 	if [ -z "$$chosen" ]; then \
-	  echo "error: maskformer needs Python 3.11 or newer; found: $$($${PYTHON:-python3} --version 2>&1 || true)." >&2; \
+	  echo "error: maskformer needs Python 3.11 or newer; tried: $$*" >&2; \
+	  echo "       $$1 is: $$("$$1" --version 2>/dev/null || echo not there)" >&2; \
 	  echo "       Install one, or name it: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; fi; \
 	echo "Creating .venv with $$("$$chosen" --version)"; \
-	"$$chosen" -m venv --clear .venv || { \
-	  echo "error: '$$chosen -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; \
-	  rm -rf .venv; exit 1; }
+	"$$chosen" -m venv .venv || { \
+	  echo "error: '$$chosen -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@touch $@
 
 .venv/.core: .venv/.python pyproject.toml constraints.txt
