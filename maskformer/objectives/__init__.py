@@ -4,27 +4,29 @@ An objective is built once by name (`create`) and then called on device: `object
 """
 
 from maskformer.objectives import schedules
+from maskformer.objectives.compat import COMPAT
+from maskformer.objectives.denoising import denoising
+from maskformer.objectives.diffusion import diffusion
+from maskformer.objectives.electra import Discrimination, electra
 from maskformer.objectives.loss import cross_entropy
-from maskformer.objectives.mlm import mlm
+from maskformer.objectives.mixture import mixture
+from maskformer.objectives.mlm import conditional_mlm, mlm, ngram_mlm, pmi_mlm, span_mlm
 from maskformer.objectives.objective import Masking, Objective, attend_within_segments
+from maskformer.objectives.pairs import CorruptedPair, Pair, PairMasks
 from maskformer.objectives.registry import BUILDERS, create
 from maskformer.objectives.rows import KEEP, MASK, RANDOM, Corrupted, Row, Selection
+from maskformer.objectives.select_spans import Lexicon
+from maskformer.objectives.select_weighted import frequency_weights, inverse_document_frequencies, tag_weights
+from maskformer.objectives.sequence import causal_lm, fim, prefix_lm, shift_right
+from maskformer.objectives.span_corruption import span_corruption, span_corruption_lengths, ul2
+from maskformer.objectives.translation import augment, masked_source
 from maskformer.objectives.vocabulary import Vocabulary
 
 __all__ = [
-    "BUILDERS",
-    "KEEP",
-    "MASK",
-    "RANDOM",
-    "Corrupted",
-    "Masking",
-    "Objective",
-    "Row",
-    "Selection",
-    "Vocabulary",
-    "attend_within_segments",
-    "create",
-    "cross_entropy",
-    "mlm",
-    "schedules",
+    "BUILDERS", "COMPAT", "KEEP", "MASK", "RANDOM", "Corrupted", "CorruptedPair", "Discrimination", "Lexicon",
+    "Masking", "Objective", "Pair", "PairMasks", "Row", "Selection", "Vocabulary", "attend_within_segments", "augment",
+    "causal_lm", "conditional_mlm", "create", "cross_entropy", "denoising", "diffusion", "electra", "fim",
+    "frequency_weights", "inverse_document_frequencies", "masked_source", "mixture", "mlm", "ngram_mlm", "pmi_mlm",
+    "prefix_lm", "schedules", "shift_right", "span_corruption", "span_corruption_lengths", "span_mlm", "tag_weights",
+    "ul2",
 ]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from maskformer import masks
 from maskformer.objectives.objective import Objective
-from maskformer.objectives.rows import Corrupted, Row
+from maskformer.objectives.rows import Corrupted
 from maskformer.objectives.sequence import attend_by_prefix
 from maskformer.objectives.vocabulary import Vocabulary
 
@@ -116,12 +116,13 @@ class PairObjective(Objective):
     make_pair: Callable[..., Pair] = None  # type: ignore[assignment]
     input_length: int = 0
     target_length: int = 0
+    total_length: int = 0
     start_id: int = 0
     layout: str = "encoder_decoder"
 
     @property
     def output_length(self) -> int:
-        return self.input_length + self.target_length if self.layout == "prefix" else self.input_length
+        return self.total_length if self.layout == "prefix" else self.input_length
 
     def row(self, key, row, rate, token_weights):
         pair = self.make_pair(key, row, rate)
@@ -147,7 +148,7 @@ class PairObjective(Objective):
         length = self.output_length
         index = jnp.arange(length)
         pad = self.vocabulary.pad or 0
-        tokens = jnp.concatenate([pair.inputs, jnp.full(self.target_length, pad, jnp.int32)])
+        tokens = jnp.concatenate([pair.inputs, jnp.full(length - self.input_length, pad, jnp.int32)])
         at = jnp.where(jnp.arange(self.target_length) < pair.target_size, pair.input_size, length)
         tokens = tokens.at[at + jnp.arange(self.target_length)].set(pair.targets, mode="drop")
         valid = index < pair.input_size + pair.target_size
@@ -176,9 +177,13 @@ def pair_objective(
     make_pair: Callable[..., Pair],
     lengths: tuple[int, int],
     start_id: int | None,
+    total: int | None = None,
     **fields,
 ) -> PairObjective:
-    """Checks the layout and its start token, and puts the parts together."""
+    """Checks the layout and its start token, and puts the parts together.
+
+    `total` bounds the sizes of inputs and targets together, where that is less than the sum of the two `lengths`.
+    """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
     if start_id is None:
@@ -187,5 +192,6 @@ def pair_objective(
         raise ValueError(f"{name}: the decoder input starts with vocabulary.bos (or pad), and there is neither")
     return PairObjective(
         name=name, vocabulary=vocabulary, length=length, budget=lengths[1], make_pair=make_pair,
-        input_length=lengths[0], target_length=lengths[1], start_id=start_id or 0, layout=layout, **fields,
+        input_length=lengths[0], target_length=lengths[1], total_length=total or sum(lengths),
+        start_id=start_id or 0, layout=layout, **fields,
     )

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from maskformer.objectives.compat import COMPAT
+from maskformer.objectives.denoising import denoising
+from maskformer.objectives.diffusion import diffusion
+from maskformer.objectives.electra import electra
+from maskformer.objectives.mixture import mixture
 from maskformer.objectives.mlm import conditional_mlm, mlm, ngram_mlm, pmi_mlm, span_mlm
 from maskformer.objectives.objective import Objective
+from maskformer.objectives.sequence import causal_lm, fim, prefix_lm
+from maskformer.objectives.span_corruption import span_corruption, ul2
+from maskformer.objectives.translation import masked_source
 from maskformer.objectives.vocabulary import Vocabulary
 
 BUILDERS: dict[str, Callable[..., Any]] = {
@@ -17,22 +25,45 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "ngram_mlm": ngram_mlm,
     "pmi_mlm": pmi_mlm,
     "conditional_mlm": conditional_mlm,
+    "causal_lm": causal_lm,
+    "prefix_lm": prefix_lm,
+    "fim": fim,
+    "span_corruption": span_corruption,
+    "ul2": ul2,
+    "diffusion": diffusion,
+    "electra": electra,
+    "denoising": denoising,
+    "masked_source": masked_source,
 }
+# Parameters that a builder hands on to another one.
+_HANDED_ON = {"ngram_mlm": span_mlm, "masked_source": mlm}
 
 
 def _nearest(word: str, known) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
+    close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def parameters(name: str) -> dict[str, inspect.Parameter]:
+    """The parameters that the objective `name` takes beyond vocabulary and length."""
+    taken: dict[str, inspect.Parameter] = {}
+    for builder in (BUILDERS[name], _HANDED_ON.get(name)):
+        for parameter in list(inspect.signature(builder).parameters.values())[2:] if builder else []:
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+                taken.setdefault(parameter.name, parameter)
+    return taken
 
 
 def create(name: str, vocabulary: Vocabulary, length: int, **params: Any) -> Objective:
     """Builds the objective `name` for rows of `length` tokens.
 
     Args:
-      name: a key of `BUILDERS`.
+      name: a key of `BUILDERS`; a key of `COMPAT`, which stands for a builder and the settings of a reference
+        implementation; or `mixture`.
       vocabulary: special ids and size of the tokenizer.
       length: tokens per row, L.
-      **params: of that objective; every one is checked here, before any device work.
+      **params: of that objective; every one is checked here, before any device work. `mixture` takes `parts`, a
+        list of mappings with `name`, an optional `weight` (a number or a schedule) and that objective's parameters.
 
     Raises:
       ValueError: an unknown name or parameter (naming the nearest), or a bad value.
@@ -40,18 +71,44 @@ def create(name: str, vocabulary: Vocabulary, length: int, **params: Any) -> Obj
     >>> vocabulary = Vocabulary(size=100, pad=0, unk=1, cls=2, sep=3, mask=4)
     >>> create("mlm", vocabulary, 128, rate=0.15).budget
     19
+    >>> create("roberta", vocabulary, 128).budget
+    20
+    >>> create("mixture", vocabulary, 128, parts=[{"name": "mlm", "weight": 3}, {"name": "causal_lm"}]).budget
+    128
     >>> create("mlm", vocabulary, 128, rate=1.2)
     Traceback (most recent call last):
     ...
     ValueError: rate=1.2: expected a fraction between 0 and 1
     """
+    if name == "mixture":
+        return _create_mixture(vocabulary, length, **params)
+    if name in COMPAT:
+        params = {**COMPAT[name].params, **params}
+        name = COMPAT[name].objective
     if name not in BUILDERS:
-        raise ValueError(f"objective '{name}' is unknown{_nearest(name, BUILDERS)} (known: {', '.join(BUILDERS)})")
-    builder = BUILDERS[name]
-    known = list(inspect.signature(builder).parameters)[2:]
+        known = [*BUILDERS, "mixture", *COMPAT]
+        raise ValueError(f"objective '{name}' is unknown{_nearest(name, known)} (known: {', '.join(known)})")
+    known_parameters = parameters(name)
     for key in params:
-        if key not in known:
+        if key not in known_parameters:
             raise ValueError(
-                f"objective '{name}' has no parameter '{key}'{_nearest(key, known)} (it takes {', '.join(known)})"
+                f"objective '{name}' has no parameter '{key}'{_nearest(key, known_parameters)} "
+                f"(it takes {', '.join(known_parameters)})"
             )
-    return builder(vocabulary, length, **params)
+    missing = [p.name for p in known_parameters.values() if p.default is p.empty and p.name not in params]
+    if missing:
+        raise ValueError(f"objective '{name}' needs {', '.join(missing)}")
+    return BUILDERS[name](vocabulary, length, **params)
+
+
+def _create_mixture(vocabulary: Vocabulary, length: int, parts: Any = (), **params: Any) -> Objective:
+    if params:
+        raise ValueError(f"objective 'mixture' has no parameter '{next(iter(params))}' (it takes parts)")
+    built, weights = [], []
+    for part in parts:
+        if not isinstance(part, Mapping) or "name" not in part:
+            raise ValueError(f"mixture part {part!r}: expected a mapping such as {{'name': 'mlm', 'weight': 1}}")
+        part = dict(part)
+        weights.append(part.pop("weight", 1.0))
+        built.append(create(part.pop("name"), vocabulary, length, **part))
+    return mixture(built, weights)

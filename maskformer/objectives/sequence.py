@@ -248,7 +248,7 @@ def fim(
         raise ValueError(f"fim: {markers}: the three markers must differ")
     for name, token in markers.items():
         if token not in vocabulary.special_ids:
-            raise ValueError(f"{name}={token}: not among the special ids of the vocabulary; list it in vocabulary.special")
+            raise ValueError(f"{name}={token}: not a special id of the vocabulary; list it in vocabulary.special")
     rate, spm_rate = check_fraction("rate", rate), check_fraction("spm_rate", spm_rate)
     return FillInTheMiddle(
         "fim", vocabulary, length, length, rate, description=f"fim: rate {rate:g}, SPM {spm_rate:g}",

@@ -39,7 +39,7 @@ def noise_counts(size: int, rate: float, mean: float) -> tuple[int, int]:
 
 
 def span_corruption_lengths(inputs_length: int, rate: float = 0.15, mean: float = 3.0) -> tuple[int, int]:
-    """(tokens, targets_length): raw tokens per row that fill `inputs_length` after corruption (t5 `random_spans_helper`).
+    """(tokens, targets_length): raw tokens per row that fill `inputs_length` once corrupted (t5 `random_spans_helper`).
 
     Both sides count one sentinel per span and one EOS.
 
@@ -63,7 +63,9 @@ def span_corruption_lengths(inputs_length: int, rate: float = 0.15, mean: float 
     return tokens, targets
 
 
-def random_spans(key: jax.Array, size: jax.Array, noise: jax.Array, spans: jax.Array, length: int, most: int) -> jax.Array:
+def random_spans(
+    key: jax.Array, size: jax.Array, noise: jax.Array, spans: jax.Array, length: int, most: int
+) -> jax.Array:
     """bool `[length]`: `noise` of the first `size` positions in `spans` spans, starting with text, ending with noise.
 
     The noise is cut into `spans` parts of at least one token, and so is the text, each way of cutting equally likely;
@@ -125,6 +127,7 @@ class SpanNoise:
     mode_ids: tuple[int | None, ...]
     sentinels: tuple[int, ...]
     lengths: tuple[int, int]
+    total: int
     eos: int | None
     pad: int
     roll: bool = False
@@ -177,9 +180,14 @@ def _span_noise(name, vocabulary, length, denoisers, weights, modes, roll) -> Sp
     eos = int(vocabulary.eos is not None)
     mode = int(any(m is not None for m in modes))
     size = np.arange(length + 1)
-    lengths = (int((size - noise + spans).max()) + eos + mode + bool(roll), int((noise + spans).max()) + eos + bool(roll))
+    # A rolled span may wrap around and become two.
+    lengths = (
+        int((size - noise + spans).max()) + eos + mode + bool(roll),
+        int((noise + spans).max()) + eos + bool(roll),
+    )
+    total = int((size + 2 * spans).max()) + 2 * eos + mode + 2 * bool(roll)
     return SpanNoise(
-        length, noise, spans, weights, modes, vocabulary.require_sentinels(max(most, 1), name), lengths,
+        length, noise, spans, weights, modes, vocabulary.require_sentinels(max(most, 1), name), lengths, total,
         vocabulary.eos, vocabulary.pad or 0, roll,
     )
 
@@ -234,8 +242,9 @@ def span_corruption(
         make: Any = _span_noise("span_corruption", needs, length, [(rate, mean)], (1.0,), (None,), roll)
         if variant == "drop":
             make = Variant(variant, length, rate, make.lengths, vocabulary, make)
-        lengths = make.lengths
+        lengths, total = make.lengths, (make.total if variant == "span" else None)
     else:
+        total = None
         eos = int(vocabulary.eos is not None)
         most = binomial_quantile(length, rate)
         lengths = (length + eos, (2 * most if variant == "iid" else length) + eos)
@@ -245,7 +254,7 @@ def span_corruption(
             vocabulary.require("mask", "span_corruption")
         make = Variant(variant, length, rate, lengths, vocabulary)
     return pair_objective(
-        "span_corruption", vocabulary, length, layout, make, lengths, start_id, rate=rate,
+        "span_corruption", vocabulary, length, layout, make, lengths, start_id, total, rate=rate,
         static_copies=static_copies,
         description=f"span_corruption: {variant}, rate {rate:g}, mean span {mean:g}, {layout}",
     )
@@ -329,7 +338,7 @@ def ul2(
     >>> sentinels = tuple(range(999, 899, -1))
     >>> vocabulary = Vocabulary(size=1000, pad=0, eos=1, sentinels=sentinels, special=(10, 11, 12))
     >>> ul2(vocabulary, 512, mode_tokens={"R": 10, "S": 11, "X": 12}).output_length
-    857
+    685
     """
     length = check_length(length)
     settings, modes = [], []
@@ -353,6 +362,6 @@ def ul2(
         raise ValueError(f"weights={weights}: expected {len(settings)} numbers of at least 0, some above 0")
     make = _span_noise("ul2", vocabulary, length, settings, weights, tuple(modes), roll=False)
     return pair_objective(
-        "ul2", vocabulary, length, layout, make, make.lengths, start_id, static_copies=static_copies,
+        "ul2", vocabulary, length, layout, make, make.lengths, start_id, make.total, static_copies=static_copies,
         description=f"ul2: {len(settings)} denoisers, {layout}",
     )

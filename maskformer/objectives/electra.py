@@ -1,0 +1,157 @@
+"""ELECTRA's data side: what the generator reads, and what the discriminator reads and is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from maskformer.objectives import randomness
+from maskformer.objectives.counting import Count, check_fraction, check_length
+from maskformer.objectives.objective import Objective
+from maskformer.objectives.replace import Replace, check_policy
+from maskformer.objectives.rows import Corrupted, Selection
+from maskformer.objectives.select import ORDER
+from maskformer.objectives.vocabulary import Vocabulary, is_any_of
+
+SAMPLE = 90
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Discrimination:
+    """What the discriminator reads and answers: was this token replaced? All `[batch, length]`.
+
+    `labels` float32, 1 where the input differs from the original token; a sample that equals it counts as original.
+    `loss_weights` float32, 1 on every token that is not padding.
+    """
+
+    input_tokens: jax.Array
+    labels: jax.Array
+    loss_weights: jax.Array
+
+
+@dataclass(frozen=True, eq=False)
+class Electra(Objective):
+    """The generator's masked language modelling, and `discriminate` for the second network.
+
+    The generator's positions are drawn with replacement (ELECTRA, `pretrain_helpers.py`): one position may fill
+    two slots and then counts twice in the generator's loss.
+    """
+
+    count: Count = None  # type: ignore[assignment]
+    replace: Replace = None  # type: ignore[assignment]
+    avoid: tuple[int, ...] = ()
+    discriminator_weight: float = 50.0
+
+    def row(self, key, row, rate, token_weights):
+        member = row.valid & ~is_any_of(row.tokens, self.avoid, self.vocabulary.size)
+        number = jnp.sum(member, dtype=jnp.int32)
+        picks = randomness.integers(key, ORDER, (self.budget,), number)
+        # The r-th member position, by its rank among members.
+        positions = jnp.searchsorted(jnp.cumsum(member), picks + 1).astype(jnp.int32)
+        used = (jnp.arange(self.budget) < self.count(key, row.size, rate)) & (number > 0)
+        slot = jnp.where(used, positions, row.tokens.shape[0])
+        chosen = jnp.zeros(row.tokens.shape, bool).at[slot].set(True, mode="drop")
+        tokens, kinds = self.replace(key, row.tokens, Selection(chosen))
+        positions = jnp.where(used, positions, 0)
+        return Corrupted(
+            input_tokens=tokens, segment_ids=row.segment_ids, positions=row.positions,
+            predict_positions=positions,
+            target_tokens=jnp.where(used, row.tokens[positions], self.vocabulary.pad or 0),
+            loss_weights=used.astype(jnp.float32),
+            kinds=jnp.where(used, kinds[positions], 0).astype(jnp.int8),
+            selected=chosen,
+        )
+
+    def discriminate(self, key, batch, corrupted: Corrupted, logits: jax.Array) -> Discrimination:
+        """Fills the generator's positions with samples from its own logits.
+
+        Args:
+          key: the run's key, as given to the objective.
+          batch: the batch that was corrupted.
+          corrupted: what the objective made of it.
+          logits: `[batch, budget, vocabulary]` of the generator; no gradient flows through the samples.
+
+        Where one position fills two slots, the first slot's sample stands (the reference averages the two ids, which
+        is a third, unrelated token).
+        """
+        tokens = jnp.asarray(batch["tokens"], jnp.int32)
+        valid = jnp.asarray(batch["segment_ids"]) > 0
+        epoch = jnp.asarray(batch["epoch"], jnp.int32)
+        example_id = jnp.asarray(batch["example_id"], jnp.int32)
+        return _discriminate(self, key, epoch, example_id, tokens, valid, corrupted, jax.lax.stop_gradient(logits))
+
+    def discriminator_loss(
+        self, logits: jax.Array, discrimination: Discrimination
+    ) -> tuple[jax.Array, jax.Array]:
+        """(sum of binary cross-entropies, number of tokens) of `logits` `[batch, length]`, in float32.
+
+        The joint loss is generator mean + `discriminator_weight` (50) * discriminator mean.
+        """
+        logits = jnp.where(discrimination.loss_weights > 0, logits.astype(jnp.float32), 0.0)
+        losses = jax.nn.softplus(logits) - logits * discrimination.labels
+        return jnp.sum(losses * discrimination.loss_weights), jnp.sum(discrimination.loss_weights)
+
+
+@partial(jax.jit, static_argnums=0)
+def _discriminate(objective, key, epoch, example_id, tokens, valid, corrupted, logits) -> Discrimination:
+    keys = randomness.row_keys(key, epoch, example_id, objective.static_copies)
+
+    def fill(key, tokens, valid, positions, weights, logits):
+        noise = randomness.uniform(key, SAMPLE, logits.shape)
+        gumbel = -jnp.log(-jnp.log(jnp.maximum(noise, 2.0**-25)))
+        sampled = jnp.argmax(logits.astype(jnp.float32) + gumbel, axis=-1).astype(jnp.int32)
+        # The first of two slots at one position has the say.
+        length = tokens.shape[0]
+        slot = jnp.arange(positions.shape[0])
+        at = jnp.where(weights > 0, positions, length)
+        first = jnp.full(length, positions.shape[0], jnp.int32).at[at].min(slot, mode="drop")
+        filled = first < positions.shape[0]
+        inputs = jnp.where(filled, sampled[jnp.minimum(first, positions.shape[0] - 1)], tokens)
+        return Discrimination(inputs, (inputs != tokens).astype(jnp.float32), valid.astype(jnp.float32))
+
+    return jax.vmap(fill)(
+        keys, tokens, valid, corrupted.predict_positions, corrupted.loss_weights, logits
+    )
+
+
+def electra(
+    vocabulary: Vocabulary,
+    length: int,
+    *,
+    rate: float = 0.15,
+    replacement: Sequence[float] = (0.85, 0.0, 0.15),
+    max_predictions: int | None = None,
+    discriminator_weight: float = 50.0,
+    static_copies: int = 0,
+) -> Electra:
+    """Replaced token detection (Clark et al. 2020; `pretrain_helpers.py`).
+
+    max(1, round(rate * size)) slots per row, drawn with replacement from all tokens but `cls sep mask pad`; a slot is
+    masked with probability 0.85 for the generator. A random id is never used there.
+
+    Args:
+      rate, replacement, max_predictions, static_copies: as in `mlm`.
+      discriminator_weight: factor of the discriminator's mean loss beside the generator's.
+
+    >>> electra(Vocabulary(size=100, pad=0, mask=4), 128).budget
+    19
+    """
+    length, rate, policy = check_length(length), check_fraction("rate", rate), check_policy(replacement)
+    vocabulary.require("mask", "electra")
+    if max_predictions is not None and not 1 <= max_predictions <= length:
+        raise ValueError(f"max_predictions={max_predictions}: expected between 1 and the row length {length}")
+    if not discriminator_weight >= 0:
+        raise ValueError(f"discriminator_weight={discriminator_weight}: expected at least 0")
+    count = Count("round", rate, length, minimum=1, maximum=max_predictions)
+    return Electra(
+        "electra", vocabulary, length, count.largest(), rate, static_copies,
+        description=f"electra: rate {rate:g}, (mask, random, keep) {policy}",
+        count=count, replace=Replace(policy, vocabulary.mask, vocabulary.size),
+        avoid=vocabulary.ids(("pad", "mask", "cls", "sep", "bos", "eos", "sentinels", "special")),
+        discriminator_weight=float(discriminator_weight),
+    )
