@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from typing import Any, Callable, ClassVar, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ class Mask:
     """For each array field, its number of dimensions without ``[batch, heads]`` in front."""
 
     axes: ClassVar[dict[str, str]] = {}
-    """The array fields whose last dimension is indexed by the ``"query"`` position, the ``"key"`` position, or ``"both"``."""
+    """The array fields whose last dimension is a position: of the ``"query"``, of the ``"key"``, or of ``"both"``."""
 
     # --- what a subclass says -------------------------------------------------------------------------------
 
@@ -204,7 +205,7 @@ class Mask:
         """Raises ValueError where an array does not cover the positions asked for."""
         for child in self.children():
             child.check_lengths(q_len, kv_len, q_offset)
-        for name, array, rank in self.arrays():
+        for name, array, _ in self.arrays():
             axis = self.axes.get(name)
             needed = [kv_len] if axis in ("key", "both") else []
             if axis in ("query", "both") and isinstance(q_offset, (int, np.integer)):

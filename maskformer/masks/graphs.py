@@ -187,7 +187,9 @@ def _depth_first(parents: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @builder()
-def bigbird(length: int, block: int = 64, window: int = 3, random: int = 3, global_blocks: int = 2, seed: int = 0) -> Mask:
+def bigbird(
+    length: int, block: int = 64, window: int = 3, random: int = 3, global_blocks: int = 2, seed: int = 0
+) -> Mask:
     """BigBird (arXiv:2007.14062): a window of blocks, global first blocks, and random blocks.
 
     Args:

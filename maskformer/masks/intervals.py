@@ -14,8 +14,10 @@ alone is computed once per q-block rather than once per tile.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from typing import Any, Callable, Protocol, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -123,13 +125,9 @@ class Analysis:
 
     def fold(self, equation: Any, inputs: list[Interval]) -> list[Interval]:
         """An equation between constants is simply computed."""
-        functions, params = equation.primitive.get_bind_params(equation.params)
-        arguments = [value.lo for value in inputs]
-        if self.xp is np:
-            with jax.ensure_compile_time_eval():
-                results = equation.primitive.bind(*functions, *map(jnp.asarray, arguments), **params)
-        else:
-            results = equation.primitive.bind(*functions, *map(jnp.asarray, arguments), **params)
+        at_once = jax.ensure_compile_time_eval() if self.xp is np else contextlib.nullcontext()
+        with at_once:
+            results = equation.primitive.bind(*[jnp.asarray(value.lo) for value in inputs], **equation.params)
         return [self.constant(result) for result in (results if equation.primitive.multiple_results else [results])]
 
     def constant(self, value: Any) -> Interval:
@@ -184,8 +182,9 @@ class Analysis:
         info = jnp.finfo(dtype)
         xp, share = self.xp, max(relative, 4 * float(info.eps))
         with np.errstate(all="ignore"):
-            slack = [xp.abs(end) * np.asarray(share, dtype) + np.asarray(info.tiny, dtype) for end in (value.lo, value.hi)]
-            return self.settle(Interval(value.lo - slack[0], value.hi + slack[1], value.depends))
+            room, least = np.asarray(share, dtype), np.asarray(info.tiny, dtype)
+            lo, hi = value.lo - (xp.abs(value.lo) * room + least), value.hi + (xp.abs(value.hi) * room + least)
+            return self.settle(Interval(lo, hi, value.depends))
 
 
 def anything_between(analysis: Analysis, dtype: Any, known: Any, lo: Any, hi: Any, depends: int) -> Interval:

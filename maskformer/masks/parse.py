@@ -11,7 +11,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from typing import Any, Iterator, Mapping, NoReturn
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
 
 from maskformer.masks.expression import Mask, leaf
 from maskformer.masks.registry import NAMES, Builder
@@ -57,7 +58,8 @@ def parse(text: str, **arrays: Any) -> Mask:
     >>> parse("causal & windw(4)")
     Traceback (most recent call last):
       ...
-    maskformer.masks.parse.MaskSyntaxError: mask 'causal & windw(4)': unknown mask 'windw' at column 9; did you mean 'window'?
+    maskformer.masks.parse.MaskSyntaxError: mask 'causal & windw(4)': unknown mask 'windw' at column 9; did you
+    mean 'window'?
     """
     if not isinstance(text, str):
         raise TypeError(f"masks.parse takes the text of a mask; got {type(text).__name__}")
@@ -123,7 +125,7 @@ class _Parser:
         named: dict[str, Any] = {}
         if self.accept("("):
             while not self.accept(")"):
-                kind, name, at = self.tokens[self.at]
+                kind, name, _ = self.tokens[self.at]
                 if kind == "name" and self.tokens[self.at + 1][1] == "=":
                     if name not in entry.parameters:
                         self.fail(f"{word}() has no argument {name!r}", _nearest(name, entry.parameters))

@@ -6,7 +6,7 @@ position: the query in row ``i`` reads entry ``q_offset + i``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
@@ -40,7 +40,7 @@ class KeyPadding(Mask):
     valid: Any = None
     lengths: Any = None
 
-    axes = {"valid": "key"}
+    axes: ClassVar[dict[str, str]] = {"valid": "key"}
 
     def attend(self, q: Any, k: Any) -> Any:
         return _exists(self.valid, self.lengths, k)
@@ -53,7 +53,7 @@ class QueryPadding(Mask):
     valid: Any = None
     lengths: Any = None
 
-    axes = {"valid": "query"}
+    axes: ClassVar[dict[str, str]] = {"valid": "query"}
 
     def attend(self, q: Any, k: Any) -> Any:
         return _exists(self.valid, self.lengths, q)
@@ -66,7 +66,7 @@ class Prefix(Mask):
     lengths: Any = None
     marked: Any = None
 
-    axes = {"marked": "both"}
+    axes: ClassVar[dict[str, str]] = {"marked": "both"}
 
     def attend(self, q: Any, k: Any) -> Any:
         return _exists(self.marked, self.lengths, q) & _exists(self.marked, self.lengths, k)
@@ -79,7 +79,7 @@ class GlobalTokens(Mask):
     count: int | None = None
     marked: Any = None
 
-    axes = {"marked": "both"}
+    axes: ClassVar[dict[str, str]] = {"marked": "both"}
 
     def attend(self, q: Any, k: Any) -> Any:
         if self.marked is None:
@@ -95,7 +95,7 @@ class SharedPrefix(Mask):
     segment_ids: Any
     shared_id: int = 0
 
-    axes = {"segment_ids": "both"}
+    axes: ClassVar[dict[str, str]] = {"segment_ids": "both"}
 
     def attend(self, q: Any, k: Any) -> Any:
         k_id = take(self.segment_ids, k)
@@ -110,7 +110,7 @@ class ToLastImage(Mask):
     key_images: Any
     images_before: Any
 
-    axes = {"image_starts": "query", "key_images": "key"}
+    axes: ClassVar[dict[str, str]] = {"image_starts": "query", "key_images": "key"}
 
     def attend(self, q: Any, k: Any) -> Any:
         image = take(self.images_before, q)
@@ -355,5 +355,5 @@ def block_diagonal(q_lengths: Any, kv_lengths: Any = None, kv_starts: Any = None
     arrays = [None if value is None else array(name, key, value, 1) for key, value in given]
     sizes = {value.shape[-1] for value in arrays if value is not None}
     if len(sizes) > 1:
-        raise ValueError(f"{name}: q_lengths, kv_lengths and kv_starts count {sorted(sizes)} blocks; expected one number")
+        raise ValueError(f"{name}: q_lengths, kv_lengths and kv_starts count {sorted(sizes)} blocks; expected the same")
     return BlockDiagonal(*arrays, causal)
