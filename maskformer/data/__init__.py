@@ -1,9 +1,9 @@
 """Text to packed, indexed token examples: a corpus, a tokenizer, rows of a fixed length, two iterators.
 
-    config = DataConfig(name="austen", length=128)
-    tokenizer = load_tokenizer(config)
-    dataset = load_dataset(config, "train", tokenizer)
-    for batch in dataset.train_batches(global_batch_size=32, seed=0): ...
+config = DataConfig(name="austen", length=128)
+tokenizer = load_tokenizer(config)
+dataset = load_dataset(config, "train", tokenizer)
+for batch in dataset.train_batches(global_batch_size=32, seed=0): ...
 """
 
 from maskformer.data.cache import cache_dir

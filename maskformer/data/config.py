@@ -75,8 +75,8 @@ class DataConfig:
     def __post_init__(self):
         for field in fields(self):
             _check_type(field.name, getattr(self, field.name), str(field.type))
-        if not self.name:
-            raise DataError("data.name='': expected 'austen', 'tfds:<name>' or a folder")
+        if not self.name or self.name == "tfds:":
+            raise DataError(f"data.name={self.name!r}: expected 'austen', 'tfds:<name>' or a folder")
         if self.data_dir is not None and not self.is_tfds:
             raise DataError(
                 f"data.data_dir={self.data_dir!r}: only 'tfds:' datasets have one, not {self.name!r}; use None"
@@ -129,6 +129,11 @@ class DataConfig:
     def is_tfds(self) -> bool:
         """Whether `name` is a TFDS dataset that is not embedded here."""
         return self.name.startswith("tfds:")
+
+    @property
+    def tfds_name(self) -> str:
+        """`name` as TFDS knows it."""
+        return self.name.removeprefix("tfds:")
 
     @property
     def trains_tokenizer(self) -> bool:

@@ -67,8 +67,10 @@ class _Tfds:
         except NotImplementedError:
             raise DataError(
                 f"dataset {name!r} is prepared as {builder.info.file_format.value}, which has no random access;"
-                f" prepare it as array_record: {_prepare_command(builder.name, builder.data_dir_root)}"
+                f" prepare it as array_record: {_prepare_command(name, 'ANOTHER_FOLDER')}"
             ) from None
+        except (ValueError, AssertionError) as error:
+            raise DataError(f"dataset {name!r}, split {split!r}: {str(error).strip().splitlines()[0]}") from None
         self._text_key = text_key
         # TFDS records the size of every shard when it prepares them; a path alone would miss a new preparation.
         shards = [[s.name, list(s.shard_lengths), s.num_bytes] for s in map(builder.info.splits.get, available)]
@@ -103,7 +105,10 @@ def _prepared_austen() -> Any:
             )
 
     def is_complete(path: Path) -> bool:
-        info = Austen(data_dir=path, file_format="array_record").info
+        try:
+            info = Austen(data_dir=path, file_format="array_record").info
+        except Exception:  # whatever damaged metadata makes TFDS raise
+            return False
         return set(info.splits) == set(SPLITS) and all(
             Path(file).stat().st_size > 0 for split in info.splits.values() for file in split.filepaths
         )
@@ -115,7 +120,7 @@ def _prepared_austen() -> Any:
 def _open_tfds(config: DataConfig, split: str) -> Source:
     import tensorflow_datasets as tfds
 
-    name = config.name.removeprefix("tfds:")
+    name = config.tfds_name
     try:
         builder = tfds.builder(name, data_dir=config.data_dir)
     except tfds.core.DatasetNotFoundError:
@@ -204,7 +209,8 @@ class Folder:
                 text = record[self._text_key]
                 if not isinstance(text, str):
                     raise DataError(f"{path}:{number}: {self._text_key!r} is {type(text).__name__}, expected text")
-                yield text
+                # JSON can spell half of a surrogate pair, which is no character.
+                yield text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _text_file(path: Path) -> Iterator[str]:

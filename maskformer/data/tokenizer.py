@@ -59,6 +59,7 @@ class Tokenizer:
         self._plain.encode_special_tokens = True
         self.fingerprint = hashlib.sha256(definition.encode()).hexdigest()
         self.vocabulary = _vocabulary(self._with_specials)
+        self._reserved = frozenset(self.vocabulary.special_ids) - {self.vocabulary.unk}
         # Without a pre-tokenizer that cuts at spaces every text is one "word" to the library, and the marks on the
         # pieces have to tell.
         encoding = self._plain.encode("a b", add_special_tokens=False)
@@ -80,7 +81,16 @@ class Tokenizer:
           For each text `(tokens int32 [n], word_starts bool [n])`; True at the first piece of each word.
         """
         encodings = self._plain.encode_batch(list(texts), add_special_tokens=False)
+        for i, encoding in enumerate(encodings):
+            # A Unigram model finds its special pieces in text by itself.
+            if not self._reserved.isdisjoint(encoding.ids):
+                encodings[i] = self._plain.encode(self._spelled_apart(texts[i]), add_special_tokens=False)
         return [(np.array(e.ids, np.int32), self._word_starts(e)) for e in encodings]
+
+    def _spelled_apart(self, text: str) -> str:
+        for name in map(self.token, sorted(self._reserved)):
+            text = text.replace(name, f"{name[0]} {name[1:]}")
+        return text
 
     def encode(
         self, text: str, *, start_token: str | None = None, end_token: str | None = None
@@ -201,8 +211,8 @@ def train(kind: str, documents: Callable[[], Iterator[str]], size: int, lowercas
     backend = {"wordpiece": _train_wordpiece, "bpe": _train_bpe, "unigram": _train_unigram}[kind](
         documents, learned, lowercase
     )
-    if (found := backend.get_vocab_size()) > learned:
-        raise DataError(f"data.vocabulary_size={size}: the characters of the corpus alone need {found + sentinels}")
+    if backend.get_vocab_size() > learned:
+        raise _too_small(size)
     for name in _SPECIAL:
         # " [MASK]" after a word is one token: the tokenizers whose pieces carry the space must not leave it alone.
         absorbs_space = name == "[MASK]" and kind != "wordpiece"
@@ -210,6 +220,10 @@ def train(kind: str, documents: Callable[[], Iterator[str]], size: int, lowercas
     for i in reversed(range(sentinels)):
         backend.add_special_tokens([AddedToken(f"<extra_id_{i}>", special=True, normalized=False)])
     return backend.to_str()
+
+
+def _too_small(size: int) -> DataError:
+    return DataError(f"data.vocabulary_size={size}: too small for the characters of the corpus alone; raise it")
 
 
 def _train_wordpiece(documents: Callable[[], Iterator[str]], size: int, lowercase: bool) -> Backend:
@@ -222,7 +236,7 @@ def _train_wordpiece(documents: Callable[[], Iterator[str]], size: int, lowercas
     counts: Counter[str] = Counter()
     inside: set[str] = set()
     for text in normalized():
-        counts.update(text)
+        counts.update(c for c in text if not c.isspace())
         inside.update(_INSIDE_WORD.findall(text))
     ranked = sorted(counts, key=lambda c: (-counts[c], c))
     kept = set(ranked[: max(size // 4, 1)])
@@ -263,21 +277,41 @@ def _train_bpe(documents: Callable[[], Iterator[str]], size: int, lowercase: boo
 
 def _train_unigram(documents: Callable[[], Iterator[str]], size: int, lowercase: bool) -> Backend:
     scratch = Backend(models.Unigram())
-    scratch.normalizer = normalizers.Sequence([normalizers.NFKC(), *([_fold()] if lowercase else [])])
+    one_space = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+    scratch.normalizer = normalizers.Sequence([normalizers.NFKC(), one_space, *([_fold()] if lowercase else [])])
     scratch.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    trainer = trainers.UnigramTrainer(
-        vocab_size=size, show_progress=False, special_tokens=_SPECIAL, unk_token="[UNK]"
-    )
-    scratch.train_from_iterator(documents(), trainer)
-    # The trainer adds floats in the order of a randomly seeded hash table: the last digits of the scores, and with
-    # them the order of the pieces, differ from run to run until they are rounded.
-    scores = {piece: round(score, 6) for piece, score in json.loads(scratch.to_str())["model"]["vocab"]}
+    trainer = trainers.UnigramTrainer(vocab_size=size, show_progress=False, special_tokens=_SPECIAL, unk_token="[UNK]")
+    try:
+        scratch.train_from_iterator(documents(), trainer)
+    except Exception as error:  # the library raises bare Exception
+        if "vocabulary is not large enough" in str(error):
+            raise _too_small(size) from None
+        raise
+    scores = _reproducible_scores(json.loads(scratch.to_str())["model"]["vocab"])
     pieces = sorted((p for p in scores if p not in _SPECIAL), key=lambda p: (-scores[p], p))
     vocabulary = [(p, 0.0) for p in _SPECIAL] + [(p, scores[p]) for p in pieces]
     backend = Backend(models.Unigram(vocabulary, unk_id=_SPECIAL.index("[UNK]")))
     backend.normalizer, backend.pre_tokenizer = scratch.normalizer, scratch.pre_tokenizer
     backend.decoder = decoders.Metaspace(prepend_scheme="first")
     return backend
+
+
+def _reproducible_scores(vocabulary: list[tuple[str, float]]) -> dict[str, float]:
+    """Undoes two effects of the trainer's randomly seeded hash tables, which differ from run to run.
+
+    The last digits of the scores depend on the order of additions; they are rounded off. And the characters that
+    are pieces only so that every text can be written get the lowest score plus 0, 0.0001, 0.0002 ... in random
+    order; all of that ladder is given its lowest rung.
+    """
+    scores = {piece: round(score, 6) for piece, score in vocabulary}
+    characters = sorted((p for p in scores if len(p) == 1), key=scores.get)  # type: ignore[arg-type]
+    rung = scores[characters[0]] if characters else 0.0
+    lowest = rung
+    for character in characters:
+        if scores[character] > rung + 0.000105:
+            break
+        rung, scores[character] = scores[character], lowest
+    return scores
 
 
 def _fold() -> normalizers.Normalizer:
