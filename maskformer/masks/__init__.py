@@ -11,6 +11,7 @@ True
 from maskformer.masks.arbitrary import Dense, Predicate, dense, predicate
 from maskformer.masks.block_map import BlockMap, TileLists, block_map
 from maskformer.masks.composites import Choice, PerHead, Shift, per_head, shift
+from maskformer.masks.draw import draw, picture
 from maskformer.masks.expression import And, Mask, Not, Or
 from maskformer.masks.graphs import Graph, Tree, bigbird, graph, longformer, random_blocks, tree
 from maskformer.masks.grids import Neighborhood, Tiles, neighborhood, tiles
@@ -97,6 +98,7 @@ __all__ = [
     "chunked",
     "dense",
     "dilated_window",
+    "draw",
     "everything",
     "global_tokens",
     "graph",
@@ -106,6 +108,7 @@ __all__ = [
     "nothing",
     "parse",
     "per_head",
+    "picture",
     "predicate",
     "prefix",
     "query_padding",

@@ -215,7 +215,7 @@ class _Builder:
     def static(self, mask: Mask) -> list[TileLists]:
         batch, heads = mask.shape
         mask = jax.tree.map(np.asarray, mask)
-        found = [[self.search(mask.select(b, h)) for h in range(heads)] for b in range(batch)]
+        found = [[self.search(mask.select(b, h).sharpen()) for h in range(heads)] for b in range(batch)]
         lists = []
         for transposed in (False, True):
             for kind in ("partial", "full"):
@@ -247,6 +247,7 @@ class _Builder:
 
     def one(self, mask: Mask) -> list[TileLists]:
         """The lists of a mask of shape ``(1, 1)``: candidates on the host, then their class as traced values."""
+        mask = mask.sharpen()
         found = self.search(mask)
         rows = np.concatenate([found.partial[0], found.full[0]])
         columns = np.concatenate([found.partial[1], found.full[1]])

@@ -63,7 +63,7 @@ class Mask:
         """How to write this leaf: its builder's name and ``(parameter, value)`` for each argument to write."""
         name = builder_name(type(self))
         parameters = BUILDERS[name].parameters
-        values = [(key, getattr(self, key)) for key in parameters]
+        values = [(key, getattr(self, key)) for key in parameters if hasattr(self, key)]
         return name, [(key, value) for key, value in values if not _is_default(value, parameters[key].default)]
 
     # --- what every mask can do -----------------------------------------------------------------------------
@@ -196,6 +196,10 @@ class Mask:
     def _matrix(self, q: jax.Array, k: jax.Array, b: Any, h: Any) -> jax.Array:
         shape = (q.shape[0], k.shape[1])
         return jnp.broadcast_to(self.select(b, h).attend(q, k), shape).astype(bool)
+
+    def sharpen(self) -> Mask:
+        """An equal mask that the interval analysis sees through better; called once, on a mask of shape (1, 1)."""
+        return self.rebuild([child.sharpen() for child in self.children()])
 
     def tile_bounds(self, analysis: Any) -> Any:
         """``Interval`` of ``(all, any)`` on each tile, for a leaf that knows better than the analysis; else None."""

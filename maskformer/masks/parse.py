@@ -141,9 +141,11 @@ class _Parser:
             bound = inspect.signature(entry.function).bind_partial(*positional, **named)
         except TypeError as error:
             self.fail(f"{word}(): {error}", column=column)
-        if entry.references and not set(entry.references) & set(bound.arguments):
-            first, reference = next(iter(entry.references.items()))
-            named[first] = Reference(reference)
+        required = [key for key in entry.references if entry.parameters[key].default is inspect.Parameter.empty]
+        optional = [] if required or bound.arguments else list(entry.references)[:1]
+        for key in required + optional:
+            if key not in bound.arguments:
+                named[key] = Reference(entry.references[key])
         try:
             bound = inspect.signature(entry.function).bind(*positional, **named)
             self.check_references(entry, word, bound.arguments, column)

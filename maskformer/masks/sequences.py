@@ -6,9 +6,12 @@ position: the query in row ``i`` reads entry ``q_offset + i``.
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 
 from maskformer.masks.checks import array, whole_number
 from maskformer.masks.expression import Mask, leaf, take
@@ -28,9 +31,41 @@ class Segments(Mask):
         same = q_id == take(self.q_ids if self.kv_ids is None else self.kv_ids, k)
         return same if self.padding is None else same & (q_id != self.padding)
 
+    def sharpen(self) -> Mask:
+        """Renames a trailing id 0 (padding) to one past the largest, so that packed ids are sorted to the end.
+
+        The tile where the last segment meets the padding would otherwise span all ids between, and be visited.
+        """
+        ids = [self.q_ids] if self.kv_ids is None else [self.q_ids, self.kv_ids]
+        signed = all(jnp.issubdtype(each.dtype, jnp.signedinteger) for each in ids)
+        if not signed or 0 in [each.shape[-1] for each in ids]:
+            return self
+        xp = np if all(isinstance(each, np.ndarray) for each in ids) else jnp
+        largest = functools.reduce(xp.maximum, [xp.max(each) for each in ids])
+        trailing = functools.reduce(operator.or_, [(each[-1] == 0) & (each[0] != 0) for each in ids])
+        trailing = trailing & (largest < jnp.iinfo(ids[0].dtype).max) & (ids[0].dtype == ids[-1].dtype)
+        ids = [xp.where(trailing & (each == 0), largest + trailing, each).astype(each.dtype) for each in ids]
+        renamed = Segments(ids[0], None if self.kv_ids is None else ids[1])
+        # The id of padding may itself have been renamed; what it hides is said of the original.
+        return renamed if self.padding is None else renamed & ~_Equals(self.q_ids, self.padding)
+
     @property
     def axes(self) -> dict[str, str]:  # type: ignore[override]
         return {"q_ids": "both" if self.kv_ids is None else "query", "kv_ids": "key"}
+
+
+@leaf(ids=1)
+class _Equals(Mask):
+    """Queries whose id is ``value``; part of a sharpened ``Segments``."""
+
+    ids: Any
+    value: int
+
+    def attend(self, q: Any, k: Any) -> Any:
+        return take(self.ids, q) == self.value
+
+    def spell(self) -> tuple[str, list[tuple[str | None, Any]]]:
+        return "segments", [("q_ids", self.ids), ("padding", self.value)]
 
 
 @leaf(valid=1, lengths=0)
