@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import time
 from collections.abc import Mapping
 
 import jax
+from jax._src import xla_bridge  # the question "was a device used?" has no public name
 
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -43,16 +46,18 @@ def initialize(timeout: int = 300) -> bool:
     arguments = detect(os.environ)
     if arguments is None:
         return False
+    if xla_bridge.backends_are_initialized():
+        raise RuntimeError("distributed.initialize() was called after a device was used: call it first")
     if jax.config.jax_cpu_collectives_implementation in (None, "none"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if arguments.get("process_id", 0) > 0:
+        _await_coordinator(arguments["coordinator_address"], timeout)
     try:
         jax.distributed.initialize(initialization_timeout=timeout, **arguments)
     except Exception as error:
-        if "must be called before" in str(error):
-            raise RuntimeError("distributed.initialize() was called after a device was used: call it first") from error
         raise RuntimeError(
-            f"joining the cluster failed ({arguments or 'detected by JAX'}): {error}. "
-            "MASKFORMER_DISTRIBUTED=off runs this process on its own."
+            f"joining the other processes failed ({arguments or 'left to the detection of JAX'}): "
+            f"{str(error).rstrip('.')}. MASKFORMER_DISTRIBUTED=off runs this process on its own."
         ) from error
     return True
 
@@ -84,6 +89,23 @@ def detect(environ: Mapping[str, str]) -> dict | None:
     if "JAX_COORDINATOR_ADDRESS" in environ:
         return _explicit(environ)
     return None
+
+
+def _await_coordinator(address: str, timeout: float) -> None:
+    """Waits until process 0 listens. JAX would wait too, but ends the process with a C++ stack trace."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"JAX_COORDINATOR_ADDRESS={address}: process 0 could not be reached there within {timeout:.0f} s "
+                    f"({error}). Is it running, and is the port open?"
+                ) from None
+        time.sleep(0.2)
 
 
 def slurm_local_devices(environ: Mapping[str, str]) -> list[int] | None:

@@ -1,5 +1,6 @@
 import pytest
 
+from launch.local import free_port
 from maskformer.training import distributed
 from maskformer.training.distributed import detect, slurm_local_devices
 
@@ -89,3 +90,16 @@ def test_gpus_that_do_not_divide_are_refused():
     environ = SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2", "SLURM_GPUS_ON_NODE": "3"}
     with pytest.raises(ValueError, match="2 Slurm tasks cannot share 3 GPUs of a node evenly"):
         slurm_local_devices(environ)
+
+
+def test_an_absent_coordinator_is_named_instead_of_a_stack_trace(monkeypatch):
+    for name, value in {**EXPLICIT, "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match=r"process 0 could not be reached there within 1 s .*is the port open"):
+        distributed.initialize(timeout=1)
+
+
+def test_a_cluster_that_is_asked_for_and_absent_is_an_error(monkeypatch):
+    monkeypatch.setenv("MASKFORMER_DISTRIBUTED", "on")
+    with pytest.raises(RuntimeError, match="MASKFORMER_DISTRIBUTED=off runs this process on its own"):
+        distributed.initialize()
