@@ -28,8 +28,7 @@ def refuses(call: Call) -> str | None:
 
 def attend(call: Call) -> tuple[jax.Array, jax.Array]:
     """Output [batch, q_len, heads, value_dim] and logsumexp, float32 [batch, q_len, heads]."""
-    mask = masks.everything() if call.mask is None else call.mask
-    block_map = mask.block_map(call.q_len, call.kv_len, blocks.choose(call), q_offset=call.q_offset)
+    mask, block_map = blocks.block_map(call)
     return attend_blocks(call, mask, block_map, q_offset=call.q_offset, kv_offset=0)
 
 
