@@ -8,6 +8,7 @@ from maskformer.objectives.compat import COMPAT
 from maskformer.objectives.denoising import denoising
 from maskformer.objectives.diffusion import diffusion
 from maskformer.objectives.electra import Discrimination, electra
+from maskformer.objectives.leaks import Leak, LeakReport, check_leaks, with_attend
 from maskformer.objectives.loss import cross_entropy
 from maskformer.objectives.mixture import mixture
 from maskformer.objectives.mlm import conditional_mlm, mlm, ngram_mlm, pmi_mlm, span_mlm
@@ -23,10 +24,10 @@ from maskformer.objectives.translation import augment, masked_source
 from maskformer.objectives.vocabulary import Vocabulary
 
 __all__ = [
-    "BUILDERS", "COMPAT", "KEEP", "MASK", "RANDOM", "Corrupted", "CorruptedPair", "Discrimination", "Lexicon",
-    "Masking", "Objective", "Pair", "PairMasks", "Row", "Selection", "Vocabulary", "attend_within_segments", "augment",
-    "causal_lm", "conditional_mlm", "create", "cross_entropy", "denoising", "diffusion", "electra", "fim",
-    "frequency_weights", "inverse_document_frequencies", "masked_source", "mixture", "mlm", "ngram_mlm", "pmi_mlm",
-    "prefix_lm", "schedules", "shift_right", "span_corruption", "span_corruption_lengths", "span_mlm", "tag_weights",
-    "ul2",
+    "BUILDERS", "COMPAT", "KEEP", "MASK", "RANDOM", "Corrupted", "CorruptedPair", "Discrimination", "Leak",
+    "LeakReport", "Lexicon", "Masking", "Objective", "Pair", "PairMasks", "Row", "Selection", "Vocabulary",
+    "attend_within_segments", "augment", "causal_lm", "check_leaks", "conditional_mlm", "create", "cross_entropy",
+    "denoising", "diffusion", "electra", "fim", "frequency_weights", "inverse_document_frequencies",
+    "masked_source", "mixture", "mlm", "ngram_mlm", "pmi_mlm", "prefix_lm", "schedules", "shift_right",
+    "span_corruption", "span_corruption_lengths", "span_mlm", "tag_weights", "ul2", "with_attend",
 ]

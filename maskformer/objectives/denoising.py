@@ -228,7 +228,7 @@ def denoising(
     rate, random_rate = check_fraction("rate", rate), check_fraction("random_rate", random_rate)
     share, turn = check_fraction("permute_sentences", permute_sentences), check_fraction("rotate", rotate)
     if replace_length not in (-1, 0, 1):
-        raise ValueError(f"replace_length={replace_length}: expected 1 (one mask), 0 (deletion) or -1 (mask all tokens)")
+        raise ValueError(f"replace_length={replace_length}: expected 1 (one mask), 0 (delete) or -1 (mask all tokens)")
     if poisson_mean is not None and not 0 < poisson_mean <= length:
         raise ValueError(f"poisson_mean={poisson_mean:g}: expected above 0 and at most the row length {length}")
     if rate and (replace_length != 0 or poisson_mean is not None):
@@ -248,7 +248,7 @@ def denoising(
     make = Denoise(infilling, vocabulary, tuple(full_stops), share, turn, (length + grows, length))
     return pair_objective(
         "denoising", vocabulary, length, layout, make, make.lengths, start_id, rate=rate, static_copies=static_copies,
-        needs=("word_starts",) if rate and whole_words else (),
+        needs=("word_starts",) if rate and whole_words else (), copies_input=True,
         description=f"denoising: rate {rate:g}, poisson {poisson_mean}, replace {replace_length}, "
         f"permute {share:g}, rotate {turn:g}, {layout}",
     )

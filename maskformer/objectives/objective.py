@@ -41,6 +41,8 @@ class Objective:
       static_copies: 0 = a new corruption every epoch; k = k fixed corruptions per example, taken in turn.
       needs: batch keys it reads beyond the usual ones: `word_starts`, `select_weights`.
       takes_token_weights: it selects by a token's weight, which a call may replace (adaptive masking).
+      copies_input: the targets repeat tokens that the input shows, by design (denoising); `check_leaks` then looks at
+        the decoder's side only.
       description: one line for logs.
     """
 
@@ -53,6 +55,7 @@ class Objective:
     needs: tuple[str, ...] = ()
     takes_token_weights: bool = False
     description: str = ""
+    copies_input: bool = False
 
     @property
     def output_length(self) -> int:

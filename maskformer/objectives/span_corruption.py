@@ -255,7 +255,7 @@ def span_corruption(
         make = Variant(variant, length, rate, lengths, vocabulary)
     return pair_objective(
         "span_corruption", vocabulary, length, layout, make, lengths, start_id, total, rate=rate,
-        static_copies=static_copies,
+        static_copies=static_copies, copies_input=variant in ("bert", "mass", "deshuffle"),
         description=f"span_corruption: {variant}, rate {rate:g}, mean span {mean:g}, {layout}",
     )
 

@@ -87,6 +87,7 @@ def masked_source(
     return MaskedSource(
         "masked_source", vocabulary, length, target_length, source.rate, source.static_copies, source.needs,
         source.takes_token_weights, f"masked_source over {source.description}",
+        copies_input=True,
         source=source, target_length=target_length, start_id=start,
     )
 
