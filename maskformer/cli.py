@@ -105,8 +105,15 @@ def mask(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     from maskformer import masks
 
     _no_flags(config_flags)
-    length = arguments.length
-    print(masks.show(arguments.expression, length, arguments.kv_length or length, arguments.blocks, arguments.png))
+    print(
+        masks.picture(
+            arguments.expression,
+            arguments.length,
+            kv_length=arguments.kv_length,
+            block=arguments.blocks,
+            path=arguments.png,
+        )
+    )
     return 0
 
 

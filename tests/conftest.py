@@ -13,3 +13,7 @@ if "xla_force_host_platform_device_count" not in _flags:
 os.environ.setdefault(
     "MASKFORMER_CACHE", str(pathlib.Path(tempfile.gettempdir()) / f"maskformer-tests-{os.getuid()}")
 )
+# Many tests compile the same small programs; the second one reads what the first one made.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["MASKFORMER_CACHE"] + "/xla")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

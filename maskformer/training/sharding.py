@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maskformer.models import EncoderConfig
@@ -66,7 +67,7 @@ def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
         raise ValueError(f"mesh={sizes}: multiplies to {fixed} of {len(devices)} devices; set one axis to -1")
     shape = tuple(sizes.values())
     # On TPU and GPU the order of devices decides how far collectives travel; jax knows the wiring.
-    array = jax.experimental.mesh_utils.create_device_mesh(shape, devices) if len(devices) > 1 else np.array(devices)
+    array = mesh_utils.create_device_mesh(shape, devices) if len(devices) > 1 else np.array(devices)
     return Mesh(array.reshape(shape), tuple(sizes))
 
 

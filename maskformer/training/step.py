@@ -123,7 +123,7 @@ def create_train_step(
         # A batch in which nothing is predicted has no gradient; it must not divide by zero.
         scale = 1.0 / jnp.maximum(sums["weight"], 1.0)
         gradients = jax.tree.map(lambda gradient: gradient * scale.astype(gradient.dtype), gradients)
-        grad_norm = optax.global_norm(gradients)
+        grad_norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema

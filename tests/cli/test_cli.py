@@ -1,0 +1,114 @@
+"""The command line as a user types it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from maskformer import cli
+from tests.training.tiny import tiny_config, write_corpus
+
+RECIPE = "configs/bert.py:tiny"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """A recipe file of the tiny run, as a researcher would write one."""
+    folder = tmp_path_factory.mktemp("recipe")
+    corpus = write_corpus(folder / "text")
+    (folder / "tiny.py").write_text(
+        "from tests.training.tiny import tiny_config\n"
+        "from maskformer.training.sweeps import arms\n"
+        f"def get_config(arg=None):\n    return tiny_config({str(corpus)!r})\n"
+        "def sweep():\n    return arms('objective.rate', [0.15, 0.4])\n"
+    )
+    assert tiny_config(corpus).train.steps == 12
+    return folder / "tiny.py"
+
+
+@pytest.fixture(scope="module")
+def run(recipe, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("cli") / "run"
+    assert cli.main(["train", f"--config={recipe}", "--config.mesh.data=-1", f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+def test_config_prints_what_will_run(capsys):
+    assert cli.main(["config", f"--config={RECIPE}", "--config.train.steps=7000"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["train"]["steps"] == 7000 and printed["model"]["layers"] == 2
+
+
+def test_train_says_where_everything_is(run, recipe, capsys):
+    assert cli.main(["train", f"--config={recipe}", "--config.mesh.data=-1", f"--workdir={run}"]) == 0
+    out = capsys.readouterr().out
+    assert str(run / "checkpoints") in out and "metrics.jsonl" in out and "maskformer report" in out
+
+
+def test_evaluate_reports_the_test_split_as_json(run, capsys):
+    assert cli.main(["evaluate", f"--workdir={run}"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["split"] == "test" and results["loss"] > 0
+    assert cli.main(["evaluate", f"--workdir={run}", "--config.evaluation.objective.rate=0.5"]) == 0
+    assert json.loads(capsys.readouterr().out)["predicted"] > results["predicted"]
+
+
+def test_fill_shows_probabilities_for_each_mask(run, capsys):
+    assert cli.main(["fill", f"--workdir={run}", "--top=3", "the [MASK] admired the [MASK]."]) == 0
+    out = capsys.readouterr().out
+    assert out.count("%") == 6 and "[MASK] 2:" in out
+    assert cli.main(["fill", f"--workdir={run}", "--examples=2"]) == 0
+    assert "[MASK] 1:" in capsys.readouterr().out
+
+
+def test_report_draws_a_table_and_a_picture(run, tmp_path, capsys):
+    assert cli.main(["report", str(run), f"--output={tmp_path / 'curves.png'}"]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sweep_lists_its_runs_and_trains_one_by_index(recipe, tmp_path, capsys):
+    assert cli.main(["sweep", f"--config={recipe}", "--list"]) == 0
+    assert "001  objective.rate=0.4" in capsys.readouterr().out
+    flags = [f"--config={recipe}", "--config.train.steps=1", "--config.mesh.data=-1", f"--workdir={tmp_path}"]
+    assert cli.main(["train", *flags, "--sweep-index=1"]) == 0
+    assert json.loads((tmp_path / "001" / "config.json").read_text())["objective"]["rate"] == 0.4
+    assert cli.main(["train", *flags, "--sweep-index=2"]) == 2
+
+
+def test_mask_draws_text_and_picture(tmp_path, capsys):
+    assert cli.main(["mask", "causal & window(2)", "--length=6", f"--png={tmp_path / 'mask.png'}"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 6
+    assert (tmp_path / "mask.png").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["train", f"--config={RECIPE}", "--config.objective.rate=1.3", "--workdir={tmp}/run"], "rate=1.3"),
+        (["train", f"--config={RECIPE}", "--config.model.heads=3", "--workdir={tmp}/run"], "heads=3"),
+        (["train", f"--config={RECIPE}", "--config.train.stepz=3", "--workdir={tmp}/run"], "'steps'"),
+        (["train", f"--config={RECIPE}", "--workdir=/dev/null/run"], "cannot be written to"),
+        (["train", "--workdir={tmp}/run"], "--config is missing"),
+        (["evaluate", "--workdir={tmp}/nothing"], "no config.json there"),
+        (["fill", "--workdir={tmp}/nothing", "a [MASK]"], "no config.json there"),
+        (["report", "{tmp}/nothing"], "no config.json there"),
+        (["mask", "causl"], "causal"),
+        (["mask", "causal", "--size=3"], "no such flag"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, tmp_path, capsys):
+    assert cli.main([argument.format(tmp=tmp_path) for argument in arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1 and said in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_is_told_before_any_device_starts(tmp_path):
+    """With a platform that does not exist, touching a device would raise something else."""
+    command = [sys.executable, "-m", "maskformer.cli", "train", f"--config={RECIPE}", "--config.objective.rate=1.3"]
+    environment = {**os.environ, "JAX_PLATFORMS": "nonesuch"}
+    result = subprocess.run([*command, f"--workdir={tmp_path}"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and "rate=1.3" in result.stderr
