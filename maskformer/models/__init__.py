@@ -3,15 +3,15 @@
 from maskformer.models.config import EncoderConfig
 from maskformer.models.model import Model, Params, create
 from maskformer.models.partitioning import ACTIVATION_AXES, PARAMETER_AXES, constrain, logical_rules
-from maskformer.models.positions import alibi_slopes, apply_rotary, rotary_tables
+from maskformer.models.positions import alibi, apply_rotary, rotary_tables
 
 __all__ = [
     "ACTIVATION_AXES",
+    "PARAMETER_AXES",
     "EncoderConfig",
     "Model",
-    "PARAMETER_AXES",
     "Params",
-    "alibi_slopes",
+    "alibi",
     "apply_rotary",
     "constrain",
     "create",

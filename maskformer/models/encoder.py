@@ -14,11 +14,23 @@ from maskformer.masks import Mask
 from maskformer.models.config import EncoderConfig
 from maskformer.models.layers import Layer, LayerInputs, Norm, Projection, activate, initial_weights
 from maskformer.models.partitioning import constrain
-from maskformer.models.positions import alibi_slopes, rotary_tables
+from maskformer.models.positions import alibi, rotary_tables
 
 DROPOUTS_PER_LAYER = 3  # attention probabilities, after attention, after the feed-forward layer
 
+# Outputs that the "elementwise" policy keeps: loops and kernels (of attention backends) and what a layer names.
+_COSTLY = frozenset({"scan", "while", "cond", "pallas_call", "custom_call", "ffi_call", "shard_map", "name"})
+
+
+def _keep_costly(primitive: Any, *avals: Any, **params: Any) -> bool:
+    """Keep products with weights, loops, kernels and named values; recompute norms, activations, dropout, softmax."""
+    return primitive.name in _COSTLY or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(
+        primitive, *avals, **params
+    )
+
+
 _REMAT_POLICIES = {
+    "elementwise": _keep_costly,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -65,9 +77,7 @@ class Embeddings(nnx.Module):
             x = x + self.token_types(jnp.zeros_like(tokens) if token_types is None else token_types)
         if self.norm is not None:
             x = self.norm(x)
-        return constrain(
-            dropout(dropout_key, x, self.config.hidden_dropout), "batch", "length", "activation_embed"
-        )
+        return constrain(dropout(dropout_key, x, self.config.hidden_dropout), "batch", "length", "activation_embed")
 
 
 class PredictionHead(nnx.Module):
@@ -146,13 +156,12 @@ class Encoder(nnx.Module):
 
     def _layer_inputs(self, positions: jax.Array) -> LayerInputs:
         config = self.config
-        rotary, alibi = None, None
+        rotary, score_mod = None, None
         if config.positions == "rotary":
             rotary = rotary_tables(positions, config.resolved_head_dim, config.rotary_base)
         if config.positions == "alibi":
-            distance = jnp.abs(positions[:, None, :, None] - positions[:, None, None, :])
-            alibi = -alibi_slopes(config.heads)[:, None, None] * distance.astype(jnp.float32)
-        return LayerInputs(rotary, alibi)
+            score_mod = alibi(positions, config.heads)
+        return LayerInputs(rotary, score_mod)
 
     def _run_layers(
         self, x: jax.Array, masks: Sequence[Mask | None], inputs: LayerInputs, keys: jax.Array | None
@@ -176,12 +185,10 @@ class Encoder(nnx.Module):
             return x, None
 
         period = len(masks)
-        groups, rest = divmod(config.layers, period)
+        groups = config.layers // period
         stacked = (parameters, keys)
         if config.scan_layers:
-            whole = jax.tree.map(
-                lambda leaf: leaf[: groups * period].reshape(groups, period, *leaf.shape[1:]), stacked
-            )
+            whole = jax.tree.map(lambda leaf: leaf[: groups * period].reshape(groups, period, *leaf.shape[1:]), stacked)
             x, _ = jax.lax.scan(group, x, whole)
             first = groups * period
         else:

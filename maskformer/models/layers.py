@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from maskformer.attention import dot_product_attention
 from maskformer.attention.dropout import dropout
+from maskformer.attention.score_mods import ScoreMod
 from maskformer.masks import Mask
 from maskformer.models.config import EncoderConfig
 from maskformer.models.partitioning import constrain
@@ -27,7 +30,7 @@ class LayerInputs(NamedTuple):
     """What every layer reads besides the hidden state; the same for all layers."""
 
     rotary: tuple[jax.Array, jax.Array] | None
-    alibi: Any | None
+    score_mod: ScoreMod | None
 
 
 def initial_weights(rngs: nnx.Rngs, shape: Sequence[int], config: EncoderConfig) -> jax.Array:
@@ -95,6 +98,15 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """`x Phi(x)` by erf (Hendrycks & Gimpel 2016), as in BERT and PyTorch.
+
+    `jax.nn.gelu` goes through erfc, which keeps relative accuracy far in the tail, where the value is nothing
+    beside its neighbours, and costs three times as much on a CPU.
+    """
+    return 0.5 * x * (1.0 + jax.lax.erf(x * np.asarray(math.sqrt(0.5), x.dtype)))
+
+
 def activate(name: str, x: jax.Array, gate: jax.Array | None = None) -> jax.Array:
     """The activation `name` of `x`; gated ones return `act(gate) * x` (Shazeer 2020)."""
     if name == "relu":
@@ -104,8 +116,8 @@ def activate(name: str, x: jax.Array, gate: jax.Array | None = None) -> jax.Arra
     if name == "swiglu":
         return jax.nn.silu(gate) * x
     if name == "geglu":
-        return jax.nn.gelu(gate, approximate=False) * x
-    return jax.nn.gelu(x, approximate=name == "gelu_tanh")
+        return gelu(gate) * x
+    return gelu(x) if name == "gelu" else jax.nn.gelu(x, approximate=True)
 
 
 class SelfAttention(nnx.Module):
@@ -136,12 +148,13 @@ class SelfAttention(nnx.Module):
             key,
             value,
             mask=mask,
-            bias=inputs.alibi,
+            score_mod=inputs.score_mod,
             logits_soft_cap=config.logits_soft_cap,
             dropout_rate=config.attention_dropout if dropout_key is not None else 0.0,
             dropout_key=dropout_key if config.attention_dropout else None,
             implementation=config.attention_implementation,
         )
+        attended = checkpoint_name(attended, "attended")
         return self.out(constrain(attended, "batch", "length", "activation_heads", None))
 
 

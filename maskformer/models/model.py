@@ -54,8 +54,9 @@ class Model:
             stacked = ("layers",) if path[0].key == "layers" else ()
             return stacked + tuple(variable.get_metadata("logical_axes"))
 
-        is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
-        return _plain(jax.tree_util.tree_map_with_path(names, self._state, is_leaf=is_variable))
+        return _plain(
+            jax.tree_util.tree_map_with_path(names, self._state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+        )
 
     def num_params(self) -> int:
         """Number of parameters, tied ones counted once and vocabulary padding included."""
@@ -174,9 +175,7 @@ class Model:
         layer_masks = self._layer_masks(mask, segment_ids)
         return module.encode(tokens, positions, layer_masks, token_types, dropout_key)
 
-    def _layer_masks(
-        self, mask: masks.Mask | None, segment_ids: jax.Array | None
-    ) -> tuple[masks.Mask | None, ...]:
+    def _layer_masks(self, mask: masks.Mask | None, segment_ids: jax.Array | None) -> tuple[masks.Mask | None, ...]:
         """One mask for each entry of the config's pattern, and-ed with the caller's."""
         arrays: dict[str, jax.Array] = {}
         if segment_ids is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from maskformer.attention import score_mods
 
 
 def rotary_tables(positions: jax.Array, head_dim: int, base: float = 10_000.0) -> tuple[jax.Array, jax.Array]:
@@ -43,26 +43,24 @@ def apply_rotary(heads: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.A
     return rotated.astype(heads.dtype)
 
 
-def alibi_slopes(heads: int) -> np.ndarray:
-    """The slope of each head in ALiBi (Press et al. 2022), float32 [heads].
+def alibi(positions: jax.Array, heads: int) -> score_mods.ScoreMod:
+    """ALiBi over given positions: `score - slope[head] * |position[q] - position[k]|` (Press et al. 2022).
 
-    For a power of two `n`, head `h` has slope `2**(-8 (h + 1) / n)`. For another number, the slopes of the
-    power of two below come first, followed by every second slope of the power of two above (the authors'
-    `get_slopes`).
+    The distance is symmetric, since an encoder looks both ways; under a causal mask it is the paper's. Slopes
+    are those of `attention.score_mods.alibi_slopes`. Distances are of positions, not of places in the row, so a
+    caller's own positions are honoured.
 
-    >>> alibi_slopes(4).tolist()
-    [0.25, 0.0625, 0.015625, 0.00390625]
-    >>> alibi_slopes(3).tolist()
-    [0.0625, 0.00390625, 0.25]
+    Args:
+        positions: int [batch, length].
+        heads: number of query heads.
+
+    >>> score_mod = alibi(jnp.array([[0, 1, 7]]), heads=4)
+    >>> float(score_mod(jnp.float32(0.0), 0, 1, 0, 2))
+    -0.4375
     """
-    if heads < 1:
-        raise ValueError(f"heads={heads}: expected at least 1")
+    slopes = jnp.asarray(score_mods.alibi_slopes(heads), jnp.float32)
 
-    def geometric(count: int) -> list[float]:
-        return [2.0 ** (-8.0 * (head + 1) / count) for head in range(count)]
+    def score_mod(score, batch, head, q, k):
+        return score - slopes[head] * jnp.abs(positions[batch, q] - positions[batch, k])
 
-    below = 2 ** int(math.log2(heads))
-    slopes = geometric(below)
-    if below < heads:
-        slopes += geometric(2 * below)[0::2][: heads - below]
-    return np.asarray(slopes, np.float32)
+    return score_mod
