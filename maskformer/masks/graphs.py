@@ -12,7 +12,7 @@ import numpy as np
 from maskformer.masks.checks import array, is_concrete, whole_number
 from maskformer.masks.expression import Mask, leaf, take
 from maskformer.masks.intervals import BOTH, Interval
-from maskformer.masks.positions import chunked, dilated_window
+from maskformer.masks.positions import chunked, dilated_window, sliding_window
 from maskformer.masks.registry import builder
 from maskformer.masks.sequences import global_tokens
 
@@ -288,5 +288,5 @@ def longformer(window: int, global_count: int = 0, marked: Any = None, dilation:
     █ · · █ █ █
     █ · · · █ █
     """
-    local = dilated_window(window, window, dilation)
+    local = sliding_window(window, window) if dilation == 1 else dilated_window(window, window, dilation)
     return local | global_tokens(global_count or None, marked) if global_count or marked is not None else local

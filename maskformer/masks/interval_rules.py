@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskformer.masks.intervals import Analysis, Interval, anything_between, rule
+from maskformer.masks.intervals import Analysis, Interval, anything_between, elementwise, rule
 
 
 def _is(value: Interval, kind: Any) -> bool:
@@ -54,28 +54,28 @@ def _arithmetic(analysis: Analysis, operation: Callable[[Any, Any, Any], list[tu
     return anything_between(analysis, dtype, known, lo, hi, depends)
 
 
-@rule("add", "add_any")
-def _add(analysis: Analysis, equation: Any, a: Interval, b: Interval):
+@elementwise("add", "add_any")
+def add(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     return _arithmetic(analysis, lambda xp, a, b: ([a[0] + b[0]], [a[1] + b[1]]), a, b)
 
 
-@rule("sub")
+@elementwise("sub")
 def _sub(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     return _arithmetic(analysis, lambda xp, a, b: ([a[0] - b[1]], [a[1] - b[0]]), a, b)
 
 
-@rule("neg")
+@elementwise("neg")
 def _neg(analysis: Analysis, equation: Any, a: Interval):
     return _arithmetic(analysis, lambda xp, a: ([-a[1]], [-a[0]]), a)
 
 
-@rule("mul")
+@elementwise("mul")
 def _mul(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     result = _arithmetic(analysis, lambda xp, a, b: _corners(lambda x, y: x * y, a, b), a, b)
     return analysis.loosen(result) if result is not None and _is(result, np.floating) else result
 
 
-@rule("abs")
+@elementwise("abs")
 def _abs(analysis: Analysis, equation: Any, a: Interval):
     def operation(xp: Any, a: Any):
         across = (a[0] <= 0) & (a[1] >= 0)
@@ -85,7 +85,7 @@ def _abs(analysis: Analysis, equation: Any, a: Interval):
     return _arithmetic(analysis, operation, a)
 
 
-@rule("integer_pow", "square")
+@elementwise("integer_pow", "square")
 def _power(analysis: Analysis, equation: Any, a: Interval):
     exponent = equation.params.get("y", 2)
     if exponent < 1:
@@ -96,17 +96,17 @@ def _power(analysis: Analysis, equation: Any, a: Interval):
     return analysis.loosen(result, 1e-6 * exponent) if _is(result, np.floating) else result
 
 
-@rule("max")
+@elementwise("max")
 def _max(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     return _monotone(analysis, analysis.xp.maximum, a, b)
 
 
-@rule("min")
+@elementwise("min")
 def _min(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     return _monotone(analysis, analysis.xp.minimum, a, b)
 
 
-@rule("clamp")
+@elementwise("clamp")
 def _clamp(analysis: Analysis, equation: Any, low: Interval, value: Interval, high: Interval):
     xp = analysis.xp
     return _monotone(analysis, lambda low, value, high: xp.minimum(xp.maximum(value, low), high), low, value, high)
@@ -121,7 +121,7 @@ def _monotone(analysis: Analysis, function: Callable[..., Any], *inputs: Interva
     return analysis.settle(result)
 
 
-@rule("sign", "floor", "ceil", "round")
+@elementwise("sign", "floor", "ceil", "round")
 def _step(analysis: Analysis, equation: Any, a: Interval):
     xp = analysis.xp
     names = {"sign": xp.sign, "floor": xp.floor, "ceil": xp.ceil}
@@ -131,7 +131,7 @@ def _step(analysis: Analysis, equation: Any, a: Interval):
     return _monotone(analysis, names[equation.primitive.name], a)
 
 
-@rule("exp", "exp2", "expm1", "log", "log1p", "sqrt", "cbrt", "tanh", "logistic", "atan", "sinh", "asinh")
+@elementwise("exp", "exp2", "expm1", "log", "log1p", "sqrt", "cbrt", "tanh", "logistic", "atan", "sinh", "asinh")
 def _rising(analysis: Analysis, equation: Any, a: Interval):
     """Rising functions; libraries differ in the last bits, so the ends get room."""
     xp = analysis.xp
@@ -141,7 +141,7 @@ def _rising(analysis: Analysis, equation: Any, a: Interval):
     return analysis.loosen(Interval(result.lo, result.hi, a.depends), 1e-5)
 
 
-@rule("sin", "cos", "erf")
+@elementwise("sin", "cos", "erf")
 def _bounded(analysis: Analysis, equation: Any, a: Interval):
     value = analysis.settle(a)
     one = np.asarray(1.0 + 1e-5, value.lo.dtype)
@@ -169,7 +169,7 @@ def _truncate(xp: Any) -> Callable[[Any, Any], Any]:
     return lambda x, y: xp.where(x >= 0, x // y, -((-(x + 1)) // y) - ((-(x + 1)) % y == y - 1))
 
 
-@rule("div")
+@elementwise("div")
 def _div(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     if _is(a, np.integer):
         return _floor_corners(analysis, a, b, _truncate(analysis.xp))
@@ -187,7 +187,7 @@ def _div(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     return analysis.loosen(analysis.settle(result))
 
 
-@rule("rem")
+@elementwise("rem")
 def _rem(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     """The remainder with the dividend's sign."""
     if not _is(a, np.integer):
@@ -206,14 +206,14 @@ def _rem(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     return anything_between(analysis, dtype, positive, lo.astype(dtype), hi.astype(dtype), depends)
 
 
-@rule("jnp.floor_divide")
+@elementwise("jnp.floor_divide")
 def _floor_divide(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     if a.lo is None or not (_is(a, np.signedinteger) and _is(b, np.signedinteger)) or a.lo.dtype != b.lo.dtype:
         return None
     return _floor_corners(analysis, a, b, lambda x, y: x // y)
 
 
-@rule("jnp.remainder")
+@elementwise("jnp.remainder")
 def _remainder(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     """Python's ``%``: the remainder with the divisor's sign."""
     if a.lo is None or not (_is(a, np.signedinteger) and _is(b, np.signedinteger)) or a.lo.dtype != b.lo.dtype:
@@ -243,22 +243,22 @@ def _compare(analysis: Analysis, a: Interval, b: Interval, decide: Callable[[Int
     return Interval(always, ever, depends)
 
 
-@rule("lt")
+@elementwise("lt")
 def _lt(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     return _compare(analysis, a, b, lambda a, b: (a.hi < b.lo, a.lo < b.hi))
 
 
-@rule("le")
+@elementwise("le")
 def _le(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     return _compare(analysis, a, b, lambda a, b: (a.hi <= b.lo, a.lo <= b.hi))
 
 
-@rule("gt")
+@elementwise("gt")
 def _gt(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     return _lt(analysis, equation, b, a)
 
 
-@rule("ge")
+@elementwise("ge")
 def _ge(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     return _le(analysis, equation, b, a)
 
@@ -267,12 +267,12 @@ def _equal(a: Interval, b: Interval) -> tuple[Any, Any]:
     return (a.lo == a.hi) & (b.lo == b.hi) & (a.lo == b.lo), (a.lo <= b.hi) & (b.lo <= a.hi)
 
 
-@rule("eq")
+@elementwise("eq")
 def _eq(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     return _compare(analysis, a, b, _equal)
 
 
-@rule("ne")
+@elementwise("ne")
 def _ne(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     def decide(a: Interval, b: Interval) -> tuple[Any, Any]:
         always, ever = _equal(a, b)
@@ -281,7 +281,7 @@ def _ne(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     return _compare(analysis, a, b, decide)
 
 
-@rule("is_finite")
+@elementwise("is_finite")
 def _is_finite(analysis: Analysis, equation: Any, a: Interval):
     known = analysis.xp.isfinite(analysis.settle(a).lo)
     return Interval(known, analysis.xp.ones_like(known), a.depends)
@@ -309,14 +309,14 @@ def _ones_below(xp: Any, value: Any) -> Any:
     return value
 
 
-@rule("and")
+@elementwise("and")
 def _and(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     if _is(a, np.bool_):
         return _monotone(analysis, lambda x, y: x & y, a, b)
     return _bits(analysis, a, b, lambda a, b: a.lo * 0, lambda a, b: analysis.xp.minimum(a.hi, b.hi))
 
 
-@rule("or")
+@elementwise("or")
 def _or(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     if _is(a, np.bool_):
         return _monotone(analysis, lambda x, y: x | y, a, b)
@@ -324,19 +324,19 @@ def _or(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     return _bits(analysis, a, b, lambda a, b: xp.maximum(a.lo, b.lo), lambda a, b: _ones_below(xp, a.hi | b.hi))
 
 
-@rule("xor")
+@elementwise("xor")
 def _xor(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     if _is(a, np.bool_):
         return _ne(analysis, equation, a, b)
     return _bits(analysis, a, b, lambda a, b: a.lo * 0, lambda a, b: _ones_below(analysis.xp, a.hi | b.hi))
 
 
-@rule("not")
+@elementwise("not")
 def _not(analysis: Analysis, equation: Any, a: Interval):
     return Interval(~a.hi, ~a.lo, a.depends)
 
 
-@rule("shift_right_arithmetic", "shift_right_logical")
+@elementwise("shift_right_arithmetic", "shift_right_logical")
 def _shift_right(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     xp = analysis.xp
     depends, (a, b) = analysis.align(a, b)
@@ -348,7 +348,7 @@ def _shift_right(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     return anything_between(analysis, a.lo.dtype, known, a.lo >> amount, a.hi >> amount, depends)
 
 
-@rule("shift_left")
+@elementwise("shift_left")
 def _shift_left(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     if not b.exact or np.ndim(b.lo) or isinstance(b.lo, jax.core.Tracer) or not 0 <= int(b.lo) < 31:
         return None
@@ -356,16 +356,11 @@ def _shift_left(analysis: Analysis, equation: Any, a: Interval, b: Interval):
     return _mul(analysis, equation, a, Interval(factor, factor))
 
 
-@rule("select_n")
+@elementwise("select_n")
 def _select(analysis: Analysis, equation: Any, which: Interval, *cases: Interval):
-    xp = analysis.xp
     depends, (which, *values) = analysis.align(which, *cases)
     values = [analysis.settle(value) for value in values]
     w_lo, w_hi = which.lo, which.hi
-    grow = equation.invars[1].aval.ndim - equation.invars[0].aval.ndim
-    if grow:
-        # A scalar chooses between whole arrays.
-        w_lo, w_hi = (xp.reshape(end, end.shape + (1,) * grow) for end in (w_lo, w_hi))
     lo, hi = None, None
     for number, value in enumerate(values):
         possible = (w_lo <= number) & (number <= w_hi)
@@ -387,7 +382,7 @@ def _least(analysis: Analysis, so_far: Any, possible: Any, end: Any, better: Any
     return chosen, any_yet | possible
 
 
-@rule("convert_element_type")
+@elementwise("convert_element_type")
 def _convert(analysis: Analysis, equation: Any, a: Interval):
     xp, old, new = analysis.xp, a.lo.dtype, equation.params["new_dtype"]
     if jnp.issubdtype(new, np.bool_):

@@ -80,6 +80,24 @@ def rule(*primitives: str) -> Callable[[Rule], Rule]:
     return register
 
 
+def elementwise(*primitives: str) -> Callable[[Rule], Rule]:
+    """As ``rule``, for primitives that work element by element; they take a scalar beside an array."""
+
+    def register(function: Rule) -> Rule:
+        def grown(analysis: Analysis, equation: Any, *inputs: Interval) -> Any:
+            ranks = [variable.aval.ndim for variable in equation.invars]
+            inputs = tuple(
+                analysis.grow(value, max(ranks)) if rank == 0 and max(ranks) else value
+                for value, rank in zip(inputs, ranks)
+            )
+            return function(analysis, equation, *inputs)
+
+        rule(*primitives)(grown)
+        return function
+
+    return register
+
+
 class Analysis:
     """Interprets jaxprs over the intervals of one set of tiles."""
 
@@ -162,6 +180,13 @@ class Analysis:
             return value
         grow = self.tiles.expand
         return Interval(grow(value.lo, value.depends), grow(value.hi, value.depends), depends)
+
+    def grow(self, value: Interval, rank: int) -> Interval:
+        """A scalar as an array of ``rank`` dimensions of size 1."""
+        if value.lo is None:
+            return value
+        lo = self.xp.reshape(value.lo, np.shape(value.lo) + (1,) * rank)
+        return Interval(lo, lo if value.exact else self.xp.reshape(value.hi, lo.shape), value.depends)
 
     def lead(self, value: Interval) -> int:
         return self.tiles.lead(value.depends)

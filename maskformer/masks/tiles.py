@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskformer.masks import interval_rules, interval_shapes  # noqa: F401  (they register the rules)
+from maskformer.masks import interval_rules
+from maskformer.masks import interval_shapes as _register_the_other_rules  # noqa: F401
 from maskformer.masks.composites import Choice, Shift
 from maskformer.masks.expression import And, Mask, Not, Or
-from maskformer.masks.intervals import BOTH, KEY, NEITHER, QUERY, RULES, Analysis, Interval
+from maskformer.masks.intervals import BOTH, KEY, NEITHER, QUERY, Analysis, Interval
 
 FAN_OUT = 4
 """A tile that is neither empty nor full is searched as 4 x 4 smaller ones."""
@@ -123,7 +124,7 @@ def bounds(mask: Mask, tiles: TileSet, programs: Programs, widened: set[str]) ->
         return Interval(lo, hi, depends)
     if isinstance(mask, Shift):
         q, k = (
-            RULES["add"](analysis, None, position, analysis.constant(jnp_int32(offset)))
+            interval_rules.add(analysis, None, position, analysis.constant(jnp_int32(offset)))
             for position, offset in ((tiles.q, mask.q_offset), (tiles.k, mask.k_offset))
         )
         return bounds(mask.term, dataclasses.replace(tiles, q=q, k=k), programs, widened)

@@ -1,0 +1,178 @@
+"""The algebra: what a mask is, how it broadcasts, and how it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskformer import masks
+
+
+def test_causal_lets_a_query_see_itself_and_the_past_only():
+    matrix = np.asarray(masks.causal().dense(3, 3))
+    assert matrix.tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+
+
+def test_causal_lines_up_positions_through_the_offset():
+    np.testing.assert_array_equal(masks.causal().dense(2, 5, q_offset=3), np.tri(5, dtype=bool)[3:])
+
+
+@pytest.mark.parametrize("left, right", [(0, 0), (2, 0), (0, 3), (3, 1)])
+def test_sliding_window_follows_jax_nn(left, right):
+    x = jnp.eye(9)[None, :, None, :]
+    weights = jax.nn.dot_product_attention(jnp.zeros_like(x), x, x, local_window_size=(left, right))
+    np.testing.assert_array_equal(masks.sliding_window(left, right).dense(9, 9), weights[0, :, 0] > 0)
+
+
+def test_precedence_is_pythons_so_a_missing_parenthesis_leaks_the_future():
+    safe, leaky = masks.parse("causal & (window(2) | sinks(2))"), masks.parse("causal & window(2) | sinks(2)")
+    assert not np.triu(np.asarray(safe.dense(6, 6)), 1).any()
+    assert np.triu(np.asarray(leaky.dense(6, 6)), 1).any()
+
+
+def test_operators_flatten_and_follow_boolean_algebra():
+    a, b, c = masks.causal(), masks.sliding_window(2, 2), masks.strided(3)
+    assert (a & b & c) == masks.And((a, b, c))
+    matrices = [np.asarray(m.dense(8, 8)) for m in (a, b, c)]
+    np.testing.assert_array_equal((~(a & b) | c).dense(8, 8), ~(matrices[0] & matrices[1]) | matrices[2])
+
+
+def test_a_mask_is_a_pytree_whose_leaves_are_its_arrays():
+    ids = jnp.array([[1, 1, 2]])
+    mask = masks.causal() & masks.segments(ids)
+    assert [leaf is ids for leaf in jax.tree.leaves(mask)] == [True]
+    assert jax.tree.map(lambda x: x, mask) == mask
+    assert jax.tree.leaves(masks.parse("causal & (window(4) | sinks(2))")) == []
+
+
+def test_equal_masks_are_equal_and_hash_alike():
+    ids = np.array([1, 1, 2])
+    make = lambda: masks.causal() & masks.segments(ids.copy())
+    assert make() == make() and hash(make()) == hash(make())
+    assert make() != masks.causal() & masks.segments(ids + 1)
+    assert masks.sliding_window(3) != masks.sliding_window(4)
+    assert {masks.causal(): 1}[masks.causal()] == 1
+
+
+def test_dense_has_only_the_batch_dimensions_of_the_arrays():
+    ids = np.ones((2, 4), np.int32)
+    assert masks.causal().dense(4, 4).shape == (4, 4)
+    assert masks.segments(ids[0]).dense(4, 4).shape == (4, 4)
+    assert masks.segments(ids[:1]).dense(4, 4).shape == (1, 4, 4)
+    assert masks.segments(ids).dense(4, 4).shape == (2, 4, 4)
+    assert masks.dense(np.ones((2, 3, 4, 4), bool)).dense(4, 4).shape == (2, 3, 4, 4)
+    assert (masks.per_head([masks.causal()] * 3) & masks.segments(ids)).dense(4, 4).shape == (2, 3, 4, 4)
+
+
+def test_batch_entries_and_heads_select_their_own_arrays():
+    array = np.random.default_rng(0).random((2, 3, 4, 5)) < 0.5
+    lengths = np.array([2, 5])
+    mask = masks.dense(array) & masks.key_padding(lengths=lengths)
+    pick = jax.jit(lambda b, h: mask.select(b, h).dense(4, 5))
+    for b in range(2):
+        for h in range(3):
+            expected = array[b, h] & (np.arange(5) < lengths[b])
+            np.testing.assert_array_equal(mask.dense(4, 5)[b, h], expected)
+            np.testing.assert_array_equal(mask.select(b, h).dense(4, 5), expected)
+            np.testing.assert_array_equal(pick(b, h), expected)
+
+
+def test_calling_a_mask_gives_the_entries_of_its_matrix():
+    ids = np.array([[1, 2, 1, 2]])
+    mask = ~masks.causal() | masks.segments(ids)
+    q, k = np.array([[0, 3]]), np.array([[1], [2]])
+    np.testing.assert_array_equal(mask(q, k), mask.dense(4, 4)[0][q, k])
+    with pytest.raises(ValueError, match=r"select\(b, h\)"):
+        masks.segments(np.ones((2, 4), np.int32))(q, k)
+
+
+def test_masks_work_inside_vmap_scan_and_grad():
+    batch = jnp.array([[1, 1, 2], [1, 2, 2]])
+    expected = batch[:, :, None] == batch[:, None, :]
+    np.testing.assert_array_equal(jax.vmap(lambda ids: masks.segments(ids).dense(3, 3))(batch), expected)
+    _, scanned = jax.lax.scan(lambda c, ids: (c, masks.segments(ids).dense(3, 3)), 0, batch)
+    np.testing.assert_array_equal(scanned, expected)
+    grad = jax.grad(lambda x: jnp.where(masks.segments(batch[0]).dense(3, 3), x, 0.0).sum())(2.0)
+    assert grad == 5.0
+
+
+def test_a_predicate_is_written_for_one_query_and_one_key():
+    table = np.arange(12).reshape(4, 3)
+    mask = masks.predicate(lambda q, k, table: jnp.any(table[q] == k + 3), table)
+    expected = [[any(table[q, d] == k + 3 for d in range(3)) for k in range(6)] for q in range(4)]
+    np.testing.assert_array_equal(mask.dense(4, 6), expected)
+
+
+def test_arrays_of_a_predicate_may_have_batch_and_head_dimensions():
+    table = np.random.default_rng(0).integers(0, 2, (2, 3, 5))
+    mask = masks.predicate(lambda q, k, t: t[q] == t[k], table, batch_dims=2)
+    np.testing.assert_array_equal(mask.dense(5, 5), table[..., :, None] == table[..., None, :])
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: masks.causal() & np.ones((3, 3), bool), r"masks\.dense\(array\)"),
+        (lambda: masks.causal() | 3, "expected another mask"),
+        (lambda: bool(masks.causal()), r"& \| ~"),
+        (lambda: masks.sliding_window(-1), "left=-1, expected an int of at least 0"),
+        (lambda: masks.sliding_window(2.5), "left=2.5"),
+        (lambda: masks.chunked(0), "size=0"),
+        (lambda: masks.key_padding(), "valid=.batch, length."),
+        (lambda: masks.segments(np.ones(3)), "dtype float64, expected integer"),
+        (lambda: masks.segments(np.ones((2, 2, 2, 2), int)), r"shape \(2, 2, 2, 2\)"),
+        (lambda: masks.neighborhood((4, 4), 2), "odd"),
+        (lambda: masks.neighborhood((4, 4), (3, 3, 3)), "expected one int, or 2"),
+        (lambda: masks.tiles((5, 4), 2, 1), "multiples"),
+        (lambda: masks.tree(np.array([-1, 1])), "less than n"),
+        (lambda: masks.graph(np.ones((4, 3), int)), r"shape \(4, 3\)"),
+        (lambda: masks.per_head([]), "one mask for each head"),
+        (lambda: masks.predicate(3), "takes a function"),
+        (lambda: masks.block_diagonal((1, 2), (3,)), "expected the same"),
+        (lambda: masks.block_diagonal((1, 2), causal=True), "'start' or 'end'"),
+        (lambda: masks.segments(np.ones(3, int)).dense(4, 3), "q_ids has 3 entries; expected at least 4"),
+        (lambda: masks.segments(np.ones(3, int)).dense(3, 3, q_offset=1), "from position 1 on"),
+        (lambda: masks.segments(np.ones(3, int)).block_map(3, 8, 4), "expected at least 8"),
+        (lambda: masks.dense(np.ones((3, 3), bool)).dense(3, 4), "3 x 3"),
+        (lambda: (masks.segments(np.ones((2, 3), int)) & masks.dense(np.ones((3, 3, 3), int))).shape, "not broadcast"),
+        (lambda: masks.segments(np.ones((2, 3), int)).select(2), r"select\(2\)"),
+        (lambda: masks.predicate(lambda q, k, t: t == q, np.ones(3)).block_map(3, 3, 3), r"shape \(3,\) for one query"),
+    ],
+)
+def test_mistakes_are_named(make, message):
+    with pytest.raises((ValueError, TypeError, IndexError), match=message):
+        make()
+
+
+def test_graphs_with_padding_duplicates_and_a_batch_match_their_adjacency():
+    rng = np.random.default_rng(0)
+    adjacency = rng.random((2, 10, 10)) < 0.2
+    edges = np.full((2, 60, 2), -1, np.int32)
+    for b in range(2):
+        found = np.argwhere(adjacency[b])
+        found = rng.permutation(np.concatenate([found, found[:5]]))
+        edges[b, : len(found)] = found
+    mask = masks.graph(edges)
+    np.testing.assert_array_equal(mask.dense(10, 10), adjacency)
+    both = jax.jit(lambda edges: masks.graph(edges, directed=False).dense(10, 10))(edges)
+    np.testing.assert_array_equal(both, adjacency | adjacency.swapaxes(1, 2))
+
+
+def test_a_graph_without_edges_attends_nowhere():
+    mask = masks.graph(np.zeros((0, 2), np.int32))
+    assert not np.asarray(mask.dense(4, 4)).any() and mask.block_map(4, 4, 2).sparsity() == 1.0
+
+
+def test_random_blocks_are_the_same_every_time_and_differ_by_seed():
+    assert masks.random_blocks(512, 16, 3, seed=1) == masks.random_blocks(512, 16, 3, seed=1)
+    assert masks.random_blocks(512, 16, 3, seed=1) != masks.random_blocks(512, 16, 3, seed=2)
+    matrix = np.asarray(masks.bigbird(512, block=16, window=3, random=2, global_blocks=1).dense(512, 512))
+    tiles = matrix.reshape(32, 16, 32, 16).any((1, 3))
+    assert (tiles[2:31].sum(1) == 1 + 3 + 2).all()  # global, window, random: none drawn twice
+
+
+def test_a_batch_of_trees_is_built_under_jit():
+    parents = np.array([[-1, 0, 0, 1], [-1, -1, 1, 2]])
+    dense = jax.jit(lambda parents: masks.tree(parents, context=1).dense(5, 5))(parents)
+    for b in range(2):
+        np.testing.assert_array_equal(dense[b], masks.tree(parents[b], context=1).dense(5, 5))

@@ -1,0 +1,117 @@
+"""Masks as text, both ways."""
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from maskformer import masks
+from tests.masks import oracle
+
+
+@pytest.mark.parametrize(
+    "text, mask",
+    [
+        ("causal", masks.causal()),
+        ("causal()", masks.causal()),
+        ("full", masks.everything()),
+        (" causal&window( 256 ) ", masks.causal() & masks.sliding_window(256)),
+        ("window(left=3, right=2)", masks.sliding_window(3, 2)),
+        ("causal & window(2) | sinks(1)", (masks.causal() & masks.sliding_window(2)) | masks.sinks(1)),
+        ("causal & (window(2) | sinks(1))", masks.causal() & (masks.sliding_window(2) | masks.sinks(1))),
+        ("~causal & strided(3)", ~masks.causal() & masks.strided(3)),
+        ("~(causal | strided(3))", ~(masks.causal() | masks.strided(3))),
+        ("per_head(causal, sinks(1) | full)", masks.per_head([masks.causal(), masks.sinks(1) | masks.everything()])),
+        ("per_head([causal, window(1)])", masks.per_head([masks.causal(), masks.sliding_window(1)])),
+        ("natten((4, 6), (3, 5), dilation=1)", masks.neighborhood((4, 6), (3, 5))),
+        ("block_diagonal((2, 3), causal='end')", masks.block_diagonal((2, 3), causal="end")),
+        ("shift(causal, q_offset=-2)", masks.shift(masks.causal(), -2)),
+    ],
+)
+def test_text_means_what_the_builders_mean(text, mask):
+    assert masks.parse(text) == mask
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("causal & windw(4)", "unknown mask 'windw' at column 9; did you mean 'window'?"),
+        ("causal & window(lft=4)", "no argument 'lft' at column 16; did you mean 'left'?"),
+        ("causal & window(4", "expected ',', found the end at column 17"),
+        ("causal & window(4))", "unexpected ')' at column 18"),
+        ("causal &", "expected a mask, found the end at column 8"),
+        ("", "expected a mask, found the end at column 0"),
+        ("causal and window(4)", "masks combine with & | ~, not 'and' at column 7"),
+        ("not causal", "masks combine with & | ~, not 'not' at column 0"),
+        ("causal + window(4)", "unexpected character '+' at column 7"),
+        ("window", "missing a required argument: 'left' at column 0"),
+        ("window(1, 2, 3)", "too many positional arguments at column 0"),
+        ("window(right=1, 2)", "an argument without a name follows a named one at column 16"),
+        ("window(-3)", "left=-3, expected an int of at least 0 at column 0"),
+        ("window(big)", "'left' takes a value, not the name 'big' at column 0"),
+        ("window(&)", "expected a number, a name or a tuple, found '&' at column 7"),
+    ],
+)
+def test_errors_point_at_the_column_and_the_nearest_name(text, message):
+    with pytest.raises(masks.MaskSyntaxError) as error:
+        masks.parse(text)
+    assert message in str(error.value) and repr(text) in str(error.value)
+
+
+def test_an_array_the_text_does_not_name_is_refused():
+    with pytest.raises(masks.MaskSyntaxError, match="did you mean 'segment_ids'"):
+        masks.parse("segments", segmnt_ids=np.ones(3, int))
+
+
+def test_names_stay_open_until_bound_and_say_so_when_used():
+    mask = masks.parse("causal & segments & key_padding")
+    assert mask.unbound == ("segment_ids", "valid")
+    partly = mask.bind(segment_ids=np.array([1, 1, 2]))
+    assert partly.unbound == ("valid",)
+    for use in (lambda m: m.dense(3, 3), lambda m: m.block_map(3, 3, 1), lambda m: m(0, 0), lambda m: m.select(0, 0)):
+        with pytest.raises(ValueError, match=r"needs 'valid': call mask\.bind\(valid=\.\.\.\) first"):
+            use(partly)
+    bound = partly.bind(valid=np.array([True, False, True]), something_else=3)
+    assert bound.unbound == ()
+    np.testing.assert_array_equal(bound.dense(3, 3), [[1, 0, 0], [1, 0, 0], [0, 0, 1]])
+
+
+def test_an_open_mask_is_hashable_and_static():
+    import jax
+
+    first, second = masks.parse("causal & segments"), masks.parse("causal & segments(segment_ids)")
+    assert first == second and hash(first) == hash(second) and jax.tree.leaves(first) == []
+
+
+def test_names_of_arrays_can_be_chosen():
+    ids = np.array([[1, 2, 2]])
+    mask = masks.parse("segments(documents, sentences)", documents=ids, sentences=ids[:, ::-1])
+    assert mask == masks.segments(ids, ids[:, ::-1])
+
+
+def test_two_arrays_of_one_kind_print_under_two_names():
+    a, b = np.array([1, 1, 2], np.int32), np.array([3, 3, 3], np.int32)
+    mask = masks.segments(a) & masks.segments(b) & ~masks.segments(a)
+    assert repr(mask) == "segments(segment_ids) & segments(segment_ids_2) & ~segments(segment_ids)"
+    assert masks.parse(repr(mask), **mask.bindings()) == mask
+
+
+def only_first(q, k, table):
+    return table[q] == k
+
+
+def test_predicates_print_under_the_name_of_their_function():
+    mask = masks.predicate(only_first, np.array([[2, 1, 0]]), batch_dims=1)
+    assert repr(mask) == "predicate(only_first, array, batch_dims=1)"
+    assert masks.parse(repr(mask), **mask.bindings()) == mask
+
+
+leaves = hypothesis.strategies.one_of(oracle.leaves, oracle.slow_leaves)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
+@given(oracle.expressions(3, leaves))
+def test_every_mask_prints_to_text_that_parses_to_the_same_mask(pair):
+    mask = pair.mask & masks.per_head([pair.mask, masks.causal()])
+    assert masks.parse(repr(mask), **mask.bindings()) == mask
+    assert masks.parse(repr(mask)).bind(**mask.bindings()) == mask
