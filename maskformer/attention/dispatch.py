@@ -11,10 +11,11 @@ import types
 
 import jax
 
-from maskformer.attention import blockwise, reference
+from maskformer.attention import blockwise, reference, splash
 from maskformer.attention.arguments import Call
 
 BACKENDS: dict[str, types.ModuleType] = {
+    "splash": splash,
     "blockwise": blockwise,
     "reference": reference,
 }
