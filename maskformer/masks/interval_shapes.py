@@ -268,8 +268,8 @@ def read(analysis: Analysis, operand: Interval, indices: dict[int, Interval], sh
         return operand
     if operand.depends == NEITHER and len(left) == 1:
         place = remaining.index(left[0])
-        ends = [xp.moveaxis(end, place, 0) for end in (operand.lo, operand.hi)]
-        return analysis.settle(RangeTable(analysis, *ends, indices[left[0]].depends).query(indices[left[0]]))
+        index = indices[left[0]]
+        return analysis.settle(_table(analysis, operand, place, index.depends).query(xp, index))
     if operand.depends == NEITHER and len(left) == 2 and np.ndim(indices[left[0]].lo) <= 1 and analysis.tiles.finest:
         places = [remaining.index(axis) for axis in left]
         ends = [xp.moveaxis(end, places, (0, 1)) for end in (operand.lo, operand.hi)]
@@ -292,6 +292,20 @@ def _batch_shape(analysis: Analysis, index: Interval) -> tuple[int, ...]:
     return tuple(np.shape(index.lo)[analysis.lead(index) :])
 
 
+def _table(analysis: Analysis, operand: Interval, axis: int, depends: int) -> RangeTable:
+    """The table of an array along an axis; a captured array's is made once for all levels of a search."""
+    tables, unit = analysis.tiles.tables, _unit(analysis.tiles.unit(depends), operand.lo.shape[axis])
+    key = (id(operand.lo), axis, unit)
+    if not operand.exact or key not in tables:
+        xp = analysis.xp
+        table = RangeTable(xp, xp.moveaxis(operand.lo, axis, 0), xp.moveaxis(operand.hi, axis, 0), unit)
+        if not operand.exact:
+            return table
+        # The array is kept beside its table, so that its id stays its own.
+        tables[key] = operand.lo, table
+    return tables[key][1]
+
+
 class RangeTable:
     """Smallest and largest entry of any range of an array's first axis, in two reads.
 
@@ -299,18 +313,14 @@ class RangeTable:
     units from each one on. A range is rounded out to whole units: wider, never narrower.
     """
 
-    def __init__(self, analysis: Analysis, lo: Any, hi: Any, depends: int):
-        self.analysis, xp = analysis, analysis.xp
-        self.size = lo.shape[0]
-        self.unit = _unit(analysis.tiles.unit(depends), self.size)
-        count = -(-self.size // self.unit)
-        self.low = self._levels(_by_unit(xp, lo, self.unit, count, xp.min), count, xp.minimum)
-        self.high = self._levels(_by_unit(xp, hi, self.unit, count, xp.max), count, xp.maximum)
-        self.count = count
+    def __init__(self, xp: Any, lo: Any, hi: Any, unit: int):
+        self.unit, self.count = unit, -(-lo.shape[0] // unit)
+        self.low = self._levels(xp, _by_unit(xp, lo, unit, self.count, xp.min), xp.minimum)
+        self.high = self._levels(xp, _by_unit(xp, hi, unit, self.count, xp.max), xp.maximum)
 
-    def _levels(self, base: Any, count: int, join: Any) -> Any:
-        xp, levels, step = self.analysis.xp, [base], 1
-        while 2 * step <= count:
+    def _levels(self, xp: Any, base: Any, join: Any) -> Any:
+        levels, step = [base], 1
+        while 2 * step <= self.count:
             last = levels[-1]
             # Past the end the window is cut short, which repeats entries and changes no minimum.
             shifted = xp.concatenate([last[step:], xp.broadcast_to(last[-1:], (step,) + last.shape[1:])], axis=0)
@@ -318,8 +328,7 @@ class RangeTable:
             step *= 2
         return xp.concatenate(levels, axis=0)
 
-    def query(self, index: Interval) -> Interval:
-        xp = self.analysis.xp
+    def query(self, xp: Any, index: Interval) -> Interval:
         first, last = (xp.asarray(end) // self.unit for end in (index.lo, index.hi))
         length = last - first + 1
         level = xp.zeros_like(length)
@@ -330,8 +339,8 @@ class RangeTable:
         span = xp.left_shift(xp.ones_like(level), level)
         begin = level * self.count
         at = [begin + first, begin + last + 1 - span]
-        lo = xp.minimum(*(self.low[i] for i in at)) if self.low.dtype != bool else self.low[at[0]] & self.low[at[1]]
-        hi = xp.maximum(*(self.high[i] for i in at)) if self.high.dtype != bool else self.high[at[0]] | self.high[at[1]]
+        lo = xp.minimum(self.low[at[0]], self.low[at[1]])
+        hi = xp.maximum(self.high[at[0]], self.high[at[1]])
         return Interval(lo, hi, index.depends)
 
 

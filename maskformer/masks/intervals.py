@@ -52,7 +52,11 @@ class Tiles(Protocol):
         """``[q_blocks, ...]`` or ``[kv_blocks, ...]`` to ``[*tiles, ...]``."""
 
     def unit(self, depends: int) -> int:
-        """The tile length along what an index depends on."""
+        """The length of the finest tiles along what an index depends on."""
+
+    @property
+    def tables(self) -> dict[Any, Any]:
+        """Tables made so far of the arrays read; shared by tile sets of one search."""
 
     @property
     def finest(self) -> bool:

@@ -26,8 +26,9 @@ class TileSet:
     Attributes:
       xp: numpy, or jax.numpy where arrays are traced.
       q, k: the positions in each block, intervals of shape ``[q_blocks]`` and ``[kv_blocks]``.
-      block: the tile's ``(q, kv)`` size.
+      block: the ``(q, kv)`` size of the finest tiles.
       finest: False for the coarse tiles of the search.
+      tables: of the arrays read, shared by the levels of a search; their unit comes from the finest tiles.
       rows, columns: index arrays that together give the tiles' shape, e.g. both ``[n]`` for a list of tiles.
     """
 
@@ -38,6 +39,7 @@ class TileSet:
     finest: bool
     rows: Any
     columns: Any
+    tables: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def expand(self, array: Any, depends: int) -> Any:
         """``[q_blocks, ...]`` or ``[kv_blocks, ...]`` to what broadcasts against ``[*tiles, ...]``."""
@@ -65,14 +67,21 @@ class TileSet:
 
 
 def tile_set(
-    xp: Any, lengths: tuple[int, int], block: tuple[int, int], rows: Any, columns: Any, finest: bool = True
+    xp: Any,
+    lengths: tuple[int, int],
+    block: tuple[int, int],
+    rows: Any,
+    columns: Any,
+    scale: int = 1,
+    tables: dict[Any, Any] | None = None,
 ) -> TileSet:
-    """Tiles of the given block size, clipped to the lengths."""
+    """Tiles of ``scale`` times the block size, clipped to the lengths."""
     ends = []
-    for length, size, depends in zip(lengths, block, (QUERY, KEY)):
+    for length, base, depends in zip(lengths, block, (QUERY, KEY)):
+        size = base * scale
         start = np.arange(0, length, size, dtype=np.int32)
         ends.append(Interval(start, np.minimum(start + (size - 1), length - 1).astype(np.int32), depends))
-    return TileSet(xp, ends[0], ends[1], block, finest, rows, columns)
+    return TileSet(xp, ends[0], ends[1], block, scale == 1, rows, columns, {} if tables is None else tables)
 
 
 # --- the bounds of a whole expression -----------------------------------------------------------------------
@@ -179,10 +188,10 @@ def search(mask: Mask, q_len: int, kv_len: int, block: tuple[int, int], programs
     rows, columns = (g.ravel() for g in np.indices([-(-size // scale) for size in grid], dtype=np.int32))
     widened: set[str] = set()
     full: list[tuple[np.ndarray, np.ndarray]] = []
+    tables: dict[Any, Any] = {}
     examined = 0
     while True:
-        sizes = (block[0] * scale, block[1] * scale)
-        tiles = tile_set(np, (q_len, kv_len), sizes, rows, columns, finest=scale == 1)
+        tiles = tile_set(np, (q_len, kv_len), block, rows, columns, scale, tables)
         result = Analysis(tiles).expand(bounds(mask, tiles, programs, widened), BOTH)
         always, ever = (np.broadcast_to(end, rows.shape) for end in (result.lo, result.hi))
         examined += rows.size

@@ -239,6 +239,30 @@ def test_float_predicates_with_nan_and_infinity_are_sound(fn, special):
     assert oracle.broken_tiles(jax.jit(lambda m: m.block_map(64, 64, 8))(mask), matrix) == []
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda q, k: q * 123456789 < k,
+        lambda q, k: q + (2**31 - 20) > k,
+        lambda q, k: -(2**31) + k - q < 0,
+        lambda q, k: jnp.abs(q - 2**31 + 30 - k) > 5,
+        lambda q, k: (q * q * q * q * q * q) % 7 == k % 7,
+        lambda q, k: (q << 26) > k,
+        lambda q, k: jnp.sum(jnp.stack([q, k]) * 50_000_000) > 0,
+        lambda q, k: (q * 4).astype(jnp.int8) > k.astype(jnp.int8),
+        lambda q, k: q.astype(jnp.uint32) - k.astype(jnp.uint32) < 9,
+        lambda q, k: (q - k).astype(jnp.uint8) // 3 < 9,
+        lambda q, k: (q * 1e8).astype(jnp.int32) > k,
+    ],
+)
+def test_integers_that_wrap_around_are_sound(fn):
+    mask = masks.predicate(fn)
+    matrix = np.asarray(mask.dense(64, 64))
+    assert oracle.broken_tiles(mask.block_map(64, 64, 8), matrix) == []
+    offset = jax.jit(lambda offset: mask.block_map(64, 64, 8, offset))(0)
+    assert oracle.broken_tiles(offset, matrix) == []
+
+
 def test_predicates_may_close_over_traced_arrays():
     def build(table):
         return masks.predicate(lambda q, k: table[q] == table[k]).block_map(64, 64, 8)
