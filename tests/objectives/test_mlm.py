@@ -84,11 +84,11 @@ def test_roberta_random_ids_are_never_special_and_otherwise_uniform():
     assert stats.chisquare(np.delete(drawn, special)).pvalue > 1e-3
 
 
-def reference_words(batch, row):
+def reference_words(batch, row, vocabulary=VOCABULARY):
     """Words as position lists, by a plain loop: a piece joins the word before it unless a marker stands between."""
     found, previous = [], False
     for position, token in enumerate(batch["tokens"][row]):
-        member = bool(batch["segment_ids"][row, position]) and token not in VOCABULARY.special_ids
+        member = bool(batch["segment_ids"][row, position]) and token not in vocabulary.special_ids
         if member:
             if batch["word_starts"][row, position] or not previous:
                 found.append([])

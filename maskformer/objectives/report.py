@@ -1,0 +1,319 @@
+"""What an objective does to real batches, counted before a step is spent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from maskformer.objectives.leaks import _relabel
+from maskformer.objectives.objective import Masking, Objective
+from maskformer.objectives.pairs import CorruptedPair, PairObjective
+from maskformer.objectives.rows import KEEP, MASK, RANDOM
+from maskformer.objectives.select_spans import Spans
+from maskformer.objectives.span_corruption import SpanNoise
+
+# How a token of a sample row is shown.
+STYLES = ("plain", "mask", "random", "keep", "hidden", "special", "prefix", "target", "padding")
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """One row as (text, style) pairs: the original, what the model reads, and what it is asked."""
+
+    original: tuple[tuple[str, str], ...]
+    inputs: tuple[tuple[str, str], ...]
+    targets: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class MaskReport:
+    """Counts over the batches that were looked at.
+
+    Attributes:
+      objective: its description. rows, tokens: how much was looked at (tokens without padding).
+      corrupted_rate: share of the tokens that the input hides or changes.
+      predicted_per_batch: (least, mean, most) predicted tokens in a batch.
+      predicted_rate: predicted tokens over tokens.
+      slots: static prediction slots in a row; slots_used: mean share of them in use; slots_full: share of rows that
+        use all of them (many such rows mean that `max_predictions` cuts the rate).
+      coverage: float `[length]`, share of the tokens at each position that are hidden or changed; nan where there is
+        none.
+      span_unit: `words` or `tokens`; span_lengths: share of the spans of each length 1, 2, ...
+      target_lengths: the distribution that the objective aims at, or None where it has none. Spans that touch are
+        counted as one and the last is cut to the budget, so the two differ a little by design.
+      replacement: shares of (mask, random, keep) among predicted tokens, or None.
+      attended_fraction: share of all (query, key) pairs of a row, padding included, that may attend.
+      flops_per_token: (dense, active) training FLOPs per input token, or None without a model.
+      samples: rows to look at.
+    """
+
+    objective: str
+    rows: int
+    tokens: int
+    corrupted_rate: float
+    predicted_per_batch: tuple[int, float, int]
+    predicted_rate: float
+    slots: int
+    slots_used: float
+    slots_full: float
+    coverage: np.ndarray
+    span_unit: str
+    span_lengths: tuple[float, ...]
+    target_lengths: tuple[float, ...] | None
+    replacement: tuple[float, float, float] | None
+    attended_fraction: float
+    flops_per_token: tuple[float, float] | None
+    samples: tuple[SampleRow, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the sample rows, in plain Python types, for JSON."""
+        plain = {name: value for name, value in vars(self).items() if name != "samples"}
+        return {**plain, "coverage": [None if math.isnan(x) else float(x) for x in self.coverage]}
+
+    def to_text(self, color: bool = False, width: int = 100) -> str:
+        """The report for a terminal; `color` adds ANSI colours to the sample rows."""
+        from maskformer.objectives.report_render import to_text
+
+        return to_text(self, color, width)
+
+    def to_html(self) -> str:
+        """The report as one HTML page without any outside reference."""
+        from maskformer.objectives.report_render import to_html
+
+        return to_html(self)
+
+
+def mask_report(
+    objective: Objective,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    key: jax.Array | None = None,
+    decode: Callable[[int], str] | None = None,
+    samples: int = 3,
+    model: Any = None,
+    **call: Any,
+) -> MaskReport:
+    """Runs an objective over batches and counts what it does.
+
+    Args:
+      objective: what is looked at.
+      batches: as the pipeline gives them; a few hundred rows make the shares exact to a percent.
+      key: the run's key, so that the rows are those the run will see.
+      decode: the text of one token id; by default the id itself.
+      samples: rows to show.
+      model: gives the FLOPs, through `model.flops_per_token`.
+      **call: what the objective's call needs: `step=`, `rate=`.
+
+    Raises:
+      ValueError: there is no batch.
+    """
+    key = jax.random.key(0) if key is None else key
+    decode = decode or str
+    counts = _Counts(objective)
+    shown: list[SampleRow] = []
+    for batch in batches:
+        batch = {name: np.asarray(value) for name, value in batch.items()}
+        # Twice: as it is, for the counts, and with unique tokens, which tell where each token went.
+        made = jax.tree.map(np.asarray, objective(key, batch, **call))
+        marked = _relabel(objective, batch, 0)
+        traced = made if getattr(made, "selected", None) is not None else objective(key, marked, **call)
+        hidden = _hidden(objective, jax.tree.map(np.asarray, traced), marked)
+        counts.add(batch, made, hidden)
+        while len(shown) < min(samples, len(batch["tokens"])) and hidden.shape[0] == len(batch["tokens"]):
+            row = len(shown)
+            shown.append(_sample(objective, batch["tokens"][row], made, hidden[row], row, decode))
+    if not counts.rows:
+        raise ValueError("mask_report: no batches given")
+    return counts.finish(tuple(shown), model)
+
+
+def _hidden(objective: Objective, made: Any, marked: Mapping[str, np.ndarray]) -> np.ndarray:
+    """bool `[rows, length]`: tokens of the row that the input does not show, or shows changed."""
+    if getattr(made, "selected", None) is not None and not isinstance(made, CorruptedPair):
+        return made.selected if objective.name != "fim" else np.zeros_like(marked["segment_ids"], bool)
+    tokens, valid = marked["tokens"], marked["segment_ids"] > 0
+    hidden = np.zeros(valid.shape, bool)
+    for row in range(len(tokens)):
+        if isinstance(made, CorruptedPair):
+            shown = made.encoder_input_tokens[row][made.encoder_segment_ids[row] > 0]
+        elif isinstance(objective, PairObjective):
+            shown = made.input_tokens[row][made.bidirectional[row]]
+        else:
+            shown = made.input_tokens[row]
+        # A marker may stand more than once in a row: as many as are left out count as hidden, from the end.
+        ids, given = np.unique(shown, return_counts=True)
+        left = dict(zip(ids.tolist(), given.tolist()))
+        for position in np.flatnonzero(valid[row]):
+            token = int(tokens[row, position])
+            hidden[row, position] = left.get(token, 0) == 0
+            left[token] = left.get(token, 0) - 1
+    return hidden
+
+
+class _Counts:
+    """Running sums of a report."""
+
+    def __init__(self, objective: Objective):
+        self.objective = objective
+        self.rows = self.tokens = self.hidden = 0
+        self.predicted: list[int] = []
+        self.slots_used: list[float] = []
+        self.covered = np.zeros(objective.length)
+        self.present = np.zeros(objective.length)
+        self.kinds = np.zeros(3, int)
+        self.spans = np.zeros(objective.length + 1, int)
+        self.attended: list[float] = []
+        self.length = objective.output_length
+
+    def add(self, batch: Mapping[str, np.ndarray], made: Any, hidden: np.ndarray) -> None:
+        copies = len(hidden) // len(batch["tokens"])
+        valid = np.repeat(batch["segment_ids"] > 0, copies, axis=0)
+        weights = made.loss_weights
+        self.rows += len(batch["tokens"])
+        self.tokens += int(valid.sum())
+        self.hidden += int((hidden & valid).sum())
+        self.covered += (hidden & valid).sum(0)
+        self.present += valid.sum(0)
+        self.predicted.append(int((weights > 0).sum()))
+        self.slots_used += list((weights > 0).mean(1))
+        kinds = getattr(made, "kinds", None)
+        if kinds is not None:
+            self.kinds += np.bincount(kinds[weights > 0], minlength=3)[:3]
+        starts = batch.get("word_starts")
+        in_words = self.in_words and starts is not None
+        for row in range(len(hidden)):
+            source = row // copies
+            lengths = _span_lengths(hidden[row], batch["segment_ids"][source], starts[source] if in_words else None)
+            np.add.at(self.spans, lengths, 1)
+        self.attended += _attended(self.objective, made)
+
+    @property
+    def in_words(self) -> bool:
+        return isinstance(self.objective, Masking) and isinstance(self.objective.select, Spans) and (
+            self.objective.select.in_words
+        )
+
+    def finish(self, samples: tuple[SampleRow, ...], model: Any) -> MaskReport:
+        predicted, total = np.array(self.predicted), max(int(self.kinds.sum()), 1)
+        longest = int(np.flatnonzero(self.spans).max(initial=0))
+        spans = self.spans[1 : longest + 1] / max(self.spans.sum(), 1)
+        with np.errstate(invalid="ignore"):
+            coverage = self.covered / self.present
+        share = predicted.sum() / max(self.tokens, 1)
+        fraction = float(np.mean(self.attended)) if self.attended else float("nan")
+        flops = None
+        if model is not None:
+            slots = self.objective.budget / self.length
+            flops = tuple(
+                float(model.flops_per_token(self.length, slots, attended=attended))
+                for attended in (None, fraction * self.length)
+            )
+        return MaskReport(
+            objective=self.objective.description or self.objective.name,
+            rows=self.rows,
+            tokens=self.tokens,
+            corrupted_rate=self.hidden / max(self.tokens, 1),
+            predicted_per_batch=(int(predicted.min()), float(predicted.mean()), int(predicted.max())),
+            predicted_rate=float(share),
+            slots=self.objective.budget,
+            slots_used=float(np.mean(self.slots_used)),
+            slots_full=float(np.mean(np.array(self.slots_used) >= 1.0)),
+            coverage=coverage,
+            span_unit="words" if self.in_words else "tokens",
+            span_lengths=tuple(map(float, spans)),
+            target_lengths=target_span_lengths(self.objective),
+            replacement=tuple(float(x) / total for x in self.kinds) if self.kinds.sum() else None,
+            attended_fraction=fraction,
+            flops_per_token=flops,
+            samples=samples,
+        )
+
+
+def _span_lengths(hidden: np.ndarray, segments: np.ndarray, starts: np.ndarray | None) -> np.ndarray:
+    """Lengths of the runs of hidden tokens that lie in one segment, in tokens or in the words that begin in them."""
+    edge = hidden & ~np.concatenate([[False], hidden[:-1] & (segments[1:] == segments[:-1])])
+    run = np.cumsum(edge)[hidden]
+    counted = np.ones(hidden.sum(), int) if starts is None else starts[hidden].astype(int)
+    lengths = np.bincount(run, weights=counted, minlength=1)[1:].astype(int)
+    return np.maximum(lengths, 1)
+
+
+def _attended(objective: Objective, made: Any, most: int = 4) -> list[float]:
+    """Share of the (query, key) pairs of some rows that may attend."""
+    declared = objective.attend(made)
+    if isinstance(made, CorruptedPair):
+        encoder, decoder = made.encoder_input_tokens.shape[1], made.decoder_input_tokens.shape[1]
+        parts = ((declared.encoder, encoder, encoder), (declared.decoder, decoder, decoder),
+                 (declared.cross, decoder, encoder))
+        segments = made.encoder_segment_ids
+    else:
+        length = made.input_tokens.shape[1]
+        parts, segments = ((declared, length, length),), made.segment_ids
+    shares = []
+    for row in range(min(most, len(segments))):
+        active = sum(
+            float(np.mean([np.asarray(m.select(row if m.shape[0] > 1 else 0, h).dense(q, k)).sum()
+                           for h in range(m.shape[1])]))
+            for m, q, k in parts
+        )
+        shares.append(active / sum(q * k for _, q, k in parts))
+    return shares
+
+
+def target_span_lengths(objective: Objective) -> tuple[float, ...] | None:
+    """The distribution of span lengths that an objective aims at, for rows without padding; None where it has none.
+
+    T5: a part of a random composition of n into s parts has length k with C(n - k - 1, s - 2) / C(n - 1, s - 1).
+    """
+    if isinstance(objective, Masking) and isinstance(objective.select, Spans):
+        return tuple(map(float, objective.select.lengths))
+    make = getattr(objective, "make_pair", None)
+    if not isinstance(make, SpanNoise):
+        return None
+    noise, spans = make.noise[:, -1], make.spans[:, -1]
+    lengths = np.zeros(int(noise.max()))
+    weights = np.array(make.weights) * spans
+    for weight, n, s in zip(weights / max(weights.sum(), 1e-30), noise.tolist(), spans.tolist()):
+        if s == 1:
+            lengths[n - 1] += weight
+            continue
+        for k in range(1, n - s + 2):
+            lengths[k - 1] += weight * math.comb(n - k - 1, s - 2) / math.comb(n - 1, s - 1)
+    return tuple(map(float, lengths)) if len(lengths) else None
+
+
+def _sample(
+    objective: Objective, tokens: np.ndarray, made: Any, hidden: np.ndarray, row: int, decode: Callable[[int], str]
+) -> SampleRow:
+    vocabulary = objective.vocabulary
+
+    def style(token: int, otherwise: str) -> str:
+        if token == vocabulary.mask:
+            return "mask"
+        return "special" if token in vocabulary.special_ids and otherwise == "plain" else otherwise
+
+    def line(ids: Iterable[int], styles: Iterable[str]) -> tuple[tuple[str, str], ...]:
+        return tuple((decode(int(i)), s) for i, s in zip(ids, styles) if int(i) != vocabulary.pad)
+
+    original = line(tokens, ["hidden" if h else style(int(t), "plain") for t, h in zip(tokens, hidden)])
+    if isinstance(made, CorruptedPair):
+        inputs = line(made.encoder_input_tokens[row], [style(int(t), "plain") for t in made.encoder_input_tokens[row]])
+        asked = made.decoder_target_tokens[row][made.decoder_loss_weights[row] > 0]
+        return SampleRow(original, inputs, line(asked, [style(int(t), "target") for t in asked]))
+    shown = made.input_tokens[row]
+    styles = [style(int(t), "plain") for t in shown]
+    weights = made.loss_weights[row]
+    positions = np.arange(len(weights)) if made.predict_positions is None else made.predict_positions[row]
+    names = {MASK: "mask", RANDOM: "random", KEEP: "keep"}
+    if made.kinds is not None:
+        for slot in np.flatnonzero(weights > 0):
+            styles[positions[slot]] = names[int(made.kinds[row, slot])]
+    elif made.bidirectional is not None:
+        styles = ["prefix" if both and s == "plain" else s for both, s in zip(made.bidirectional[row], styles)]
+    asked = made.target_tokens[row][weights > 0]
+    return SampleRow(original, line(shown, styles), line(asked, ["target"] * len(asked)))
