@@ -184,10 +184,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.verbose:
         logging.getLogger("absl").setLevel(logging.ERROR)
     from maskformer.training.checkpoints import CheckpointError
+    from maskformer.training.distributed import JoinError
 
     try:
         return arguments.run(arguments, rest)
-    except (ValueError, CheckpointError) as error:
+    except (ValueError, CheckpointError, JoinError) as error:
         if arguments.verbose:
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -104,7 +104,8 @@ def matrix(results: dict[str, Any]) -> str:
     ]
     for t, rate in enumerate(results["rates"]):
         cells = [
-            f"ppl {math.exp(loss[:, t, e].mean()):.1f} (loss ±{spread[t, e]:.3f}), accuracy {accuracy[:, t, e].mean():.1%}"
+            f"ppl {math.exp(loss[:, t, e].mean()):.1f} (loss ±{spread[t, e]:.3f}), "
+            f"accuracy {accuracy[:, t, e].mean():.1%}"
             for e in range(len(results["rates"]))
         ]
         lines.append(f"| {rate:.0%} | " + " | ".join(cells) + " |")

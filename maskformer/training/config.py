@@ -345,7 +345,7 @@ def _objective_parameters(name: str) -> dict[str, inspect.Parameter]:
 
 
 def _create_objective(section: Mapping[str, Any], vocabulary: objectives.Vocabulary, length: int) -> Any:
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in section.items()}
     name = values.pop("name")
     try:
         return objectives.create(name, vocabulary, length, **values)
@@ -354,7 +354,7 @@ def _create_objective(section: Mapping[str, Any], vocabulary: objectives.Vocabul
 
 
 def _model_config(model: Mapping[str, Any], data: DataConfig, vocab_size: int) -> EncoderConfig:
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in model.items()}
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in model.items()}
     return EncoderConfig(vocab_size=vocab_size, max_length=data.length, **values)
 
 

@@ -25,6 +25,10 @@ from jax._src import xla_bridge  # the question "was a device used?" has no publ
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
+class JoinError(RuntimeError):
+    """This process could not join the others of its run."""
+
+
 def initialize(timeout: int = 300) -> bool:
     """Joins this process to its run, if there are others; call it before anything touches a device.
 
@@ -36,7 +40,7 @@ def initialize(timeout: int = 300) -> bool:
 
     Raises:
       ValueError: environment variables that contradict each other or cannot be read, with the fix.
-      RuntimeError: devices were used before this call, or the processes did not find each other.
+      JoinError: devices were used before this call, or the processes did not find each other.
 
     >>> initialize()  # on a laptop, and in this doctest: nothing to join
     False
@@ -47,7 +51,7 @@ def initialize(timeout: int = 300) -> bool:
     if arguments is None:
         return False
     if xla_bridge.backends_are_initialized():
-        raise RuntimeError("distributed.initialize() was called after a device was used: call it first")
+        raise JoinError("distributed.initialize() was called after a device was used: call it first")
     if jax.config.jax_cpu_collectives_implementation in (None, "none"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if arguments.get("process_id", 0) > 0:
@@ -55,7 +59,7 @@ def initialize(timeout: int = 300) -> bool:
     try:
         jax.distributed.initialize(initialization_timeout=timeout, **arguments)
     except Exception as error:
-        raise RuntimeError(
+        raise JoinError(
             f"joining the other processes failed ({arguments or 'left to the detection of JAX'}): "
             f"{str(error).rstrip('.')}. MASKFORMER_DISTRIBUTED=off runs this process on its own."
         ) from error
@@ -101,7 +105,7 @@ def _await_coordinator(address: str, timeout: float) -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise RuntimeError(
+                raise JoinError(
                     f"JAX_COORDINATOR_ADDRESS={address}: process 0 could not be reached there within {timeout:.0f} s "
                     f"({error}). Is it running, and is the port open?"
                 ) from None

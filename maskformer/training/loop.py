@@ -203,9 +203,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
 
                 improved = False
                 if evaluates:
-                    results = run_evaluation(
-                        eval_step, state.evaluation_params, held_out, evaluate_config, mesh
-                    )
+                    results = run_evaluation(eval_step, state.evaluation_params, held_out, evaluate_config, mesh)
                     improved = update_best(record, results, evaluate_config)
                     for writer in writers:
                         writer.write(
@@ -224,12 +222,11 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
                     raise Preempted(step)
                 if evaluates or saves:
                     clock.resume()
+            # Still under the guard: a SIGTERM now must not cut off the last checkpoint.
+            checkpoints.wait()
         if not results and held_out is not None:
             # The run was complete already: say again how good it is, and record nothing twice.
-            results = run_evaluation(
-                eval_step, state.evaluation_params, held_out, evaluate_config, mesh
-            )
-        checkpoints.wait()
+            results = run_evaluation(eval_step, state.evaluation_params, held_out, evaluate_config, mesh)
     finally:
         if progress is not None:
             progress.close()
