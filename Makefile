@@ -21,6 +21,10 @@ help:  ## list the targets
 
 demo: .venv/.core  ## pretrain a small BERT on CPU, then fill in masked sentences
 	$(BIN)/maskformer train --config=configs/bert.py:demo --workdir="$(DEMO_DIR)"
+	@echo; echo "Guesses for sentences that the model has not seen:"
+	@$(BIN)/maskformer fill --workdir="$(DEMO_DIR)" --examples=4
+	@$(BIN)/maskformer fill --workdir="$(DEMO_DIR)" "It is a truth universally [MASK], that a single man"
+	@echo; $(BIN)/maskformer report "$(DEMO_DIR)"
 
 test: check  ## lint, types, import order, then the tests
 	$(BIN)/python -m pytest -m "$(FAST)" $(PYTEST_ARGS)
