@@ -1,7 +1,17 @@
 """softmax(QK^T)V under a mask: one function, several backends."""
 
-from maskformer.attention import dropout, score_mods
+from maskformer.attention import dropout, platform, score_mods, sharding
 from maskformer.attention.api import dot_product_attention, explain
 from maskformer.attention.explanation import Explanation
+from maskformer.attention.sharding import Placement
 
-__all__ = ["Explanation", "dot_product_attention", "dropout", "explain", "score_mods"]
+__all__ = [
+    "Explanation",
+    "Placement",
+    "dot_product_attention",
+    "dropout",
+    "explain",
+    "platform",
+    "score_mods",
+    "sharding",
+]

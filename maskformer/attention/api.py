@@ -80,9 +80,9 @@ def dot_product_attention(
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
         q_offset=q_offset,
+        return_residual=return_residual,
     )
-    choice = dispatch.choose(call, implementation)
-    output, residual = dispatch.BACKENDS[choice.backend].attend(call)
+    output, residual = dispatch.run(call, implementation)
     return (output, residual) if return_residual else output
 
 

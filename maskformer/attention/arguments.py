@@ -29,6 +29,10 @@ class Call:
     scale: float
     logits_soft_cap: float | None
     q_offset: int | jax.Array
+    return_residual: bool = False
+    # Where a shard's batch entries and heads lie in the whole call: score_mod and dropout go by the whole.
+    batch_start: int | jax.Array = 0
+    head_start: int | jax.Array = 0
 
     @property
     def batch(self) -> int:
@@ -70,6 +74,7 @@ def check(
     dropout_rate=0.0,
     dropout_key=None,
     q_offset=0,
+    return_residual=False,
 ) -> Call:
     """Checks shapes and options; see `maskformer.attention.dot_product_attention` for what they mean.
 
@@ -125,6 +130,7 @@ def check(
         scale=1.0 / math.sqrt(head_dim) if scale is None else scale,
         logits_soft_cap=logits_soft_cap,
         q_offset=q_offset,
+        return_residual=return_residual,
     )
 
 

@@ -26,14 +26,14 @@ def choose(call: Call) -> tuple[int, int]:
     A mask known only at run time (packed segments, say) gets small tiles, which lose little on a dense area and skip
     more of a sparse one.
     """
-    return _fit(call, _size(call))
+    return fit(call, _size(call))
 
 
 def _size(call: Call) -> int:
     if call.mask is None or max(call.q_len, call.kv_len) <= SMALL:
         return LARGE
     small, large = (
-        call.mask.block_map(call.q_len, call.kv_len, _fit(call, size), q_offset=call.q_offset)
+        call.mask.block_map(call.q_len, call.kv_len, fit(call, size), q_offset=call.q_offset)
         for size in (SMALL, LARGE)
     )
     if not isinstance(small.partial.count, np.ndarray):
@@ -42,7 +42,8 @@ def _size(call: Call) -> int:
     return SMALL if areas[0] < WORTH_SMALL * areas[1] else LARGE
 
 
-def _fit(call: Call, size: int) -> tuple[int, int]:
+def fit(call: Call, size: int) -> tuple[int, int]:
+    """Square tiles, no longer than the sequences."""
     return min(size, _up(call.q_len)), min(size, _up(call.kv_len))
 
 

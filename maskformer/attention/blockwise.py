@@ -26,16 +26,22 @@ def refuses(call: Call) -> str | None:
     return blocks.refuses(call)
 
 
+def prefers(call: Call) -> str | None:
+    """None: it is worth taking wherever nothing better is."""
+    return None
+
+
 def attend(call: Call) -> tuple[jax.Array, jax.Array]:
     """Output [batch, q_len, heads, value_dim] and logsumexp, float32 [batch, q_len, heads]."""
     mask, block_map = blocks.block_map(call)
-    return attend_blocks(call, mask, block_map, q_offset=call.q_offset, kv_offset=0)
+    return run(*operands(call, mask, block_map, q_offset=call.q_offset, kv_offset=0))
 
 
-def attend_blocks(call: Call, mask: masks.Mask, block_map: masks.BlockMap, *, q_offset: Any, kv_offset: Any):
-    """`attend` over a given block map, with positions counted from the two offsets (ints, or traced).
+def operands(call: Call, mask: masks.Mask, block_map: masks.BlockMap, *, q_offset: Any, kv_offset: Any):
+    """What `run` takes: static options, inputs that may have gradients, and the rest.
 
-    Context parallelism calls this with the offsets of a device's shard.
+    Args:
+      q_offset, kv_offset: positions of the first query and key; ints, or traced (a device's shard).
     """
     key, value = call.key, call.value
     if block_map.shape[1] > 1 and call.groups > 1:
@@ -56,21 +62,24 @@ def attend_blocks(call: Call, mask: masks.Mask, block_map: masks.BlockMap, *, q_
         seed=call.seed,
         q_offset=jnp.asarray(q_offset, jnp.int32),
         kv_offset=jnp.asarray(kv_offset, jnp.int32),
+        batch_start=jnp.asarray(call.batch_start, jnp.int32),
+        head_start=jnp.asarray(call.head_start, jnp.int32),
     )
     options = Options(
         score_mod=call.score_mod and dataclasses.replace(call.score_mod, captured=()),
         soft_cap=call.logits_soft_cap,
         dropout_rate=call.dropout_rate,
     )
-    return _attend(options, inputs, fixed)
+    return options, inputs, fixed
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options: Options, inputs: Inputs, fixed: Fixed):
+def run(options: Options, inputs: Inputs, fixed: Fixed):
+    """Output [batch, q_len, heads, value_dim] and logsumexp [batch, q_len, heads]; differentiable in ``inputs``."""
     return forward(options, inputs, fixed)
 
 
-def _attend_forward(options, inputs, fixed):
+def _run_forward(options, inputs, fixed):
     # With symbolic zeros every leaf says whether anybody wants its gradient: a constant bias costs none.
     wanted = jax.tree.map(lambda leaf: leaf.perturbed, inputs)
     inputs, fixed = jax.tree.map(lambda leaf: leaf.value, (inputs, fixed))
@@ -78,7 +87,7 @@ def _attend_forward(options, inputs, fixed):
     return (output, residual), Residuals(inputs, fixed, output, residual, _Static.of(wanted))
 
 
-def _attend_backward(options, residuals, cotangents):
+def _run_backward(options, residuals, cotangents):
     d_output, d_residual = (
         None if isinstance(c, jax.custom_derivatives.SymbolicZero) else c for c in cotangents
     )
@@ -87,7 +96,7 @@ def _attend_backward(options, residuals, cotangents):
     return backward(options, residuals, d_output, d_residual, residuals.wanted.tree()), None
 
 
-_attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+run.defvjp(_run_forward, _run_backward, symbolic_zeros=True)
 
 
 @jax.tree_util.register_static

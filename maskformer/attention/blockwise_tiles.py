@@ -38,6 +38,8 @@ class Fixed:
     seed: jax.Array | None
     q_offset: jax.Array
     kv_offset: jax.Array
+    batch_start: jax.Array
+    head_start: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,7 @@ class _Chunk:
         layout, fixed = self.layout, self.fixed
         q = fixed.q_offset + row * layout.block_q + jnp.arange(layout.block_q)
         k = fixed.kv_offset + column * layout.block_kv + jnp.arange(layout.block_kv)
-        return self.batches, self.heads, q, k
+        return fixed.batch_start + self.batches, fixed.head_start + self.heads, q, k
 
     def products(self, q_tile: jax.Array, k_tile: jax.Array) -> jax.Array:
         """Scaled ``QK^T``, [batch_chunk, heads of the chunk, block_q, block_kv]."""

@@ -1,23 +1,28 @@
 """Which backend computes a call, and why not the others.
 
-`choose` is the only place that decides; `dot_product_attention` runs what it returns and `explain` prints it, so the
-two cannot disagree.
+`choose` is the only place that decides; `run` does what it returns and `explain` prints it, so the two cannot disagree.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
+import functools
 import types
+from collections.abc import Iterator
 
 import jax
 
-from maskformer.attention import blockwise, reference, splash
+from maskformer.attention import blockwise, context, cudnn, platform, reference, sharding, splash, tokamax
 from maskformer.attention.arguments import Call
 
 BACKENDS: dict[str, types.ModuleType] = {
     "splash": splash,
-    "blockwise": blockwise,
+    "cudnn": cudnn,
+    "tokamax": tokamax,
     "reference": reference,
+    "blockwise": blockwise,
 }
 
 
@@ -36,8 +41,22 @@ class Choice:
     passed_over: dict[str, str]
 
 
+_record: contextvars.ContextVar[list | None] = contextvars.ContextVar("attention_choices", default=None)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Choice]]:
+    """Collects the choices made inside."""
+    choices: list[Choice] = []
+    token = _record.set(choices)
+    try:
+        yield choices
+    finally:
+        _record.reset(token)
+
+
 def choose(call: Call, implementation: str | None = None) -> Choice:
-    """Picks the backend.
+    """Picks the backend: the first in the order of `BACKENDS` that honours the call and is worth taking.
 
     Raises:
       ValueError: if ``implementation`` is unknown, or cannot honour the call.
@@ -47,7 +66,60 @@ def choose(call: Call, implementation: str | None = None) -> Choice:
             raise ValueError(f"implementation: expected one of {', '.join(BACKENDS)}, or None, got {implementation!r}")
         reason = BACKENDS[implementation].refuses(call)
         if reason is not None:
-            raise ValueError(f"implementation {implementation!r} cannot honour this call: {reason}; "
-                             "implementation=None picks a backend that can")
+            raise ValueError(
+                f"implementation {implementation!r} cannot honour this call: {reason}; "
+                "implementation=None picks a backend that can"
+            )
         return Choice(implementation, "asked for by name", {})
-    return Choice("reference", "the only backend", {})
+    passed_over = {}
+    for name, backend in BACKENDS.items():
+        reason = backend.prefers(call) or backend.refuses(call)
+        if reason is None:
+            return Choice(name, f"the first that honours the call on {platform.current()}", passed_over)
+        passed_over[name] = reason
+    # Only a call with an axis of length 0 comes here: it has no blocks.
+    return Choice("reference", "what is left", {k: v for k, v in passed_over.items() if k != "reference"})
+
+
+def run(call: Call, implementation: str | None) -> tuple[jax.Array, jax.Array | None]:
+    """Computes a call, over the devices of the placement in force."""
+    placement = sharding.current()
+    if placement is None:
+        return _run_local(call, implementation)
+    if placement.size(placement.context) == 1:
+        return sharding.attend(call, placement, functools.partial(_run_local, implementation=implementation))
+    if implementation not in (None, "blockwise"):
+        raise ValueError(
+            f"implementation {implementation!r} cannot honour this call: its sequence lies over mesh axis "
+            f"{placement.context!r}, which blockwise alone can compute"
+        )
+    return sharding.attend(call, placement, functools.partial(_run_context, placement=placement))
+
+
+def _run_local(call: Call, implementation: str | None):
+    choice = choose(call, implementation)
+    _note(choice)
+    output, residual = BACKENDS[choice.backend].attend(call)
+    if residual is None:
+        # Backends without a logsumexp refuse calls that ask for it; a constant keeps the two results of a shard.
+        residual = jax.numpy.zeros(output.shape[:3])
+    return output, residual
+
+
+def _run_context(call: Call, placement: sharding.Placement):
+    reason = blockwise.refuses(call)
+    if reason is not None:
+        raise ValueError(f"attention over mesh axis {placement.context!r}: {reason}")
+    sharded = f"its sequence lies over mesh axis {placement.context!r}, which blockwise alone can compute"
+    others = {name: sharded for name in BACKENDS if name != "blockwise"}
+    _note(Choice("blockwise", f"{placement.context_method} over mesh axis {placement.context!r}", others))
+    devices = placement.size(placement.context)
+    return context.attend(
+        call, placement.context, devices, method=placement.context_method, balanced=placement.balanced
+    )
+
+
+def _note(choice: Choice) -> None:
+    choices = _record.get()
+    if choices is not None:
+        choices.append(choice)

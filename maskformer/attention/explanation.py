@@ -6,8 +6,10 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 
-from maskformer.attention import arguments, dispatch
+from maskformer.attention import arguments, blocks, dispatch, platform, sharding
+from maskformer.attention.arguments import Call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,27 +17,94 @@ class Explanation:
     """How a call runs.
 
     Attributes:
-      backend: the backend that runs, or None where the one asked for refuses.
-      why: why this one.
+      backend: the backend that runs, or None where the one asked for refuses or the call cannot be placed.
+      why: why this one, or why none.
       passed_over: the backends preferred to it, each with the reason it was not taken.
-      platform: the platform that decided the order of preference.
-      details: further facts, in order of printing.
+      platform: the platform that the order of preference is for.
+      block: tile size ``(block_q, block_kv)`` of the figures below; the backend's own where it is blockwise.
+      density: share of the logits that lie in visited tiles, in [0, 1]; None where the mask is traced.
+      active_flops: floating-point operations of the forward pass over those tiles; None where the mask is traced.
+      dense_flops: the same over all logits.
+      widened: what the mask's analysis had no rule for; such tiles are visited and masked.
     """
 
     backend: str | None
     why: str
     passed_over: dict[str, str]
     platform: str
-    details: dict[str, Any]
+    block: tuple[int, int] | None
+    density: float | None
+    active_flops: float | None
+    dense_flops: float
+    widened: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"backend: {self.backend} ({self.why})"]
-        lines += [f"passed over {name}: {reason}" for name, reason in self.passed_over.items()]
-        lines += [f"{name}: {value}" for name, value in self.details.items()]
+        lines = [f"backend: {self.backend or 'none'} ({self.why})"]
+        lines += [f"  passed over {name}: {reason}" for name, reason in self.passed_over.items()]
+        if self.block is not None:
+            tiles = f"tiles of {self.block[0]} x {self.block[1]}"
+            if self.density is None:
+                lines.append(f"mask: traced, its tiles are known at run time ({tiles})")
+            else:
+                lines.append(f"mask: {self.density:.1%} of the logits lie in visited {tiles}")
+        active = "" if self.active_flops is None else f"{_giga(self.active_flops)} active of "
+        lines.append(f"forward: {active}{_giga(self.dense_flops)} dense")
+        if self.backend == "reference":
+            lines.append("note: the reference computes all logits, whatever the mask")
+        if self.widened:
+            lines.append(f"not analysed, so visited and masked: {', '.join(self.widened)}")
         return "\n".join(lines)
 
 
+def _giga(flops: float) -> str:
+    return f"{flops / 1e9:.3g} GFLOP"
+
+
 def explain_call(mask, query, key, value, implementation: str | None, options: dict[str, Any]) -> Explanation:
-    call = arguments.check(query, key, value, mask=mask, **options)
-    choice = dispatch.choose(call, implementation)
-    return Explanation(choice.backend, choice.why, choice.passed_over, jax.default_backend(), {})
+    """See `maskformer.attention.explain`."""
+    query, key, value = (_array_like(x) for x in (query, key, value))
+    found: dict[str, Any] = {}
+
+    def trace(query, key, value):
+        call = arguments.check(query, key, value, mask=mask, **options)
+        found["figures"] = _figures(call)
+        with dispatch.recorded() as choices:
+            try:
+                if sharding.current() is None:
+                    choices.append(dispatch.choose(call, implementation))
+                else:
+                    dispatch.run(call, implementation)
+            except ValueError as error:
+                choices[:] = [dispatch.Choice("", str(error), {})]
+        found["choice"] = choices[0]
+
+    # The arrays are abstract, so nothing is computed; the mask is what the caller gave, so a concrete one is analysed.
+    jax.eval_shape(trace, query, key, value)
+    choice = found["choice"]
+    return Explanation(
+        backend=choice.backend or None,
+        why=choice.why,
+        passed_over=choice.passed_over,
+        platform=platform.current(),
+        **found["figures"],
+    )
+
+
+def _array_like(x) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(np.shape(x) if not hasattr(x, "shape") else x.shape, x.dtype)
+
+
+def _figures(call: Call) -> dict[str, Any]:
+    batch, q_len, heads, head_dim = call.query.shape
+    value_dim = call.value.shape[3]
+    dense = 2.0 * batch * heads * q_len * call.kv_len * (head_dim + value_dim)
+    if blocks.refuses(call) is not None:
+        return dict(block=None, density=None, active_flops=None, dense_flops=dense)
+    _, block_map = blocks.block_map(call)
+    figures = dict(
+        block=(block_map.block_q, block_map.block_kv), dense_flops=dense, widened=tuple(block_map.widened)
+    )
+    if not isinstance(block_map.partial.count, np.ndarray):
+        return dict(density=None, active_flops=None, **figures)
+    active = block_map.active_flops(head_dim, batch, heads, value_dim)
+    return dict(density=float(active / dense), active_flops=float(active), **figures)

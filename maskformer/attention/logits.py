@@ -32,7 +32,7 @@ def transform(
       float32 [batch, heads, q, k].
     """
     if bias is not None:
-        scores = scores + bias.astype(jnp.float32)
+        scores = scores + bias.astype(scores.dtype)
     if score_mod is not None:
         scores = score_mod.apply(captured, scores, *places)
     if soft_cap is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from maskformer.attention import logits
+from maskformer.attention import logits, platform
 from maskformer.attention.arguments import Call
 
 
@@ -19,18 +19,32 @@ def refuses(call: Call) -> str | None:
     return None
 
 
+# Logits per batch entry and head up to which one dense product beats a loop over tiles: measured on CPU; on GPU and TPU
+# a loop of small kernels costs more, and the figure is an estimate.
+SMALL = {"cpu": 256 * 256, "gpu": 1024 * 1024, "tpu": 1024 * 1024}
+
+
+def prefers(call: Call) -> str | None:
+    """Why the reference is not worth taking by itself, or None."""
+    limit = SMALL.get(platform.current(), SMALL["gpu"])
+    if call.q_len * call.kv_len <= limit:
+        return None
+    return f"it is dense, and {call.q_len} x {call.kv_len} logits are more than {limit}"
+
+
 def attend(call: Call) -> tuple[jax.Array, jax.Array]:
     """Output [batch, q_len, heads, value_dim] and logsumexp, float32 [batch, q_len, heads]."""
     batch, q_len, heads, head_dim = call.query.shape
     kv_len, kv_heads, value_dim = call.kv_len, call.kv_heads, call.value.shape[3]
+    precise = jnp.promote_types(call.query.dtype, jnp.float32)
     query, key, value = (x.transpose(0, 2, 1, 3) for x in (call.query, call.key, call.value))
     # The query heads that share a key head are rows of one product: GQA repeats nothing.
     query = query.reshape(batch, kv_heads, call.groups * q_len, head_dim)
-    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32) * call.scale
+    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=precise) * call.scale
     scores = scores.reshape(batch, heads, q_len, kv_len)
     places = (
-        jnp.arange(batch),
-        jnp.arange(heads),
+        call.batch_start + jnp.arange(batch),
+        call.head_start + jnp.arange(heads),
         call.q_offset + jnp.arange(q_len),
         jnp.arange(kv_len),
     )
@@ -66,6 +80,6 @@ def attend(call: Call) -> tuple[jax.Array, jax.Array]:
         kept = logits.keep(call.seed, call.dropout_rate, places)
         weights = jnp.where(kept, weights * (1.0 / (1.0 - call.dropout_rate)), 0.0)
     weights = weights.astype(value.dtype).reshape(batch, kv_heads, call.groups * q_len, kv_len)
-    output = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=jnp.float32)
+    output = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=precise)
     output = output.reshape(batch, heads, q_len, value_dim).transpose(0, 2, 1, 3)
     return output.astype(call.query.dtype), residual.transpose(0, 2, 1)

@@ -41,7 +41,7 @@ def lift(score_mod: ScoreMod) -> Lifted:
 
     def one(captured, score, batch, head, q, k):
         (result,) = jax.core.eval_jaxpr(closed.jaxpr, captured, score, batch, head, q, k)
-        return result.astype(jnp.float32)
+        return result.astype(score.dtype)
 
     over_kv = jax.vmap(one, (None, 0, None, None, None, 0))
     over_q = jax.vmap(over_kv, (None, 0, None, None, 0, None))

@@ -1,0 +1,291 @@
+"""Context parallelism: blockwise attention whose sequence lies along a mesh axis. Runs inside `jax.shard_map`.
+
+Every pair of a local query part and a key part gets the block map of the mask at their offsets, so what the mask
+excludes is skipped between devices as within one. For an even load under causal masks the sequence is dealt out in
+``2 n`` parts, device ``d`` taking parts ``d`` and ``2 n - 1 - d`` (zigzag, as in Brandon et al. 2023, arXiv:2311.09431,
+and Llama 3); the exchange is two permutations of half shards, so callers keep their natural order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maskformer import masks
+from maskformer.attention import blocks, blockwise
+from maskformer.attention.arguments import Call
+from maskformer.attention.blockwise_tiles import Inputs, Residuals, backward, forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Dealing:
+    """Which parts of the sequence this device computes.
+
+    Attributes:
+      axis: mesh axis of the sequence.
+      devices: its size.
+      parts: parts per device; 2 when balanced.
+    """
+
+    axis: str
+    devices: int
+    parts: int
+
+    def starts(self, device: Any, part_len: int) -> list[Any]:
+        """Position of the first element of each part of a device."""
+        if self.parts == 1:
+            return [device * part_len]
+        return [device * part_len, (2 * self.devices - 1 - device) * part_len]
+
+    def deal(self, x: jax.Array, axis: int) -> list[jax.Array]:
+        """A local shard in natural order -> the parts of this device."""
+        if self.parts == 1:
+            return [x]
+        even, odd = jnp.split(x, 2, axis=axis)
+        even = jax.lax.ppermute(even, self.axis, self._routes(0))
+        odd = jax.lax.ppermute(odd, self.axis, self._routes(1))
+        swap = jax.lax.axis_index(self.axis) % 2 == 1
+        return [jnp.where(swap, odd, even), jnp.where(swap, even, odd)]
+
+    def collect(self, parts: list[jax.Array], axis: int) -> jax.Array:
+        """The inverse of `deal`."""
+        if self.parts == 1:
+            return parts[0]
+        early, late = parts
+        swap = jax.lax.axis_index(self.axis) % 2 == 1
+        even, odd = jnp.where(swap, late, early), jnp.where(swap, early, late)
+        back = [[(to, source) for source, to in self._routes(slot)] for slot in (0, 1)]
+        even, odd = (jax.lax.ppermute(x, self.axis, route) for x, route in zip((even, odd), back))
+        return jnp.concatenate([even, odd], axis=axis)
+
+    def _routes(self, slot: int) -> list[tuple[int, int]]:
+        """Part ``2 i + slot`` lies on device i; early parts belong to their own number, late ones count from the end."""
+        parts = [2 * i + slot for i in range(self.devices)]
+        return [(i, part if part < self.devices else 2 * self.devices - 1 - part) for i, part in enumerate(parts)]
+
+
+def attend(call: Call, axis: str, devices: int, *, method: str, balanced: bool) -> tuple[jax.Array, jax.Array]:
+    """One device's output and logsumexp for its shard of the queries, in natural order.
+
+    Args:
+      call: this device's shard: queries, keys and values are ``1 / devices`` of the sequence, a bias has all of its
+        key axis, mask arrays are whole.
+      axis, devices: the mesh axis of the sequence and its size.
+      method: ``"all_gather"`` or ``"ring"``.
+      balanced: zigzag dealing, where the shards are even.
+    """
+    halves = balanced and call.q_len % 2 == 0 and call.kv_len % 2 == 0
+    dealing = Dealing(axis, devices, 2 if halves else 1)
+    queries = dealing.deal(call.query, 1)
+    starts = dealing.starts(jax.lax.axis_index(axis), queries[0].shape[1])
+    biases = [call.bias] * len(queries)
+    if call.bias is not None and call.bias.shape[2] > 1:
+        biases = dealing.deal(call.bias, 2)
+    parts = [
+        dataclasses.replace(call, query=query, bias=bias, q_offset=call.q_offset + start)
+        for query, bias, start in zip(queries, biases, starts)
+    ]
+    results = _gathered(parts, axis) if method == "all_gather" else _ring(parts, dealing)
+    outputs, residuals = zip(*results)
+    return dealing.collect(list(outputs), 1), dealing.collect(list(residuals), 1)
+
+
+def _operands(call: Call, kv_offset: Any):
+    """Blockwise operands of a query part against keys that start at ``kv_offset``."""
+    mask = masks.everything() if call.mask is None else call.mask
+    block = blocks.fit(call, blocks.SMALL)
+    moved = masks.Shift(mask, call.q_offset, kv_offset)
+    block_map = moved.block_map(call.q_len, call.kv_len, block)
+    return blockwise.operands(call, mask, block_map, q_offset=call.q_offset, kv_offset=kv_offset)
+
+
+def _gathered(parts: list[Call], axis: str):
+    key, value = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (parts[0].key, parts[0].value))
+    return [blockwise.run(*_operands(dataclasses.replace(part, key=key, value=value), 0)) for part in parts]
+
+
+def _ring(parts: list[Call], dealing: Dealing):
+    results = []
+    keys = [dealing.deal(x, 1) for x in (parts[0].key, parts[0].value)]
+    # Sinks belong to the whole row: they join its logsumexp once, after the ring.
+    sinks = parts[0].sinks
+    plain = [dataclasses.replace(part, sinks=None) for part in parts]
+    traced = [
+        dict(
+            query=part.query,
+            bias=part.bias,
+            captured=part.score_mod.captured if part.score_mod else (),
+            scale=jnp.asarray(part.scale, jnp.float32),
+        )
+        for part in plain
+    ]
+    fixed = [
+        dict(
+            mask=part.mask,
+            seed=part.seed,
+            q_offset=jnp.asarray(part.q_offset),
+            batch_start=jnp.asarray(part.batch_start),
+            head_start=jnp.asarray(part.head_start),
+        )
+        for part in plain
+    ]
+    static = _Ring(dealing, _Blank.of(plain[0]))
+    for output, residual in _ring_attend(static, (traced, list(zip(*keys))), fixed):
+        if sinks is not None:
+            output, residual = add_sinks(output, residual, sinks)
+        results.append((output, residual))
+    return results
+
+
+def add_sinks(output: jax.Array, residual: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Adds learned sinks to the denominators of finished rows."""
+    empty = residual == -jnp.inf
+    known = jnp.where(empty, 0.0, residual)
+    total = jnp.logaddexp(known, sinks.astype(residual.dtype))
+    share = jnp.where(empty, 0.0, jnp.exp(known - total))
+    return (output * share[..., None]).astype(output.dtype), jnp.where(empty, -jnp.inf, total)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blank:
+    """The static rest of a call, hashable."""
+
+    score_mod: Any
+    soft_cap: float | None
+    dropout_rate: float
+
+    @classmethod
+    def of(cls, call: Call):
+        score_mod = call.score_mod and dataclasses.replace(call.score_mod, captured=())
+        return cls(score_mod, call.logits_soft_cap, call.dropout_rate)
+
+    def call(self, traced, fixed, key, value) -> Call:
+        traced = dict(traced)
+        captured = traced.pop("captured")
+        return Call(
+            **traced,
+            **fixed,
+            key=key,
+            value=value,
+            sinks=None,
+            score_mod=self.score_mod and dataclasses.replace(self.score_mod, captured=captured),
+            dropout_rate=self.dropout_rate,
+            logits_soft_cap=self.soft_cap,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ring:
+    dealing: Dealing
+    blank: _Blank
+
+    def turn(self, tree):
+        """Everything one device onward."""
+        n = self.dealing.devices
+        route = [(i, (i + 1) % n) for i in range(n)]
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.dealing.axis, route), tree)
+
+    def pairs(self, step, traced, pairs, fixed):
+        """For each key part that is here at a step, and each query part: operands of blockwise and where they meet."""
+        source = (jax.lax.axis_index(self.dealing.axis) - step) % self.dealing.devices
+        starts = self.dealing.starts(source, pairs[0][0].shape[1])
+        for j, ((key, value), start) in enumerate(zip(pairs, starts)):
+            for i, part in enumerate(traced):
+                part = dict(part)
+                if part["bias"] is not None and part["bias"].shape[3] > 1:
+                    part["bias"] = jax.lax.dynamic_slice_in_dim(part["bias"], start, key.shape[1], axis=3)
+                yield i, j, start, _operands(self.blank.call(part, fixed[i], key, value), start)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ring_attend(static: _Ring, inputs, fixed):
+    return _ring_forward(static, inputs, fixed)[0]
+
+
+def _ring_forward(static: _Ring, inputs, fixed):
+    traced, pairs = inputs
+
+    def step(carry, index):
+        pairs, rows = carry
+        rows = list(rows)
+        for i, _, _, (options, operands, rest) in static.pairs(index, traced, pairs, fixed):
+            output, residual = forward(options, operands, rest)
+            rows[i] = _merge(*rows[i], output.astype(rows[i][0].dtype), residual)
+        return (static.turn(pairs), rows), None
+
+    rows = []
+    for part in traced:
+        batch, length, heads, _ = part["query"].shape
+        precise = jnp.promote_types(part["query"].dtype, jnp.float32)
+        shape = (batch, length, heads)
+        rows.append((jnp.zeros((*shape, pairs[0][1].shape[-1]), precise), jnp.full(shape, -jnp.inf, precise)))
+    (_, rows), _ = jax.lax.scan(step, (pairs, rows), jnp.arange(static.dealing.devices))
+    results = [(output.astype(part["query"].dtype), residual) for (output, residual), part in zip(rows, traced)]
+    return results, (inputs, fixed, results)
+
+
+def _merge(output, residual, more_output, more_residual):
+    """Joins two normalised results over disjoint keys."""
+    total = jnp.logaddexp(residual, more_residual)
+    finite = jnp.where(total == -jnp.inf, 0.0, total)
+    output = output * jnp.exp(residual - finite)[..., None] + more_output * jnp.exp(more_residual - finite)[..., None]
+    return output, total
+
+
+def _ring_backward(static: _Ring, saved, cotangents):
+    (traced, pairs), fixed, results = saved
+    wanted = Inputs(query=True, key=True, value=True, bias=True, captured=(), sinks=False, scale=True)
+
+    def zeros(tree):
+        return jax.tree.map(
+            lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32) if _floats(x) else jnp.float32), tree
+        )
+
+    def step(carry, index):
+        pairs, d_pairs, d_traced = carry
+        d_pairs, d_traced = [list(pair) for pair in d_pairs], [dict(part) for part in d_traced]
+        for i, j, start, (options, operands, rest) in static.pairs(index, traced, pairs, fixed):
+            flags = dataclasses.replace(wanted, captured=tuple(_floats(x) for x in operands.captured))
+            residuals = Residuals(operands, rest, *results[i], None)
+            gradients = backward(options, residuals, *cotangents[i], flags)
+            key, value = _back_to_key_heads(gradients, pairs[j][0].shape[2])
+            d_pairs[j] = [old + new for old, new in zip(d_pairs[j], (key, value))]
+            mine = d_traced[i]
+            mine["query"] = mine["query"] + gradients.query
+            mine["scale"] = mine["scale"] + gradients.scale
+            mine["captured"] = tuple(
+                old if new is None else old + new for old, new in zip(mine["captured"], gradients.captured)
+            )
+            if mine["bias"] is not None:
+                at = start if mine["bias"].shape[3] > 1 else 0
+                old = jax.lax.dynamic_slice_in_dim(mine["bias"], at, gradients.bias.shape[3], axis=3)
+                mine["bias"] = jax.lax.dynamic_update_slice_in_dim(mine["bias"], old + gradients.bias, at, axis=3)
+        d_pairs = [tuple(pair) for pair in d_pairs]
+        return (*static.turn((pairs, d_pairs)), d_traced), None
+
+    # After a whole turn the keys' gradients are back where the keys came from.
+    carry = (pairs, zeros(pairs), zeros(traced))
+    (_, d_pairs, d_traced), _ = jax.lax.scan(step, carry, jnp.arange(static.dealing.devices))
+    d_inputs = jax.tree.map(lambda d, x: d.astype(x.dtype) if _floats(x) else None, (d_traced, d_pairs), (traced, pairs))
+    return d_inputs, None
+
+
+def _floats(x) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _back_to_key_heads(gradients: Inputs, kv_heads: int):
+    """Sums over the query heads for which blockwise repeated a key head."""
+
+    def fold(x):
+        repeats = x.shape[2] // kv_heads
+        return x if repeats == 1 else x.reshape(*x.shape[:2], kv_heads, repeats, x.shape[3]).sum(3)
+
+    return fold(gradients.key), fold(gradients.value)
+
+
+_ring_attend.defvjp(_ring_forward, _ring_backward)

@@ -1,0 +1,82 @@
+"""cuDNN's fused attention through `jax.nn.dot_product_attention`, for the masks that it represents exactly.
+
+Those are: no mask, ``causal``, ``causal & sliding_window(left)``, and either of the first two with key lengths. Any
+other mask would become a dense bias there, which is refused here.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from maskformer import masks
+from maskformer.attention import intervals, platform
+from maskformer.attention.arguments import Call
+
+HEAD_DIM_LIMIT = 128
+
+
+def refuses(call: Call) -> str | None:
+    """Why cuDNN cannot honour this call, or None."""
+    reason = intervals.half_precision(call) or intervals.plain_options(call, soft_cap=False)
+    if reason is not None:
+        return reason
+    if call.query.shape[3] != call.value.shape[3]:
+        return f"the kernel wants one head_dim, and query has {call.query.shape[3]}, value {call.value.shape[3]}"
+    if call.query.shape[3] % 8 or call.query.shape[3] > HEAD_DIM_LIMIT:
+        return f"the kernel takes head_dim up to {HEAD_DIM_LIMIT} in steps of 8, not {call.query.shape[3]}"
+    parsed = _parse(call)
+    return parsed if isinstance(parsed, str) else None
+
+
+def prefers(call: Call) -> str | None:
+    """Why cuDNN is not worth taking by itself, or None."""
+    return None if platform.current() == "gpu" else f"it is a GPU kernel and the platform is {platform.current()}"
+
+
+def attend(call: Call) -> tuple[jax.Array, None]:
+    """Output [batch, q_len, heads, value_dim]; no logsumexp."""
+    options, lengths = _parse(call)
+    if lengths is None:
+        return _fused(call, options), None
+    # An entry without keys is given one, and its output set to 0: nothing undefined reaches a gradient.
+    lengths = jnp.broadcast_to(jnp.asarray(lengths, jnp.int32), (call.batch,))
+    output = _fused(call, {**options, "key_value_seq_lengths": jnp.maximum(lengths, 1)})
+    return jnp.where(lengths[:, None, None, None] > 0, output, 0), None
+
+
+def _fused(call: Call, options: dict) -> jax.Array:
+    bias = call.bias
+    return jax.nn.dot_product_attention(
+        call.query, call.key, call.value, bias=bias, scale=float(call.scale), implementation="cudnn", **options
+    )
+
+
+def _parse(call: Call) -> tuple[dict, jax.Array | None] | str:
+    """jax.nn's options and the key lengths, or the reason why there are none."""
+    causal, window, lengths = False, None, None
+    for term in intervals.terms(call.mask):
+        if isinstance(term, masks.Causal):
+            causal = True
+        elif isinstance(term, masks.SlidingWindow) and window is None:
+            window = term
+        elif isinstance(term, masks.KeyPadding) and term.valid is None and lengths is None:
+            lengths = term.lengths
+        else:
+            return f"the kernel has no form of {term!r}, and would take it as a dense bias"
+    if window is not None and window.right != 0:
+        if not causal:
+            return f"the kernel has left windows only, and {window!r} looks right"
+    causal = causal or window is not None
+    if causal and call.q_len != call.kv_len:
+        return f"its causal mask wants equal lengths, not {call.q_len} and {call.kv_len}"
+    if causal and not (isinstance(call.q_offset, int) and call.q_offset == 0):
+        return "its causal mask wants q_offset 0"
+    if window is not None and lengths is not None:
+        return "the kernel takes a window or key lengths, not both"
+    if lengths is not None and jnp.ndim(lengths) > 1:
+        return "its key lengths differ between heads"
+    options = {"is_causal": causal}
+    if window is not None:
+        options["local_window_size"] = (window.left, 0)
+    return options, lengths

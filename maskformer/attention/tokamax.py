@@ -1,0 +1,67 @@
+"""tokamax's Mosaic-GPU flash attention, for masks in which every query sees one run of keys."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maskformer.attention import intervals, platform
+from maskformer.attention.arguments import Call
+
+KERNEL = "mosaic_gpu"
+
+
+def _library() -> Any | None:
+    """tokamax's attention module with the ``Mask`` that carries row intervals, or None."""
+    try:
+        from tokamax._src.ops.attention import api, base
+    except ImportError:
+        return None
+    if KERNEL not in getattr(api, "IMPLEMENTATIONS", {}) or not dataclasses.is_dataclass(getattr(base, "Mask", None)):
+        return None
+    return api.IMPLEMENTATIONS[KERNEL], base.Mask
+
+
+def refuses(call: Call) -> str | None:
+    """Why tokamax cannot honour this call, or None."""
+    if _library() is None:
+        return "tokamax is not installed with its Mosaic GPU kernels (pip install 'maskformer[gpu]')"
+    reason = intervals.half_precision(call) or intervals.plain_options(call, soft_cap=True)
+    if reason is not None:
+        return reason
+    found = intervals.rows(call)
+    return found if isinstance(found, str) else None
+
+
+def prefers(call: Call) -> str | None:
+    """Why tokamax is not worth taking by itself, or None."""
+    return None if platform.current() == "gpu" else f"it is a GPU kernel and the platform is {platform.current()}"
+
+
+def attend(call: Call) -> tuple[jax.Array, None]:
+    """Output [batch, q_len, heads, value_dim]; no logsumexp."""
+    kernel, mask_type = _library()
+    rows = intervals.rows(call)
+    starts, ends, empty = rows.starts, rows.ends, None
+    if starts is not None or ends is not None:
+        first = jnp.zeros((1, call.q_len), jnp.int32) if starts is None else jnp.maximum(starts, 0)
+        last = jnp.full((1, call.q_len), call.kv_len) if ends is None else jnp.minimum(ends, call.kv_len)
+        if rows.causal:
+            last = jnp.minimum(last, jnp.arange(call.q_len) + 1)
+        empty = first >= last
+        # A query without keys is given key 0 and its output set to 0: nothing undefined reaches a gradient.
+        starts = None if starts is None else jnp.where(empty, 0, first)[:, None]
+        ends = None if ends is None else jnp.where(empty, 1, jnp.minimum(ends, call.kv_len))[:, None]
+    output = kernel(
+        call.query,
+        call.key,
+        call.value,
+        bias=call.bias,
+        mask=mask_type(None, k_start=starts, k_end=ends, is_causal=rows.causal),
+        logits_scale=float(call.scale),
+        logits_soft_cap=call.logits_soft_cap,
+    )
+    return output if empty is None else jnp.where(empty[:, :, None, None], 0, output), None

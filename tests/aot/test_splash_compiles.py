@@ -1,0 +1,80 @@
+"""The splash path compiled by the real TPU compiler, forward and backward, for chips that are not here."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("libtpu", reason="needs the extra [tpu]")
+
+from jax.experimental import topologies
+
+import maskformer as mf
+from maskformer import masks
+from maskformer.attention import platform, sharding
+
+pytestmark = pytest.mark.aot
+
+TOPOLOGIES = {"v5e": ("v5e:2x4", "v5litepod-8"), "v5p": ("v5p:2x2x2", "v5p-16")}
+
+MASKS = {
+    "causal": lambda segment_ids: masks.causal(),
+    "causal window": lambda segment_ids: masks.causal() & masks.sliding_window(300),
+    "packed causal": lambda segment_ids: masks.causal() & masks.segments(segment_ids),
+    "packed bidirectional": lambda segment_ids: masks.segments(segment_ids, padding=0),
+    "per head": lambda segment_ids: masks.per_head([masks.causal(), masks.sliding_window(64)] * 4),
+}
+
+
+@pytest.fixture(scope="module", params=list(TOPOLOGIES))
+def devices(request):
+    name, accelerator = TOPOLOGIES[request.param]
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ["TPU_ACCELERATOR_TYPE"] = accelerator
+    return np.array(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+
+
+def training_step(mask_of, placement=None):
+    def loss(query, key, value, segment_ids):
+        with platform.assume("tpu"), sharding.use(placement):
+            output = mf.dot_product_attention(query, key, value, mask=mask_of(segment_ids))
+        return output.astype(jnp.float32).sum()
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+
+
+def structs(shardings, length=2048, batch=4, heads=8, kv_heads=4, head_dim=128):
+    arrays = [
+        ((batch, length, heads, head_dim), jnp.bfloat16),
+        ((batch, length, kv_heads, head_dim), jnp.bfloat16),
+        ((batch, length, kv_heads, head_dim), jnp.bfloat16),
+        ((batch, length), jnp.int32),
+    ]
+    return [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for (shape, dtype), sharding in zip(arrays, shardings, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_forward_and_backward_compile_for_one_chip(devices, name):
+    one = jax.sharding.SingleDeviceSharding(devices.flat[0])
+    compiled = training_step(MASKS[name]).lower(*structs([one] * 4)).compile()
+    assert compiled.as_text().count("splash") >= 3  # the forward, the dQ and the dK dV kernels
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**30
+
+
+@pytest.mark.parametrize("name", ["causal", "packed causal"])
+def test_forward_and_backward_compile_for_a_mesh_of_data_and_tensor(devices, name):
+    mesh = jax.sharding.Mesh(devices.reshape(4, 2), ("data", "tensor"))
+    spec = jax.sharding.PartitionSpec
+    wide = jax.sharding.NamedSharding(mesh, spec("data", None, "tensor", None))
+    ids = jax.sharding.NamedSharding(mesh, spec("data", None))
+    placement = sharding.Placement(mesh, batch="data", heads="tensor")
+    compiled = training_step(MASKS[name], placement).lower(*structs([wide] * 3 + [ids])).compile()
+    text = compiled.as_text()
+    assert text.count("splash") >= 3
+    assert "all-gather" not in text
