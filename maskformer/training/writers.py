@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 import time
+import uuid
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -84,7 +85,7 @@ class WandbWriter:
             ) from error
         id_file = workdir / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(uuid.uuid4().hex)
         self._run = wandb.init(
             project=project, id=id_file.read_text(), resume="allow", dir=str(workdir), config=dict(config)
         )
