@@ -208,17 +208,30 @@ def span_mlm(
     return _assemble("span_mlm", vocabulary, common, select, replace, predict_rate, static_copies, what)
 
 
-def ngram_mlm(vocabulary: Vocabulary, length: int, *, longest: int = 3, **options: Any) -> Masking:
+def ngram_mlm(
+    vocabulary: Vocabulary,
+    length: int,
+    *,
+    rate: Any = 0.15,
+    longest: int = 3,
+    in_words: bool = True,
+    replacement: Sequence[float] = (0.8, 0.1, 0.1),
+    predict_rate: float | None = None,
+    static_copies: int = 0,
+) -> Masking:
     """Hide n-grams of words, P(n) proportional to 1/n up to `longest` (ALBERT: Lan et al. 2020, equation 3).
 
-    Takes the options of `span_mlm`; the replacement is decided per token, as ALBERT's data code does.
+    Arguments as in `span_mlm`; the replacement is decided per token, as ALBERT's data code does.
 
     >>> vocabulary = Vocabulary(size=100, pad=0, unk=1, cls=2, sep=3, mask=4)
     >>> ngram_mlm(vocabulary, 128).budget
     20
     """
-    options = {"per_span": False, "distribution": "inverse", **options}
-    return dataclasses.replace(span_mlm(vocabulary, length, longest=longest, **options), name="ngram_mlm")
+    made = span_mlm(
+        vocabulary, length, rate=rate, longest=longest, distribution="inverse", in_words=in_words,
+        replacement=replacement, per_span=False, predict_rate=predict_rate, static_copies=static_copies,
+    )
+    return dataclasses.replace(made, name="ngram_mlm", description=made.description.replace("span_mlm", "ngram_mlm", 1))
 
 
 def pmi_mlm(
@@ -311,6 +324,7 @@ class DisjointCopies(Masking):
     The result has `copies` rows for each row of the batch, in order.
     """
 
+    select: Tokens = dataclasses.field(kw_only=True)
     copies: int = 2
     total: Count = dataclasses.field(kw_only=True)
 

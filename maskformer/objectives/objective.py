@@ -70,8 +70,8 @@ class Objective:
         """Last step on the whole batch, for objectives that change the number of rows."""
         return corrupted
 
-    def attend(self, corrupted: Corrupted) -> masks.Mask:
-        """Who may attend to whom in the stack that reads `corrupted.input_tokens`."""
+    def attend(self, corrupted: Any) -> Any:
+        """Who may attend to whom in the stack that reads `corrupted`: a mask, or `PairMasks` for a pair."""
         return attend_within_segments(corrupted)
 
     def rate_at(self, step, rate):

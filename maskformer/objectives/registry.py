@@ -4,20 +4,41 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from maskformer.objectives.compat import COMPAT
 from maskformer.objectives.denoising import denoising
 from maskformer.objectives.diffusion import diffusion
 from maskformer.objectives.electra import electra
-from maskformer.objectives.mixture import mixture
+from maskformer.objectives.mixture import Mixture, mixture
 from maskformer.objectives.mlm import conditional_mlm, mlm, ngram_mlm, pmi_mlm, span_mlm
 from maskformer.objectives.objective import Objective
 from maskformer.objectives.sequence import causal_lm, fim, prefix_lm
 from maskformer.objectives.span_corruption import span_corruption, ul2
 from maskformer.objectives.translation import masked_source
 from maskformer.objectives.vocabulary import Vocabulary
+
+
+def mixture_of(vocabulary: Vocabulary, length: int, *, parts: Iterable[Mapping[str, Any]]) -> Mixture:
+    """A `mixture` written as data.
+
+    Args:
+      parts: mappings with `name`, an optional `weight` (a number or a schedule) and that objective's parameters.
+
+    >>> vocabulary = Vocabulary(size=100, pad=0, mask=4)
+    >>> mixture_of(vocabulary, 16, parts=[{"name": "mlm", "weight": 3}, {"name": "causal_lm"}]).budget
+    16
+    """
+    built, weights = [], []
+    for part in parts:
+        if not isinstance(part, Mapping) or "name" not in part:
+            raise ValueError(f"mixture part {part!r}: expected a mapping such as {{'name': 'mlm', 'weight': 1}}")
+        part = dict(part)
+        weights.append(part.pop("weight", 1.0))
+        built.append(create(part.pop("name"), vocabulary, length, **part))
+    return mixture(built, weights)
+
 
 BUILDERS: dict[str, Callable[..., Any]] = {
     "mlm": mlm,
@@ -34,9 +55,8 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "electra": electra,
     "denoising": denoising,
     "masked_source": masked_source,
+    "mixture": mixture_of,
 }
-# Parameters that a builder hands on to another one.
-_HANDED_ON = {"ngram_mlm": span_mlm, "masked_source": mlm}
 
 
 def _nearest(word: str, known) -> str:
@@ -46,24 +66,18 @@ def _nearest(word: str, known) -> str:
 
 def parameters(name: str) -> dict[str, inspect.Parameter]:
     """The parameters that the objective `name` takes beyond vocabulary and length."""
-    taken: dict[str, inspect.Parameter] = {}
-    for builder in (BUILDERS[name], _HANDED_ON.get(name)):
-        for parameter in list(inspect.signature(builder).parameters.values())[2:] if builder else []:
-            if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
-                taken.setdefault(parameter.name, parameter)
-    return taken
+    return dict(list(inspect.signature(BUILDERS[name]).parameters.items())[2:])
 
 
 def create(name: str, vocabulary: Vocabulary, length: int, **params: Any) -> Objective:
     """Builds the objective `name` for rows of `length` tokens.
 
     Args:
-      name: a key of `BUILDERS`; a key of `COMPAT`, which stands for a builder and the settings of a reference
-        implementation; or `mixture`.
+      name: a key of `BUILDERS`, or a key of `COMPAT`, which stands for a builder and the settings of a reference
+        implementation.
       vocabulary: special ids and size of the tokenizer.
       length: tokens per row, L.
-      **params: of that objective; every one is checked here, before any device work. `mixture` takes `parts`, a
-        list of mappings with `name`, an optional `weight` (a number or a schedule) and that objective's parameters.
+      **params: of that objective; every one is checked here, before any device work.
 
     Raises:
       ValueError: an unknown name or parameter (naming the nearest), or a bad value.
@@ -80,13 +94,11 @@ def create(name: str, vocabulary: Vocabulary, length: int, **params: Any) -> Obj
     ...
     ValueError: rate=1.2: expected a fraction between 0 and 1
     """
-    if name == "mixture":
-        return _create_mixture(vocabulary, length, **params)
     if name in COMPAT:
         params = {**COMPAT[name].params, **params}
         name = COMPAT[name].objective
     if name not in BUILDERS:
-        known = [*BUILDERS, "mixture", *COMPAT]
+        known = list(dict.fromkeys([*BUILDERS, *COMPAT]))
         raise ValueError(f"objective '{name}' is unknown{_nearest(name, known)} (known: {', '.join(known)})")
     known_parameters = parameters(name)
     for key in params:
@@ -99,16 +111,3 @@ def create(name: str, vocabulary: Vocabulary, length: int, **params: Any) -> Obj
     if missing:
         raise ValueError(f"objective '{name}' needs {', '.join(missing)}")
     return BUILDERS[name](vocabulary, length, **params)
-
-
-def _create_mixture(vocabulary: Vocabulary, length: int, parts: Any = (), **params: Any) -> Objective:
-    if params:
-        raise ValueError(f"objective 'mixture' has no parameter '{next(iter(params))}' (it takes parts)")
-    built, weights = [], []
-    for part in parts:
-        if not isinstance(part, Mapping) or "name" not in part:
-            raise ValueError(f"mixture part {part!r}: expected a mapping such as {{'name': 'mlm', 'weight': 1}}")
-        part = dict(part)
-        weights.append(part.pop("weight", 1.0))
-        built.append(create(part.pop("name"), vocabulary, length, **part))
-    return mixture(built, weights)

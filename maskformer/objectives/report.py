@@ -184,11 +184,12 @@ class _Counts:
         kinds = getattr(made, "kinds", None)
         if kinds is not None:
             self.kinds += np.bincount(kinds[weights > 0], minlength=3)[:3]
-        starts = batch.get("word_starts")
-        in_words = self.in_words and starts is not None
+        starts = batch.get("word_starts") if self.in_words else None
         for row in range(len(hidden)):
             source = row // copies
-            lengths = _span_lengths(hidden[row], batch["segment_ids"][source], starts[source] if in_words else None)
+            lengths = _span_lengths(
+                hidden[row], batch["segment_ids"][source], None if starts is None else starts[source]
+            )
             np.add.at(self.spans, lengths, 1)
         self.attended += _attended(self.objective, made)
 
@@ -199,7 +200,8 @@ class _Counts:
         )
 
     def finish(self, samples: tuple[SampleRow, ...], model: Any) -> MaskReport:
-        predicted, total = np.array(self.predicted), max(int(self.kinds.sum()), 1)
+        predicted, kinds = np.array(self.predicted), self.kinds.tolist()
+        total = sum(kinds)
         longest = int(np.flatnonzero(self.spans).max(initial=0))
         spans = self.spans[1 : longest + 1] / max(self.spans.sum(), 1)
         with np.errstate(invalid="ignore"):
@@ -209,9 +211,9 @@ class _Counts:
         flops = None
         if model is not None:
             slots = self.objective.budget / self.length
-            flops = tuple(
-                float(model.flops_per_token(self.length, slots, attended=attended))
-                for attended in (None, fraction * self.length)
+            flops = (
+                float(model.flops_per_token(self.length, slots, attended=None)),
+                float(model.flops_per_token(self.length, slots, attended=fraction * self.length)),
             )
         return MaskReport(
             objective=self.objective.description or self.objective.name,
@@ -227,7 +229,7 @@ class _Counts:
             span_unit="words" if self.in_words else "tokens",
             span_lengths=tuple(map(float, spans)),
             target_lengths=target_span_lengths(self.objective),
-            replacement=tuple(float(x) / total for x in self.kinds) if self.kinds.sum() else None,
+            replacement=(kinds[0] / total, kinds[1] / total, kinds[2] / total) if sum(kinds) else None,
             attended_fraction=fraction,
             flops_per_token=flops,
             samples=samples,

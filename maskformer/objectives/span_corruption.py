@@ -282,6 +282,7 @@ class Variant:
             raise ValueError("span corruption has static lengths made for its rate: build it with another rate")
         pad, shape, some = self.vocabulary.pad or 0, row.tokens.shape, row.size > 0
         if self.kind == "drop":
+            assert self.spans is not None
             noise = self.spans.noise_mask(key, row.size, jnp.int32(0))
         else:
             noise = row.valid & randomness.below(randomness.bits(key, IID, shape), self.rate)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from maskformer.objectives.mlm import mlm
 from maskformer.objectives.objective import Masking, Objective
 from maskformer.objectives.pairs import CorruptedPair, attend_pair
 from maskformer.objectives.rows import Row
@@ -24,7 +26,7 @@ class MaskedSource(Objective):
     target_length: int = 0
     start_id: int = 0
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self, key: jax.Array, batch: Mapping[str, jax.Array], *, step=None, rate=None, token_weights=None
     ) -> CorruptedPair:
         """Args as `Objective.__call__`. The batch is packed pairs:
@@ -61,24 +63,32 @@ class MaskedSource(Objective):
 
 
 def masked_source(
-    vocabulary: Vocabulary, length: int, *, target_length: int, source: Masking | None = None,
-    start_id: int | None = None, **masking,
+    vocabulary: Vocabulary,
+    length: int,
+    *,
+    target_length: int,
+    rate: Any = 0.15,
+    compat: str = "bert",
+    replacement: Sequence[float] = (0.8, 0.1, 0.1),
+    whole_word: bool = False,
+    static_copies: int = 0,
+    source: Masking | None = None,
+    start_id: int | None = None,
 ) -> MaskedSource:
     """Translation or summarisation with a masked source.
 
     Args:
       length, target_length: tokens per source row and per target row.
-      source: the corruption, any objective that hides in place; by default `mlm(vocabulary, length, **masking)`.
+      rate, compat, replacement, whole_word, static_copies: of the corruption, as in `mlm`.
+      source: another corruption in place of these, any objective that hides in place.
       start_id: first decoder input, by default `bos`, else `pad`.
 
     >>> masked_source(Vocabulary(size=100, pad=0, mask=4), 16, target_length=12, rate=0.1).budget
     12
     """
-    from maskformer.objectives.mlm import mlm
-
-    if source is not None and masking:
-        raise ValueError(f"masked_source: {sorted(masking)} belong to the default corruption; build them into `source`")
-    source = source if source is not None else mlm(vocabulary, length, **masking)
+    if source is None:
+        source = mlm(vocabulary, length, rate=rate, compat=compat, replacement=replacement, whole_word=whole_word,
+                     static_copies=static_copies)
     if not isinstance(source, Masking) or source.length != length:
         raise ValueError("masked_source: `source` must hide in place, in rows of the source's length")
     start = next((i for i in (start_id, vocabulary.bos, vocabulary.pad) if i is not None), None)

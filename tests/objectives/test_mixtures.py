@@ -2,6 +2,9 @@
 
 import dataclasses
 import inspect
+import json
+import pathlib
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -293,6 +296,24 @@ def test_a_step_of_another_epoch_or_rate_compiles_nothing_again():
         for number in range(3):
             step(jax.random.key(0), batch_of(2, LENGTH, epoch=epoch, seed=number), number)
     assert len(traced) == 1
+
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "objectives.json"
+
+
+def checksums(every):
+    batch = batch_of(8, LENGTH, lengths=np.arange(17, 25), epoch=2)
+    sums = {}
+    for name, (_, call) in every.items():
+        out = jax.tree.map(np.asarray, call(jax.random.key(11), batch))
+        tokens = out.encoder_input_tokens if hasattr(out, "encoder_input_tokens") else out.input_tokens
+        sums[name] = [zlib.crc32(x.astype("<i4").tobytes()) for x in (tokens, out.target_tokens)]
+    return sums
+
+
+def test_draws_have_not_changed_since_they_were_recorded(every):
+    """A change here breaks the pairing with earlier runs and bit-exact resumption: it needs a line in the changelog."""
+    assert checksums(every) == json.loads(GOLDEN.read_text())
 
 
 def test_every_builder_and_convention_is_documented_and_buildable():
