@@ -36,8 +36,15 @@ from maskformer.masks.positions import (
     sliding_window,
     strided,
 )
-from maskformer.masks.sequences import (
+from maskformer.masks.ranges import (
     BlockDiagonal,
+    KeyRanges,
+    QueryRanges,
+    block_diagonal,
+    key_ranges,
+    query_ranges,
+)
+from maskformer.masks.sequences import (
     GlobalTokens,
     KeyPadding,
     Prefix,
@@ -45,7 +52,6 @@ from maskformer.masks.sequences import (
     Segments,
     SharedPrefix,
     ToLastImage,
-    block_diagonal,
     global_tokens,
     key_padding,
     prefix,
@@ -69,6 +75,7 @@ __all__ = [
     "GlobalTokens",
     "Graph",
     "KeyPadding",
+    "KeyRanges",
     "Mask",
     "MaskSyntaxError",
     "Neighborhood",
@@ -79,6 +86,7 @@ __all__ = [
     "Predicate",
     "Prefix",
     "QueryPadding",
+    "QueryRanges",
     "Segments",
     "SharedPrefix",
     "Shift",
@@ -103,6 +111,7 @@ __all__ = [
     "global_tokens",
     "graph",
     "key_padding",
+    "key_ranges",
     "longformer",
     "neighborhood",
     "nothing",
@@ -112,6 +121,7 @@ __all__ = [
     "predicate",
     "prefix",
     "query_padding",
+    "query_ranges",
     "random_blocks",
     "segments",
     "shared_prefix",

@@ -152,29 +152,6 @@ class ToLastImage(Mask):
         return (image == take(self.key_images, k)) & (image > 0)
 
 
-@leaf(q_lengths=1, kv_lengths=1, kv_starts=1)
-class BlockDiagonal(Mask):
-    """Query ``i`` of block ``n`` sees the keys of block ``n``, up to its own where ``causal``."""
-
-    q_lengths: Any
-    kv_lengths: Any = None
-    kv_starts: Any = None
-    causal: bool | str = False
-
-    def attend(self, q: Any, k: Any) -> Any:
-        q_end = jnp.cumsum(jnp.asarray(self.q_lengths))
-        q_begin = q_end - self.q_lengths
-        k_length = jnp.asarray(self.q_lengths if self.kv_lengths is None else self.kv_lengths)
-        k_begin = jnp.cumsum(k_length) - k_length if self.kv_starts is None else jnp.asarray(self.kv_starts)
-        q, k = jnp.asarray(q)[..., None], jnp.asarray(k)[..., None]
-        inside = (q >= q_begin) & (q < q_end) & (k >= k_begin) & (k < k_begin + k_length)
-        if self.causal:
-            # Aligned at the first query and key of each block, or at the last ones.
-            late = 0 if self.causal == "start" else k_length - self.q_lengths
-            inside = inside & (k - k_begin <= q - q_begin + late)
-        return jnp.any(inside, axis=-1)
-
-
 def _exists(marked: Any, lengths: Any, position: Any) -> Any:
     known = [] if marked is None else [take(marked, position) != 0]
     known += [] if lengths is None else [position < lengths]
@@ -355,40 +332,3 @@ def to_last_image(image_starts: Any, key_images: Any) -> Mask:
     starts = array("to_last_image", "image_starts", image_starts, 1, "bool")
     images = array("to_last_image", "key_images", key_images, 1)
     return ToLastImage(starts, images, jnp.cumsum(jnp.asarray(starts) != 0, axis=-1, dtype=jnp.int32))
-
-
-@builder(q_lengths="q_lengths", kv_lengths="kv_lengths", kv_starts="kv_starts")
-def block_diagonal(q_lengths: Any, kv_lengths: Any = None, kv_starts: Any = None, causal: bool | str = False) -> Mask:
-    """Sequences of given lengths, one after another, each seeing only itself.
-
-    xformers' ``BlockDiagonalMask`` and its variants: ``kv_lengths`` where queries and keys differ in number,
-    ``kv_starts`` where the keys of a block begin at a given offset (a padded cache).
-
-    Args:
-      q_lengths: int ``[blocks]``, or ``[batch, blocks]``.
-      kv_lengths: int ``[blocks]``, default as ``q_lengths``.
-      kv_starts: int ``[blocks]``, where each block's keys begin; default one after another.
-      causal: ``"start"`` lines up the first query and the first key of each block, ``"end"`` the last ones
-        (so that a new query sees the whole cache); False for neither.
-
-    >>> from maskformer import masks
-    >>> print(masks.block_diagonal((2, 3)).to_string(5, 5))
-    █ █ · · ·
-    █ █ · · ·
-    · · █ █ █
-    · · █ █ █
-    · · █ █ █
-    >>> print(masks.block_diagonal((1, 2), (2, 3), (0, 4), causal="end").to_string(3, 8))
-    █ █ · · · · · ·
-    · · · · █ █ · ·
-    · · · · █ █ █ ·
-    """
-    if causal not in (False, "start", "end"):
-        raise ValueError(f"block_diagonal: causal={causal!r}, expected False, 'start' or 'end'")
-    name = "block_diagonal"
-    given = [("q_lengths", q_lengths), ("kv_lengths", kv_lengths), ("kv_starts", kv_starts)]
-    arrays = [None if value is None else array(name, key, value, 1) for key, value in given]
-    sizes = {value.shape[-1] for value in arrays if value is not None}
-    if len(sizes) > 1:
-        raise ValueError(f"{name}: q_lengths, kv_lengths and kv_starts count {sorted(sizes)} blocks; expected the same")
-    return BlockDiagonal(*arrays, causal)

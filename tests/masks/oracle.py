@@ -138,26 +138,61 @@ def tree_pair(seed: int, context: int) -> Pair:
     return Pair(masks.tree(parents, context), oracle)
 
 
-def neighborhood_pair(height: int, width: int, kernel: tuple[int, int], dilation: tuple[int, int]) -> Pair:
-    def along(i: int, j: int, size: int, count: int, step: int) -> bool:
+def neighborhood_pair(grid: tuple, kernel: tuple, dilation: tuple, causal: tuple, tile: Any) -> Pair:
+    rows = range(0, grid[0], tile[0]) if tile else [0]
+    columns = range(0, grid[1], tile[1]) if tile else [0]
+    side = tile or grid
+    # The points in the order of the sequence.
+    points = [
+        (top + i, start + j) for top in rows for start in columns for i in range(side[0]) for j in range(side[1])
+    ]
+
+    def along(axis: int, i: int, j: int) -> bool:
+        step, count = dilation[axis], kernel[axis]
         if i % step != j % step:
             return False
-        line = list(range(i % step, size, step))
+        line = list(range(i % step, grid[axis], step))
         place = line.index(i)
+        if causal[axis]:
+            return j in line[max(place - count + 1, 0) : place + 1]
         start = min(max(place - count // 2, 0), len(line) - count)
         return j in line[start : start + count]
 
     def one(q: int, k: int) -> bool:
-        if max(q, k) >= height * width:
+        if max(q, k) >= len(points):
             return False
-        return along(q // width, k // width, height, kernel[0], dilation[0]) and along(
-            q % width, k % width, width, kernel[1], dilation[1]
-        )
+        return all(along(axis, points[q][axis], points[k][axis]) for axis in (0, 1))
 
     def oracle(q: np.ndarray, k: np.ndarray) -> np.ndarray:
         return np.array([[one(int(i), int(j)) for j in k.ravel()] for i in q.ravel()])
 
-    return Pair(masks.neighborhood((height, width), kernel, dilation), oracle)
+    return Pair(masks.neighborhood(grid, kernel, dilation, causal, tile), oracle)
+
+
+def tiles_pair(grid: tuple, tile: tuple, window: tuple) -> Pair:
+    counts = [size // side for size, side in zip(grid, tile)]
+    tiles = [(i, j) for i in range(counts[0]) for j in range(counts[1])]
+    order = [point for point in tiles for _ in range(tile[0] * tile[1])]
+
+    def near(axis: int, i: int, j: int) -> bool:
+        start = min(max(i - window[axis] // 2, 0), counts[axis] - window[axis])
+        return j in range(start, start + window[axis])
+
+    def one(q: int, k: int) -> bool:
+        return max(q, k) < len(order) and all(near(axis, order[q][axis], order[k][axis]) for axis in (0, 1))
+
+    def oracle(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+        return np.array([[one(int(i), int(j)) for j in k.ravel()] for i in q.ravel()])
+
+    return Pair(masks.tiles(grid, tile, window), oracle)
+
+
+def ranges_pair(seed: int, of_query: bool) -> Pair:
+    rng = np.random.default_rng(seed)
+    begin, end = (np.sort(rng.integers(0, REACH, REACH)).astype(np.int32) for _ in range(2))
+    if of_query:
+        return Pair(masks.query_ranges(begin, end), lambda q, k: (k >= begin[q]) & (k < end[q]))
+    return Pair(masks.key_ranges(begin, end), lambda q, k: (q >= begin[k]) & (q < end[k]))
 
 
 def block_diagonal_pair(seed: int) -> Pair:
@@ -166,16 +201,19 @@ def block_diagonal_pair(seed: int) -> Pair:
     q_lengths, kv_lengths = (rng.integers(0, 25, count).astype(np.int32) for _ in range(2))
     gaps = rng.integers(0, 4, count)
     starts = (np.cumsum(kv_lengths + gaps) - kv_lengths).astype(np.int32)
-    causal = [False, "start", "end"][rng.integers(3)]
+    align = ["start", "end"][rng.integers(2)]
+    left, right = (None if rng.integers(2) else int(rng.integers(0, 9)) for _ in range(2))
     matrix = np.zeros((4 * REACH, 4 * REACH), bool)
     row = 0
     for n in range(count):
         for i in range(q_lengths[n]):
+            middle = i if align == "start" else i + kv_lengths[n] - q_lengths[n]
             for j in range(kv_lengths[n]):
-                last = {"start": i, "end": i + kv_lengths[n] - q_lengths[n], False: kv_lengths[n]}[causal]
-                matrix[row + i, starts[n] + j] = j <= last
+                near = (left is None or j >= middle - left) and (right is None or j <= middle + right)
+                matrix[row + i, starts[n] + j] = near
         row += q_lengths[n]
-    return Pair(masks.block_diagonal(q_lengths, kv_lengths, starts, causal=causal), lambda q, k: matrix[q, k])
+    mask = masks.block_diagonal(q_lengths, kv_lengths, starts, align, left, right)
+    return Pair(mask, lambda q, k: matrix[q, k])
 
 
 leaves = st.one_of(
@@ -196,6 +234,7 @@ leaves = st.one_of(
     st.builds(graph_pair, seeds, st.sampled_from([1, 2, 5, 8, 16])),
     st.builds(dense_pair, seeds),
     st.builds(block_diagonal_pair, seeds),
+    st.builds(ranges_pair, seeds, st.booleans()),
     sizes.map(lambda n: Pair(masks.prefix(lengths=np.int32(n)), lambda q, k: (q < n) & (k < n))),
     sizes.map(lambda n: Pair(masks.global_tokens(n), lambda q, k: (q < n) | (k < n))),
     seeds.map(
@@ -209,8 +248,14 @@ slow_leaves = st.one_of(
     st.builds(diffusion_pair, st.integers(1, 9), st.integers(1, 40)),
     st.builds(tree_pair, seeds, st.integers(0, 12)),
     st.sampled_from(
-        [(8, 8, (3, 5), (1, 1)), (6, 11, (3, 3), (2, 3)), (5, 12, (5, 7), (1, 1)), (9, 9, (3, 9), (3, 1))]
+        [
+            ((8, 8), (3, 5), (1, 1), (False, False), None),
+            ((6, 11), (3, 3), (2, 3), (False, False), None),
+            ((5, 12), (4, 7), (1, 1), (True, False), None),
+            ((8, 12), (5, 4), (1, 2), (False, True), (4, 3)),
+        ]
     ).map(lambda args: neighborhood_pair(*args)),
+    st.sampled_from([((8, 8), (2, 4), (3, 1)), ((6, 12), (3, 2), (1, 4))]).map(lambda args: tiles_pair(*args)),
 )
 
 # --- random predicates ------------------------------------------------------------------------------------------

@@ -121,7 +121,9 @@ def test_arrays_of_a_predicate_may_have_batch_and_head_dimensions():
         (lambda: masks.key_padding(), "valid=.batch, length."),
         (lambda: masks.segments(np.ones(3)), "dtype float64, expected integer"),
         (lambda: masks.segments(np.ones((2, 2, 2, 2), int)), r"shape \(2, 2, 2, 2\)"),
-        (lambda: masks.neighborhood((4, 4), 2), "odd"),
+        (lambda: masks.neighborhood((4, 4), 5), "kernel . dilation <= size"),
+        (lambda: masks.neighborhood((4, 4), 3, causal=1), "expected one bool, or 2"),
+        (lambda: masks.neighborhood((4, 4), 3, tile=(3, 4)), "not a multiple"),
         (lambda: masks.neighborhood((4, 4), (3, 3, 3)), "expected one int, or 2"),
         (lambda: masks.tiles((5, 4), 2, 1), "multiples"),
         (lambda: masks.tree(np.array([-1, 1])), "less than n"),
@@ -129,7 +131,7 @@ def test_arrays_of_a_predicate_may_have_batch_and_head_dimensions():
         (lambda: masks.per_head([]), "one mask for each head"),
         (lambda: masks.predicate(3), "takes a function"),
         (lambda: masks.block_diagonal((1, 2), (3,)), "expected the same"),
-        (lambda: masks.block_diagonal((1, 2), causal=True), "'start' or 'end'"),
+        (lambda: masks.block_diagonal((1, 2), align=True), "'start' or 'end'"),
         (lambda: masks.segments(np.ones(3, int)).dense(4, 3), "q_ids has 3 entries; expected at least 4"),
         (lambda: masks.segments(np.ones(3, int)).dense(3, 3, q_offset=1), "from position 1 on"),
         (lambda: masks.segments(np.ones(3, int)).block_map(3, 8, 4), "expected at least 8"),
@@ -176,3 +178,9 @@ def test_a_batch_of_trees_is_built_under_jit():
     dense = jax.jit(lambda parents: masks.tree(parents, context=1).dense(5, 5))(parents)
     for b in range(2):
         np.testing.assert_array_equal(dense[b], masks.tree(parents[b], context=1).dense(5, 5))
+
+
+def test_tiled_order_visits_fewer_blocks_than_rows():
+    rows = masks.neighborhood((64, 64), 13).block_map(4096, 4096, 64)
+    tiled = masks.neighborhood((64, 64), 13, tile=(8, 8)).block_map(4096, 4096, 64)
+    assert tiled.sparsity() > rows.sparsity()

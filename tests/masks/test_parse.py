@@ -24,7 +24,7 @@ from tests.masks import oracle
         ("per_head(causal, sinks(1) | full)", masks.per_head([masks.causal(), masks.sinks(1) | masks.everything()])),
         ("per_head([causal, window(1)])", masks.per_head([masks.causal(), masks.sliding_window(1)])),
         ("natten((4, 6), (3, 5), dilation=1)", masks.neighborhood((4, 6), (3, 5))),
-        ("block_diagonal((2, 3), causal='end')", masks.block_diagonal((2, 3), causal="end")),
+        ("block_diagonal((2, 3), align='end', right=0)", masks.block_diagonal((2, 3), align="end", right=0)),
         ("shift(causal, q_offset=-2)", masks.shift(masks.causal(), -2)),
     ],
 )
