@@ -164,7 +164,8 @@ class EncoderConfig:
     def _check_heads(self) -> None:
         if self.head_dim is None and self.width % self.heads:
             divisors = [n for n in range(1, self.width + 1) if self.width % n == 0]
-            near = sorted(sorted(divisors, key=lambda n: abs(n - self.heads))[:2])
+            below = [n for n in divisors if n < self.heads][-1:]
+            near = below + [n for n in divisors if n > self.heads][:1]
             raise ValueError(
                 f"model.heads={self.heads}: does not divide model.width={self.width}; "
                 f"use a divisor such as {' or '.join(map(str, near))}, or set head_dim"

@@ -51,8 +51,9 @@ def partition_spec(axes: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
     Raises:
         ValueError: a name that has no rule, or two axes of one array that map to the same mesh axis.
 
-    >>> partition_spec(("embed", "heads", "head_dim"), {"embed": "fsdp", "heads": "tensor", "head_dim": None})
-    PartitionSpec('fsdp', 'tensor', None)
+    >>> spec = partition_spec(("embed", "heads", "head_dim"), {"embed": "fsdp", "heads": "tensor", "head_dim": None})
+    >>> tuple(spec)
+    ('fsdp', 'tensor', None)
     """
     used: dict[str, str] = {}
     entries = []

@@ -23,8 +23,8 @@ def rotary_tables(positions: jax.Array, head_dim: int, base: float = 10_000.0) -
         Two float32 arrays [batch, length, 1, head_dim // 2], ready to broadcast over heads.
 
     >>> cosine, sine = rotary_tables(jnp.array([[0, 1]]), head_dim=2)
-    >>> np.round(np.asarray(cosine).ravel(), 4).tolist(), np.round(np.asarray(sine).ravel(), 4).tolist()
-    ([1.0, 0.5403000235557556], [0.0, 0.8414999842643738])
+    >>> [f"{float(x):.4f}" for x in (*cosine.ravel(), *sine.ravel())]
+    ['1.0000', '0.5403', '0.0000', '0.8415']
     """
     frequencies = base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
