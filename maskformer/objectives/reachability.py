@@ -26,6 +26,7 @@ class Hop:
 def allowing_term(mask: Mask, query: int, key: int) -> str:
     """The part of a mask (of shape (1, 1)) that lets `query` attend to `key`: of alternatives the first that does.
 
+    >>> from maskformer import masks
     >>> mask = masks.causal() & masks.sliding_window(2) | masks.sinks(1)
     >>> allowing_term(mask, 0, 0), allowing_term(mask, 5, 0)
     ('causal & sliding_window(2)', 'sinks(1)')
@@ -40,6 +41,7 @@ def allowing_term(mask: Mask, query: int, key: int) -> str:
 def forbidding_term(mask: Mask, query: int, key: int) -> str:
     """The part of a mask that keeps `query` from `key`: of several conditions the first that fails.
 
+    >>> from maskformer import masks
     >>> forbidding_term(masks.causal() & masks.sliding_window(2), 5, 1)
     'sliding_window(2)'
     """

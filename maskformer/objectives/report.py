@@ -286,7 +286,7 @@ def target_span_lengths(objective: Objective) -> tuple[float, ...] | None:
             continue
         for k in range(1, n - s + 2):
             lengths[k - 1] += weight * math.comb(n - k - 1, s - 2) / math.comb(n - 1, s - 1)
-    return tuple(map(float, lengths)) if len(lengths) else None
+    return tuple(map(float, np.trim_zeros(lengths, "b"))) if len(lengths) else None
 
 
 def _sample(
