@@ -18,7 +18,7 @@ HEAD_DIM_LIMIT = 128
 
 def refuses(call: Call) -> str | None:
     """Why cuDNN cannot honour this call, or None."""
-    reason = intervals.half_precision(call) or intervals.plain_options(call, soft_cap=False)
+    reason = intervals.tensor_cores(call, 8.0) or intervals.plain_options(call, soft_cap=False)
     if reason is not None:
         return reason
     if call.query.shape[3] != call.value.shape[3]:

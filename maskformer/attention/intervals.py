@@ -93,8 +93,12 @@ def _runs(term: masks.Segments, call: Call):
     return jnp.asarray(starts), jnp.asarray(ends)
 
 
-def half_precision(call: Call) -> str | None:
-    """Why a tensor-core kernel cannot take the dtype, or None."""
+def tensor_cores(call: Call, capability: float) -> str | None:
+    """Why a tensor-core kernel cannot take the dtype, or the GPU that is here cannot run the kernel; or None."""
+    if jax.default_backend() == "gpu":
+        here = getattr(jax.devices()[0], "compute_capability", None)
+        if here is None or float(here) < capability:
+            return f"the kernel needs an NVIDIA GPU of compute capability {capability}, and this one has {here}"
     if call.query.dtype not in (jnp.float16, jnp.bfloat16):
         return f"the kernel takes float16 and bfloat16, not {call.query.dtype}"
     return None

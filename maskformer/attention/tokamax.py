@@ -29,7 +29,7 @@ def refuses(call: Call) -> str | None:
     """Why tokamax cannot honour this call, or None."""
     if _library() is None:
         return "tokamax is not installed with its Mosaic GPU kernels (pip install 'maskformer[gpu]')"
-    reason = intervals.half_precision(call) or intervals.plain_options(call, soft_cap=True)
+    reason = intervals.tensor_cores(call, 9.0) or intervals.plain_options(call, soft_cap=True)
     if reason is not None:
         return reason
     found = intervals.rows(call)

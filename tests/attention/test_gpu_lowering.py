@@ -1,0 +1,93 @@
+"""The GPU backends lowered for CUDA on a machine that has none: what they ask of the GPU, not what it computes."""
+
+import absl.flags
+import jax
+import jax.numpy as jnp
+import pytest
+
+import maskformer as mf
+from maskformer import masks
+from maskformer.attention import platform
+
+# 256 long: what our kernels' libraries take for any mask.
+SHAPES = [jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)] * 3
+
+
+def lowered(mask, implementation, **options):
+    def loss(query, key, value):
+        output = mf.dot_product_attention(query, key, value, mask=mask, implementation=implementation, **options)
+        return output.astype(jnp.float32).sum()
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    calls = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward", "mosaic_gpu_v2", "mosaic_gpu")
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call(call) for call in calls]
+    return jax.export.export(step, platforms=["cuda"], disabled_checks=unchecked)(*SHAPES).mlir_module()
+
+
+CUDNN_MASKS = {
+    "none": None,
+    "causal": masks.causal(),
+    "causal window": masks.causal() & masks.sliding_window(32),
+    "causal lengths": masks.causal() & masks.key_padding(lengths=jnp.array([256, 100])),
+}
+
+
+@pytest.fixture
+def cudnn_is_there(monkeypatch):
+    """jax.nn asks for the version of a library that only a GPU machine has."""
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda capability: False, raising=False)
+
+
+@pytest.mark.parametrize("name", CUDNN_MASKS)
+def test_cudnn_lowers_forward_and_backward_without_a_dense_mask(cudnn_is_there, name):
+    module = lowered(CUDNN_MASKS[name], "cudnn")
+    assert "__cudnn$fmhaSoftmax" in module
+    assert "__cudnn$fmhaSoftmaxBackward" in module
+    assert "256x256x" not in module  # a mask turned into a bias would be [1, 1, 256, 256]
+
+
+@pytest.mark.parametrize("implementation", ["blockwise", "reference"])
+def test_the_plain_backends_lower_for_cuda_with_every_option(implementation):
+    table = jnp.zeros((4, 9))
+    module = lowered(
+        masks.causal() & masks.segments(jnp.zeros((2, 256), jnp.int32)),
+        implementation,
+        bias=jnp.zeros((1, 4, 1, 256)),
+        score_mod=mf.attention.score_mods.relative_bias(table),
+        sinks=jnp.zeros(4),
+        dropout_rate=0.1,
+        dropout_key=jax.random.key(0),
+    )
+    assert "dot_general" in module
+
+
+TOKAMAX_MASKS = {
+    "causal": masks.causal(),
+    "window": masks.sliding_window(32, 16),
+    "packed": masks.segments(jnp.repeat(jnp.arange(4), 64)) & masks.causal(),
+}
+
+
+@pytest.mark.parametrize("name", TOKAMAX_MASKS)
+def test_tokamax_lowers_its_kernels_for_cuda(monkeypatch, name):
+    pytest.importorskip("tokamax", reason="needs the extra [gpu]")
+    absl.flags.FLAGS(["test"])  # tokamax reads flags that nobody has parsed
+    gpu_utils = pytest.importorskip("tokamax._src.gpu_utils")
+    monkeypatch.setattr(gpu_utils, "has_mosaic_gpu_support", lambda device=None: True)
+    monkeypatch.setattr(gpu_utils, "_compute_capability", lambda device=None: 9.0)
+    module = lowered(TOKAMAX_MASKS[name], "tokamax")
+    assert "mosaic_gpu" in module
+
+
+def test_a_gpu_platform_prefers_its_fused_kernel_and_says_why_it_passes_it_over():
+    query = jax.ShapeDtypeStruct((2, 4096, 4, 64), jnp.bfloat16)
+    with platform.assume("gpu"):
+        fused = mf.explain(masks.causal(), query, query, query)
+        odd = mf.explain(masks.causal() & ~masks.sliding_window(8), query, query, query)
+    assert fused.backend == "cudnn"
+    assert odd.backend == "blockwise"
+    assert "dense bias" in odd.passed_over["cudnn"]
+    assert "one run of keys" in odd.passed_over["tokamax"] or "not installed" in odd.passed_over["tokamax"]
