@@ -9,7 +9,8 @@ from maskformer.objectives.denoising import denoising
 from maskformer.objectives.diffusion import diffusion
 from maskformer.objectives.electra import Discrimination, electra
 from maskformer.objectives.leaks import Leak, LeakReport, check_leaks, with_attend
-from maskformer.objectives.loss import cross_entropy
+from maskformer.objectives.lexicon import Lexicon, pmi_ngrams
+from maskformer.objectives.loss import cross_entropy, token_cross_entropy, update_token_losses
 from maskformer.objectives.mixture import mixture
 from maskformer.objectives.mlm import conditional_mlm, mlm, ngram_mlm, pmi_mlm, span_mlm
 from maskformer.objectives.objective import Masking, Objective, attend_within_segments
@@ -17,7 +18,6 @@ from maskformer.objectives.pairs import CorruptedPair, Pair, PairMasks
 from maskformer.objectives.registry import BUILDERS, create
 from maskformer.objectives.report import MaskReport, mask_report
 from maskformer.objectives.rows import KEEP, MASK, RANDOM, Corrupted, Row, Selection
-from maskformer.objectives.select_spans import Lexicon
 from maskformer.objectives.select_weighted import frequency_weights, inverse_document_frequencies, tag_weights
 from maskformer.objectives.sequence import causal_lm, fim, prefix_lm, shift_right
 from maskformer.objectives.span_corruption import span_corruption, span_corruption_lengths, ul2
@@ -63,6 +63,7 @@ __all__ = [
     "mlm",
     "ngram_mlm",
     "pmi_mlm",
+    "pmi_ngrams",
     "prefix_lm",
     "schedules",
     "shift_right",
@@ -70,6 +71,8 @@ __all__ = [
     "span_corruption_lengths",
     "span_mlm",
     "tag_weights",
+    "token_cross_entropy",
     "ul2",
+    "update_token_losses",
     "with_attend",
 ]

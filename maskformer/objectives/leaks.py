@@ -128,10 +128,11 @@ def check_leaks(
     Returns:
       a `LeakReport`; `report.raise_if_leaking()` makes an error of it.
     """
+    check_tokens(objective, batch)
     key = jax.random.key(0) if key is None else key
     rows = min(rows, batch["tokens"].shape[0])
     batch = {name: np.asarray(value)[:rows] for name, value in batch.items()}
-    relabelled = [_relabel(objective, batch, turn) for turn in range(_RELABELLINGS)]
+    relabelled = [relabel(objective, batch, turn) for turn in range(_RELABELLINGS)]
     made = [jax.tree.map(np.asarray, objective(key, one, **call)) for one in relabelled]
     copies = made[0].target_tokens.shape[0] // rows
     if model is not None:
@@ -156,7 +157,29 @@ def check_leaks(
     return LeakReport(objective.name, tuple(leaks), rows * copies, predictions, influences)
 
 
-def _relabel(objective: Objective, batch: Mapping[str, np.ndarray], turn: int) -> dict[str, np.ndarray]:
+def check_tokens(objective: Objective, batch: Mapping[str, Any]) -> None:
+    """ValueError where the text already holds ids that the objective puts in: the mask, a sentinel, or no id at all.
+
+    A model could not tell such a token from a hidden one. Runs on the host.
+    """
+    vocabulary = objective.vocabulary
+    tokens = np.asarray(batch["tokens"])[np.asarray(batch["segment_ids"]) > 0]
+    outside = tokens[(tokens < 0) | (tokens >= vocabulary.size)]
+    if outside.size:
+        raise ValueError(
+            f"the batch holds token {outside[0]}, outside the vocabulary of {vocabulary.size}: "
+            "the vocabulary must be that of the tokenizer that made the data"
+        )
+    for name in ("mask", "sentinels"):
+        found = np.isin(tokens, vocabulary.ids((name,)))
+        if found.any():
+            raise ValueError(
+                f"the batch holds {found.sum()} tokens with id {tokens[found][0]}, which vocabulary.{name} reserves: "
+                "choose ids that the text does not use"
+            )
+
+
+def relabel(objective: Objective, batch: Mapping[str, np.ndarray], turn: int) -> dict[str, np.ndarray]:
     """The batch with other text: no token twice in a row where the vocabulary allows, none as in another turn."""
     vocabulary = objective.vocabulary
     special = np.zeros(vocabulary.size, bool)

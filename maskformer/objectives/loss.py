@@ -28,18 +28,53 @@ def cross_entropy(
     >>> round(float(loss), 4), float(weight)   # log 4 on the one weighted slot
     (1.3863, 1.0)
     """
+    weights = weights.astype(jnp.float32)
+    losses = token_cross_entropy(logits, targets, weights > 0, label_smoothing)
+    return jnp.sum(losses * weights), jnp.sum(weights)
+
+
+def token_cross_entropy(
+    logits: jax.Array, targets: jax.Array, used: jax.Array, label_smoothing: float = 0.0
+) -> jax.Array:
+    """Cross-entropy of each slot, float32 `[...]` in nats, without weights; finite in slots that are not `used`.
+
+    Args:
+      logits, targets, label_smoothing: as in `cross_entropy`.
+      used: bool `[...]`; the logits of other slots are not looked at.
+    """
     check_fraction("label_smoothing", label_smoothing)
     logits = logits.astype(jnp.float32)
-    weights = weights.astype(jnp.float32)
     # A row of NaN or inf in an unused slot would turn 0 * NaN into NaN, also in the gradient.
-    logits = jnp.where((weights > 0)[..., None], logits, 0.0)
+    logits = jnp.where(used[..., None], logits, 0.0)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets[..., None].astype(jnp.int32), axis=-1)[..., 0]
     losses = normalizer - picked
     if label_smoothing:
         uniform = normalizer - jnp.mean(logits, axis=-1)
         losses = (1.0 - label_smoothing) * losses + label_smoothing * uniform
-    return jnp.sum(losses * weights), jnp.sum(weights)
+    return losses
+
+
+def update_token_losses(
+    table: jax.Array, targets: jax.Array, losses: jax.Array, used: jax.Array, decay: float = 0.99
+) -> jax.Array:
+    """Running mean loss of every token, the weights of adaptive masking.
+
+    Args:
+      table: float `[vocabulary]`, the means so far; start from ones.
+      targets: int `[...]`; losses: float `[...]` from `token_cross_entropy`; used: bool `[...]`.
+      decay: share of the old mean that stays when a token is seen again. Tokens not in the batch keep theirs.
+
+    >>> table = update_token_losses(jnp.ones(3), jnp.array([1, 1, 2]), jnp.array([2.0, 4.0, 9.0]),
+    ...                             jnp.array([True, True, False]), decay=0.5)
+    >>> table.tolist()
+    [1.0, 2.0, 1.0]
+    """
+    check_fraction("decay", decay)
+    at = jnp.where(used, targets, table.shape[0]).reshape(-1)
+    total = jnp.zeros_like(table).at[at].add(losses.reshape(-1).astype(table.dtype), mode="drop")
+    count = jnp.zeros_like(table).at[at].add(1.0, mode="drop")
+    return jnp.where(count > 0, decay * table + (1.0 - decay) * total / jnp.maximum(count, 1.0), table)
 
 
 def suppress(logits: jax.Array, token: int) -> jax.Array:

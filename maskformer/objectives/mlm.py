@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from maskformer.objectives import randomness, schedules
+from maskformer.objectives.compat import COMPAT
 from maskformer.objectives.counting import Count, binomial_quantile, check_fraction, check_length, slots
+from maskformer.objectives.lexicon import Lexicon, LexiconUnits
 from maskformer.objectives.objective import Masking
 from maskformer.objectives.predict import PredictCorrupted, PredictSome
 from maskformer.objectives.replace import Replace, check_policy
 from maskformer.objectives.rows import Corrupted, Row, Selection
 from maskformer.objectives.select import ORDER, Tokens, Words, word_limit
 from maskformer.objectives.select_spans import (
-    Lexicon,
-    LexiconUnits,
     Spans,
     geometric_lengths,
     inverse_lengths,
@@ -148,7 +148,8 @@ def mlm(
         limit = max_predictions or limit
         select = Bernoulli(common.most, limit, vocabulary.special_ids, vocabulary.size, per_word=whole_word)
     else:
-        raise ValueError(f"compat={compat!r}: expected one of {', '.join(CONVENTIONS)}")
+        hint = f"; '{compat}' is an objective of its own: create('{compat}', ...)" if compat in COMPAT else ""
+        raise ValueError(f"compat={compat!r}: expected one of {', '.join(CONVENTIONS)}{hint}")
     replace = Replace(
         common.policy, vocabulary.mask, vocabulary.size, never, per_unit=whole_word and compat == "roberta"
     )
@@ -238,7 +239,7 @@ def pmi_mlm(
     vocabulary: Vocabulary,
     length: int,
     *,
-    ngrams: Iterable[Sequence[int]] | Lexicon,
+    ngrams: Iterable[Sequence[int]] | Lexicon | str | None = None,
     rate: Any = 0.15,
     replacement: Sequence[float] = (0.8, 0.1, 0.1),
     predict_rate: float | None = None,
@@ -251,7 +252,8 @@ def pmi_mlm(
     or keep is decided per unit.
 
     Args:
-      ngrams: tuples of 2 or more token ids, or a `Lexicon` made of them.
+      ngrams: tuples of 2 or more token ids, a `Lexicon`, or the path of a text file with the ids of one entry on each
+        line; `pmi_ngrams` finds them in a corpus.
       vocabulary, length, rate, replacement, predict_rate, static_copies: as in `mlm`.
 
     >>> vocabulary = Vocabulary(size=100, pad=0, unk=1, cls=2, sep=3, mask=4)
@@ -259,6 +261,10 @@ def pmi_mlm(
     19
     """
     common = _check_common("pmi_mlm", vocabulary, length, rate, replacement, None, static_copies)
+    if ngrams is None:
+        raise ValueError("objective 'pmi_mlm' needs ngrams: a list of id tuples, or a file of them (see pmi_ngrams)")
+    if isinstance(ngrams, str):
+        ngrams = Lexicon.read(ngrams)
     lexicon = ngrams if isinstance(ngrams, Lexicon) else Lexicon(ngrams)
     if lexicon.longest > common.length:
         raise ValueError(f"ngrams: an entry of {lexicon.longest} ids is longer than the row of {common.length} tokens")
@@ -290,8 +296,9 @@ def conditional_mlm(
     Args:
       weights: `table` = `table[token]`; `tf_idf` = term frequency in the row times `table[token]`; `positions` = the
         batch's `select_weights` `[batch, length]`.
-      table: float `[vocabulary.size]`; see `frequency_weights`, `tag_weights`, `inverse_document_frequencies`. A call
-        may replace it: `objective(key, batch, token_weights=...)` (adaptive masking). None = all ones.
+      table: float `[vocabulary.size]`, or the path of a `.npy` file with it; None = all ones. Made by
+        `frequency_weights`, `tag_weights`, `inverse_document_frequencies`. A call may replace it:
+        `objective(key, batch, token_weights=...)` (adaptive masking).
       scaled: False uses the weights of `positions` as the probabilities themselves.
       max_predictions: slots per row, by default enough for all but one row in 1e9.
       vocabulary, length, rate, replacement, predict_rate, static_copies: as in `mlm`.

@@ -20,7 +20,7 @@ from maskformer.objectives.translation import masked_source
 from maskformer.objectives.vocabulary import Vocabulary
 
 
-def mixture_of(vocabulary: Vocabulary, length: int, *, parts: Iterable[Mapping[str, Any]]) -> Mixture:
+def mixture_of(vocabulary: Vocabulary, length: int, *, parts: Iterable[Mapping[str, Any]] = ()) -> Mixture:
     """A `mixture` written as data.
 
     Args:
@@ -107,7 +107,4 @@ def create(name: str, vocabulary: Vocabulary, length: int, **params: Any) -> Obj
                 f"objective '{name}' has no parameter '{key}'{_nearest(key, known_parameters)} "
                 f"(it takes {', '.join(known_parameters)})"
             )
-    missing = [p.name for p in known_parameters.values() if p.default is p.empty and p.name not in params]
-    if missing:
-        raise ValueError(f"objective '{name}' needs {', '.join(missing)}")
     return BUILDERS[name](vocabulary, length, **params)

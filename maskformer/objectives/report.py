@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maskformer.objectives.leaks import _relabel
+from maskformer.objectives.leaks import check_tokens, relabel
 from maskformer.objectives.objective import Masking, Objective
 from maskformer.objectives.pairs import CorruptedPair, PairObjective
 from maskformer.objectives.rows import KEEP, MASK, RANDOM
@@ -118,9 +118,10 @@ def mask_report(
     shown: list[SampleRow] = []
     for batch in batches:
         batch = {name: np.asarray(value) for name, value in batch.items()}
+        check_tokens(objective, batch)
         # Twice: as it is, for the counts, and with unique tokens, which tell where each token went.
         made = jax.tree.map(np.asarray, objective(key, batch, **call))
-        marked = _relabel(objective, batch, 0)
+        marked = relabel(objective, batch, 0)
         traced = made if getattr(made, "selected", None) is not None else objective(key, marked, **call)
         hidden = _hidden(objective, jax.tree.map(np.asarray, traced), marked)
         counts.add(batch, made, hidden)

@@ -122,6 +122,11 @@ class Weighted:
 
 def check_table(table, vocabulary_size: int) -> np.ndarray:
     """float32 `[vocabulary_size]`; ValueError unless it is finite, not negative, not all zero, and of that size."""
+    if isinstance(table, str):
+        try:
+            table = np.load(table)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"table={table!r}: expected a .npy file with one weight per id ({error})") from error
     table = np.asarray(table, np.float32)
     if table.shape != (vocabulary_size,):
         raise ValueError(f"table has shape {table.shape}: expected one weight per id, ({vocabulary_size},)")

@@ -222,9 +222,9 @@ def fim(
     vocabulary: Vocabulary,
     length: int,
     *,
-    prefix_token: int,
-    suffix_token: int,
-    middle_token: int,
+    prefix_token: int | None = None,
+    suffix_token: int | None = None,
+    middle_token: int | None = None,
     rate: float = 0.5,
     spm_rate: float = 0.5,
 ) -> FillInTheMiddle:
@@ -236,14 +236,23 @@ def fim(
     document and the row is cut off at `length`, as in the reference.
 
     Args:
-      prefix_token, suffix_token, middle_token: ids of the three markers; list them in `vocabulary.special`.
+      prefix_token, suffix_token, middle_token: ids of the three markers, listed in `vocabulary.special`; by default
+        its first three.
 
     >>> vocabulary = Vocabulary(size=100, pad=0, special=(97, 98, 99))
     >>> fim(vocabulary, 16, prefix_token=97, suffix_token=98, middle_token=99).budget
     16
     """
     length = check_length(length)
-    markers = {"prefix_token": prefix_token, "suffix_token": suffix_token, "middle_token": middle_token}
+    given = {"prefix_token": prefix_token, "suffix_token": suffix_token, "middle_token": middle_token}
+    if any(token is None for token in given.values()):
+        if any(token is not None for token in given.values()) or len(vocabulary.special) < 3:
+            raise ValueError(
+                "objective 'fim' needs prefix_token, suffix_token and middle_token: give all three, or none and put "
+                "them first in vocabulary.special"
+            )
+        given = dict(zip(given, vocabulary.special))
+    markers: dict[str, int] = {name: token for name, token in given.items() if token is not None}
     if len(set(markers.values())) < 3:
         raise ValueError(f"fim: {markers}: the three markers must differ")
     for name, token in markers.items():
@@ -252,5 +261,6 @@ def fim(
     rate, spm_rate = check_fraction("rate", rate), check_fraction("spm_rate", spm_rate)
     return FillInTheMiddle(
         "fim", vocabulary, length, length, rate, description=f"fim: rate {rate:g}, SPM {spm_rate:g}",
-        fim_rate=rate, spm_rate=spm_rate, prefix_id=prefix_token, suffix_id=suffix_token, middle_id=middle_token,
+        fim_rate=rate, spm_rate=spm_rate, prefix_id=markers["prefix_token"], suffix_id=markers["suffix_token"],
+        middle_id=markers["middle_token"],
     )

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from maskformer.objectives.counting import check_length
 from maskformer.objectives.mlm import mlm
 from maskformer.objectives.objective import Masking, Objective
 from maskformer.objectives.pairs import CorruptedPair, attend_pair
@@ -66,7 +67,7 @@ def masked_source(
     vocabulary: Vocabulary,
     length: int,
     *,
-    target_length: int,
+    target_length: int | None = None,
     rate: Any = 0.15,
     compat: str = "bert",
     replacement: Sequence[float] = (0.8, 0.1, 0.1),
@@ -78,7 +79,7 @@ def masked_source(
     """Translation or summarisation with a masked source.
 
     Args:
-      length, target_length: tokens per source row and per target row.
+      length, target_length: tokens per source row and per target row, by default as many.
       rate, compat, replacement, whole_word, static_copies: of the corruption, as in `mlm`.
       source: another corruption in place of these, any objective that hides in place.
       start_id: first decoder input, by default `bos`, else `pad`.
@@ -86,6 +87,7 @@ def masked_source(
     >>> masked_source(Vocabulary(size=100, pad=0, mask=4), 16, target_length=12, rate=0.1).budget
     12
     """
+    target_length = length if target_length is None else check_length(target_length)
     if source is None:
         source = mlm(vocabulary, length, rate=rate, compat=compat, replacement=replacement, whole_word=whole_word,
                      static_copies=static_copies)

@@ -215,3 +215,13 @@ def test_raise_if_leaking_says_what_leaks():
     with pytest.raises(ValueError, match="objective 'causal_lm' leaks"):
         report.raise_if_leaking()
     leaks_of(causal).raise_if_leaking()
+
+
+def test_text_that_already_holds_the_mask_or_a_sentinel_is_refused():
+    batch = packed_batch()
+    batch["tokens"][1, 3] = VOCABULARY.sentinels[0]
+    with pytest.raises(ValueError, match=r"holds 1 tokens with id 79, which vocabulary.sentinels reserves"):
+        leaks_of(objectives.create("mlm", VOCABULARY, LENGTH), batch)
+    batch["tokens"][1, 3] = 200
+    with pytest.raises(ValueError, match="holds token 200, outside the vocabulary of 80"):
+        leaks_of(objectives.create("mlm", VOCABULARY, LENGTH), batch)

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from maskformer import objectives
-from maskformer.objectives import schedules, select_spans, select_weighted
+from maskformer.objectives import lexicon, schedules, select_spans, select_weighted
 from tests.objectives.examples import make_batch, make_vocabulary
 from tests.objectives.test_mlm import corrupt, reference_words
 
@@ -103,8 +103,7 @@ def test_spans_stop_at_markers_and_at_segment_ends():
 def test_lexicon_units_are_the_longest_entries_from_the_left():
     random = np.random.default_rng(0)
     entries = {tuple(random.integers(0, 4, n)) for n in (2, 2, 2, 3, 3, 4) for _ in range(2)}
-    lexicon = select_spans.Lexicon(entries)
-    starts = jax.jit(lexicon.starts)
+    starts = jax.jit(objectives.Lexicon(entries).starts)
     for _ in range(40):
         tokens = random.integers(0, 4, 16).astype(np.int32)
         member = random.random(16) < 0.9
@@ -116,6 +115,30 @@ def test_lexicon_units_are_the_longest_entries_from_the_left():
                     unit[inside] = i
         expected = [bool(member[i]) and unit[i] in (-1, i) for i in range(16)]
         assert np.asarray(starts(tokens, member)).tolist() == expected
+
+
+def test_pmi_prefers_what_no_part_explains(tmp_path):
+    """`1 2` always come together; `3 4 5` too; `6 7` are frequent but independent."""
+    random = np.random.default_rng(0)
+    texts = []
+    for _ in range(400):
+        text = random.integers(6, 12, 6).tolist()
+        at = int(random.integers(0, 5))
+        texts.append(text[:at] + ([1, 2] if random.random() < 0.5 else [3, 4, 5]) + text[at:])
+    found = lexicon.pmi_ngrams(texts, longest=3, count=5)
+    assert {(1, 2), (3, 4, 5)} <= set(found[:4])
+    assert (6, 7) not in found
+    # The measure by hand, over every cut of one entry.
+    counts = {ngram: sum(tuple(t[i : i + len(ngram)]) == ngram for t in texts for i in range(len(t)))
+              for ngram in [(3,), (4,), (5,), (3, 4), (4, 5), (3, 4, 5)]}
+    total = [None, *(sum(max(len(t) - n + 1, 0) for t in texts) for n in (1, 2, 3))]
+    log_p = {ngram: np.log(number / total[len(ngram)]) for ngram, number in counts.items()}
+    cuts = [[(3,), (4,), (5,)], [(3, 4), (5,)], [(3,), (4, 5)]]
+    by_hand = min(log_p[(3, 4, 5)] - sum(log_p[part] for part in cut) for cut in cuts)
+    assert by_hand > 0
+    path = tmp_path / "ngrams.txt"
+    path.write_text("\n".join(" ".join(map(str, ngram)) for ngram in found))
+    assert objectives.Lexicon.read(str(path)).longest == max(map(len, found))
 
 
 def test_pmi_hides_a_collocation_whole_or_not_at_all():
@@ -193,6 +216,14 @@ def test_adaptive_weights_change_the_choice_without_compiling_again():
     assert (batch["tokens"][chosen] == batch["tokens"][0, 5]).all()
 
 
+def test_the_running_loss_of_the_tokens_seen_moves_and_of_others_stays():
+    table = np.asarray(objectives.update_token_losses(
+        jnp.full(5, 2.0), jnp.array([[1, 3], [3, 4]]), jnp.array([[1.0, 4.0], [6.0, 9.0]]),
+        jnp.array([[True, True], [True, False]]), decay=0.9,
+    ))
+    assert np.allclose(table, [2.0, 0.9 * 2 + 0.1 * 1, 2.0, 0.9 * 2 + 0.1 * 5, 2.0])
+
+
 def test_token_weights_are_refused_where_they_would_be_ignored():
     with pytest.raises(ValueError, match="does not select by token weight"):
         objectives.create("mlm", VOCABULARY, 16)(jax.random.key(0), make_batch(2, 16), token_weights=np.ones(64))
@@ -252,6 +283,10 @@ def test_a_traced_rate_overrides_and_the_budget_is_never_exceeded():
         ("mlm", {"rate": "high"}, r"rate='high': expected a number"),
         ("mlm", {"replacement": (0.8, 0.1, 0.2)}, r"sums to 1.1"),
         ("mlm", {"replacement": (0.8, 0.2)}, r"expected \(mask, random, keep\)"),
+        ("mlm", {"compat": "spanbert"}, r"is an objective of its own: create\('spanbert', ...\)"),
+        ("pmi_mlm", {}, r"needs ngrams"),
+        ("pmi_mlm", {"ngrams": "nowhere.txt"}, r"lexicon file 'nowhere.txt'"),
+        ("conditional_mlm", {"table": "nowhere.npy"}, r"table='nowhere.npy'"),
         ("mlm", {"compat": "brt"}, r"compat='brt': expected one of bert"),
         ("mlm", {"max_predictions": 99}, r"max_predictions=99: expected between 1 and the row length 16"),
         ("mlm", {"rat": 0.1}, r"no parameter 'rat'; did you mean 'rate'"),

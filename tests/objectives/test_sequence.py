@@ -152,8 +152,12 @@ def test_fim_asks_for_three_different_special_markers():
         objectives.create("fim", VOCABULARY, 16, prefix_token=7, suffix_token=7, middle_token=9)
     with pytest.raises(ValueError, match="prefix_token=20: not a special id"):
         objectives.create("fim", VOCABULARY, 16, prefix_token=20, suffix_token=8, middle_token=9)
-    with pytest.raises(ValueError, match="needs prefix_token, suffix_token, middle_token"):
-        objectives.create("fim", VOCABULARY, 16)
+    with pytest.raises(ValueError, match="needs prefix_token, suffix_token and middle_token"):
+        objectives.create("fim", VOCABULARY, 16, prefix_token=7)
+    with pytest.raises(ValueError, match="put them first in vocabulary.special"):
+        objectives.create("fim", objectives.Vocabulary(size=9, special=(7, 8)), 16)
+    default = objectives.create("fim", VOCABULARY, 16)
+    assert (default.prefix_id, default.suffix_id, default.middle_id) == (7, 8, 9)
 
 
 def test_shift_right_needs_a_start_token():
