@@ -65,20 +65,27 @@ class Leak:
 
 @dataclass(frozen=True)
 class LeakReport:
-    """What `check_leaks` found: the first leak of each kind in each row, and how much was looked at."""
+    """What `check_leaks` found: the first leak of each kind in each row, and how much was looked at.
+
+    `responsive` is the share of the (output, input) pairs allowed by the masks to which the model responds: where
+    it is small, that nothing else responds says little. None where no model was run.
+    """
 
     objective: str
     leaks: tuple[Leak, ...]
     rows: int
     predictions: int
     influences: int
+    responsive: float | None = None
 
     @property
     def ok(self) -> bool:
         return not self.leaks
 
     def __str__(self) -> str:
-        looked = f"{self.rows} rows, {self.predictions} predictions, {self.influences} (output, input) pairs"
+        looked = f"{self.rows} rows, {self.predictions} predictions"
+        if self.responsive is not None:
+            looked += f", {self.influences} (output, input) pairs, {self.responsive:.0%} of the allowed ones respond"
         if self.ok:
             return f"objective '{self.objective}': no leak found ({looked})"
         return "\n".join([f"objective '{self.objective}' leaks ({looked}):", *map(str, self.leaks)])
@@ -141,6 +148,7 @@ def check_leaks(
     run = _runner(objective, model, params, apply, declared, made[0], key)
     leaks: list[Leak] = []
     predictions = influences = 0
+    responses: list[float] = []
     for row in range(rows * copies):
         places = _places(made[0], row)
         stack = _stack(objective, declared, made[0], row, layers)
@@ -153,8 +161,12 @@ def check_leaks(
         if run is not None:
             found = run(row, embed)
             influences += found.size
+            real = places.segments > 0
+            allowed = reached[-1] & real[:, None] & real[None, :]
+            responses.append(float(found[allowed].mean()) if allowed.any() else 0.0)
             leaks += _influence_leaks(found, row, stack, reached, declared(made[0]))
-    return LeakReport(objective.name, tuple(leaks), rows * copies, predictions, influences)
+    responsive = float(np.mean(responses)) if responses else None
+    return LeakReport(objective.name, tuple(leaks), rows * copies, predictions, influences, responsive)
 
 
 def check_tokens(objective: Objective, batch: Mapping[str, Any]) -> None:

@@ -75,6 +75,7 @@ def test_an_encoder_under_the_mlm_mask_responds_to_nothing_else():
     report = leaks_of(objective, model=models.create(config), rows=1)
     assert report.ok, str(report)
     assert report.influences == LENGTH**2
+    assert report.responsive == 1.0
 
 
 # --- the six faults ---------------------------------------------------------------------------------------------------
