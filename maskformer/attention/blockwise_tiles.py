@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from maskformer import masks
-from maskformer.attention import logits
+from maskformer.attention import logits, platform
 from maskformer.attention.blockwise_layout import Layout, add_cut, cut, pad_bias, plan
 from maskformer.attention.score_mods import Lifted
 
@@ -138,17 +138,26 @@ def _layout(inputs: Inputs, fixed: Fixed) -> Layout:
     return plan(batch, kv_heads, heads // kv_heads, (q_len, kv_len), block, block_map.shape)
 
 
+def _working_dtype(inputs: Inputs) -> jnp.dtype:
+    """The dtype of products. A CPU multiplies float32 as fast as half precision, and need not round the weights."""
+    dtype = inputs.query.dtype
+    return jnp.promote_types(dtype, jnp.float32) if platform.current() == "cpu" else dtype
+
+
 def _scales_queries(inputs: Inputs) -> bool:
     # Scaling the queries is cheaper than scaling the logits, but rounds them in half precision.
-    return inputs.query.dtype.itemsize >= 4
+    return _working_dtype(inputs).itemsize >= 4
 
 
 def _prepare(inputs: Inputs, layout: Layout) -> tuple[Inputs, jax.Array, jax.Array, jax.Array]:
     """Inputs with a padded bias, and query, key and value split into chunks."""
-    query = inputs.query * inputs.scale.astype(inputs.query.dtype) if _scales_queries(inputs) else inputs.query
+    work = _working_dtype(inputs)
+    query, key, value = (x.astype(work) for x in (inputs.query, inputs.key, inputs.value))
+    if _scales_queries(inputs):
+        query = query * inputs.scale.astype(work)
     if inputs.bias is not None:
         inputs = dataclasses.replace(inputs, bias=pad_bias(inputs.bias, layout))
-    return inputs, layout.split_queries(query), layout.split_keys(inputs.key), layout.split_keys(inputs.value)
+    return inputs, layout.split_queries(query), layout.split_keys(key), layout.split_keys(value)
 
 
 def _rows(x: jax.Array, index: jax.Array, block: int) -> jax.Array:
@@ -199,7 +208,7 @@ def forward(options: Options, inputs: Inputs, fixed: Fixed) -> tuple[jax.Array, 
                 total = total * shrink + jnp.sum(weights, axis=-1)
                 if fixed.seed is not None:
                     weights = jnp.where(chunk.keep(places), weights, 0.0)
-                weights = weights.astype(dtype).reshape(*q_tile.shape[:3], block_kv)
+                weights = weights.astype(q_tile.dtype).reshape(*q_tile.shape[:3], block_kv)
                 added = _dot(weights, v_tile, (3, 2)).reshape(*shape, value_dim)
                 return new_top, total, output * shrink[..., None] + added
 
@@ -266,7 +275,7 @@ def backward(
     if inputs.sinks is not None and wanted.sinks:
         d_sinks = -jnp.sum(jnp.exp(inputs.sinks.astype(precise) - log_total) * delta, axis=(0, 1))
         d_sinks = d_sinks.astype(inputs.sinks.dtype)
-    d_outputs = layout.split_queries(d_output.astype(dtype))
+    d_outputs = layout.split_queries(d_output.astype(queries.dtype))
     # dK = dS^T Q and dV = P^T dO as (Q^T dS)^T and (dO^T P)^T: transposing the narrow operand once is free, while a
     # product that reads a tile of logits by columns runs at a quarter of the speed on a CPU.
     turned = tuple(jnp.moveaxis(x, 5, 3) for x in (queries, d_outputs))
@@ -316,13 +325,13 @@ def backward(
                 if fixed.seed is not None:
                     grown = jnp.where(chunk.keep(places), 1.0 / (1.0 - options.dropout_rate), 0.0)
                     dropped, d_weights = weights * grown, d_weights * grown
-                d_value = d_value + _dot(do_turned, dropped.astype(dtype).reshape(flat), (3, 2))
+                d_value = d_value + _dot(do_turned, dropped.astype(q_tile.dtype).reshape(flat), (3, 2))
                 d_logits = weights * (d_weights - numbers[..., 1:])
                 d_scores, d_bias_tile, d_captured_tile = pull_back(d_logits)
                 if want_bias:
                     d_bias = add_cut(d_bias, d_bias_tile, chunk.bias_corner(row, column))
                 d_captured = [old + new for old, new in zip(d_captured, d_captured_tile, strict=True)]
-                d_scores = d_scores.astype(dtype).reshape(flat)
+                d_scores = d_scores.astype(q_tile.dtype).reshape(flat)
                 d_key = d_key + _dot(q_turned, d_scores, (3, 2))
                 added = _dot(d_scores, k_tile, (3, 2)).reshape(*d_query.shape[:3], block_q, -1)
                 old = jax.lax.dynamic_slice_in_dim(d_query, row * block_q, block_q, axis=3)

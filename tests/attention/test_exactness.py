@@ -1,0 +1,208 @@
+"""Every mask on every backend against the float64 oracle: values, gradients and transformations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.attention import cases, oracle
+
+import maskformer as mf
+from maskformer import masks
+
+
+def run(mask, implementation, dtype=jnp.float32, query=None, **options):
+    """Output, logsumexp and the three gradients, of one jitted call."""
+    q, k, v, d_output = cases.arrays(dtype)
+    d_residual = jax.random.normal(jax.random.key(1), q.shape[:3])
+
+    @jax.jit
+    def step(q, k, v, mask):
+        def attend(q, k, v):
+            return mf.dot_product_attention(
+                q, k, v, mask=mask, implementation=implementation, return_residual=True, **options
+            )
+
+        (output, residual), pull_back = jax.vjp(attend, q, k, v)
+        return output, residual, *pull_back((d_output, d_residual))
+
+    golden_arguments = (q, k, v), dict(d_output=d_output, d_residual=d_residual)
+    return step(q, k, v, mask), golden_arguments
+
+
+def golden(arguments, attends, **options):
+    positional, keywords = arguments
+    result = oracle.attention(
+        *(np.asarray(x.astype(jnp.float32)) for x in positional),
+        attends,
+        **{name: np.asarray(x.astype(jnp.float32)) for name, x in keywords.items()},
+        **options,
+    )
+    return [result.output, result.residual, *(result.gradients[name] for name in ("query", "key", "value"))]
+
+
+NAMES = ("output", "logsumexp", "d query", "d key", "d value")
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_reference_equals_the_float64_oracle(name):
+    build, attends = cases.CASES[name]
+    found, arguments = run(build(), "reference")
+    for what, actual, expected in zip(NAMES, found, golden(arguments, attends)):
+        size = np.sqrt(np.mean(np.square(expected[np.isfinite(expected)]))) if np.isfinite(expected).any() else 0
+        assert oracle.error(actual, expected) <= 4e-7 * max(size, 1e-3), what
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_blockwise_is_as_good_as_the_dense_reference(tiny_tiles, name):
+    build, attends = cases.CASES[name]
+    found, arguments = run(build(), "blockwise")
+    dense, _ = run(build(), "reference")
+    for what, actual, plain, expected in zip(NAMES, found, dense, golden(arguments, attends)):
+        oracle.assert_as_good(actual, plain, expected, what=what)
+
+
+@pytest.mark.parametrize("name", ["causal", "packed"])
+def test_blockwise_in_half_precision_is_as_good_as_the_dense_reference(tiny_tiles, name):
+    build, attends = cases.CASES[name]
+    found, arguments = run(build(), "blockwise", jnp.bfloat16)
+    dense, _ = run(build(), "reference", jnp.bfloat16)
+    for what, actual, plain, expected in zip(NAMES, found, dense, golden(arguments, attends)):
+        to_float = [np.asarray(x.astype(jnp.float32)) for x in (actual, plain)]
+        oracle.assert_as_good(*to_float, expected, dtype=np.float32 if what == "logsumexp" else jnp.bfloat16, what=what)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+@pytest.mark.parametrize("name", ["lengths, one of them zero", "empty first rows", "nothing"])
+def test_empty_row_gives_zero_output_and_zero_gradient(tiny_tiles, implementation, name):
+    build, attends = cases.CASES[name]
+    (output, residual, *gradients), _ = run(build(), implementation)
+    shape = (cases.BATCH, cases.HEADS, cases.Q_LEN, cases.KV_LEN)
+    empty = ~np.broadcast_to(attends, shape).any(-1).transpose(0, 2, 1)
+    assert empty.any()
+    assert (np.asarray(output)[empty] == 0).all()
+    assert (np.asarray(residual)[empty] == -np.inf).all()
+    assert (np.asarray(gradients[0])[empty] == 0).all()
+    assert all(np.isfinite(np.asarray(gradient)).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_every_option_at_once_equals_the_oracle_in_value_and_gradient(tiny_tiles, implementation):
+    rate, cap, offset = 0.3, 5.0, 3
+    q, k, v, d_output = cases.arrays()
+    table = jax.random.normal(jax.random.key(2), (cases.HEADS, 9))
+    bias = jax.random.normal(jax.random.key(3), (cases.BATCH, 1, 1, cases.KV_LEN))
+    sinks = jnp.array([0.5, -1.0, 2.0, 0.0])
+    key = jax.random.key(4)
+
+    def attend(q, k, v, bias, table, sinks, scale):
+        return mf.dot_product_attention(
+            q, k, v,
+            mask=masks.causal() & masks.key_padding(lengths=jnp.asarray(cases.LENGTHS)),
+            bias=bias, score_mod=mf.attention.score_mods.relative_bias(table), sinks=sinks, scale=scale,
+            logits_soft_cap=cap, dropout_rate=rate, dropout_key=key, q_offset=offset,
+            implementation=implementation,
+        )  # fmt: skip
+
+    scale = jnp.float32(0.3)
+    output, pull_back = jax.vjp(jax.jit(attend), q, k, v, bias, table, sinks, scale)
+    found = pull_back(d_output)
+
+    # The kept entries, read off a call whose values are the identity: every weight becomes visible.
+    identity = jnp.broadcast_to(jnp.eye(cases.KV_LEN)[:, None], (cases.BATCH, cases.KV_LEN, cases.KV_HEADS, cases.KV_LEN))
+    weights = mf.dot_product_attention(
+        q, k, identity, dropout_rate=rate, dropout_key=key, q_offset=offset, implementation="reference"
+    )
+    keep = np.asarray(weights).transpose(0, 2, 1, 3) > 0
+    assert abs(keep.mean() - (1 - rate)) < 0.02
+
+    offsets = np.clip(cases.K - cases.Q - offset, -4, 4) + 4
+    added = np.asarray(bias, np.float64) + np.asarray(table, np.float64)[:, offsets][None]
+    attends = by_rows = np.stack([(cases.K <= cases.Q + offset) & (cases.K < n) for n in cases.LENGTHS])[:, None]
+    expected = oracle.attention(
+        q, k, v, by_rows, scale=0.3, bias=added, sinks=sinks, soft_cap=cap, keep=keep, rate=rate, d_output=d_output
+    )
+    d_logits = expected.gradients["logits"]
+    d_table = np.zeros((cases.HEADS, 9))
+    for head in range(cases.HEADS):
+        np.add.at(d_table[head], offsets, d_logits[:, head].sum(0))
+    dots = np.einsum("bqhd,bkhd->bhqk", np.asarray(q, np.float64), np.repeat(np.asarray(k, np.float64), 2, axis=2))
+    goldens = {
+        "query": expected.gradients["query"],
+        "key": expected.gradients["key"],
+        "value": expected.gradients["value"],
+        "bias": d_logits.sum((1, 2), keepdims=True),
+        "table": d_table,
+        "sinks": expected.gradients["sinks"],
+        "scale": (d_logits * dots).sum(),
+    }
+    assert attends.any()
+    np.testing.assert_allclose(output, expected.output, atol=2e-6)
+    for (name, value), actual in zip(goldens.items(), found):
+        np.testing.assert_allclose(actual, value, atol=2e-5 if name in ("table", "scale") else 5e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "lengths", [(1, 1), (1, 45), (37, 1), (9, 8)], ids=lambda lengths: "x".join(map(str, lengths))
+)
+def test_short_and_odd_lengths_equal_the_oracle(tiny_tiles, lengths):
+    q, k, v, d_output = cases.arrays(q_len=lengths[0], kv_len=lengths[1])
+    for mask, attends in ((None, True), (masks.causal(), np.arange(lengths[1]) <= np.arange(lengths[0])[:, None])):
+        attend = jax.jit(lambda *a, mask=mask: mf.dot_product_attention(*a, mask=mask, implementation="blockwise"))
+        output, pull_back = jax.vjp(attend, q, k, v)
+        expected = oracle.attention(q, k, v, attends, d_output=d_output)
+        np.testing.assert_allclose(output, expected.output, atol=2e-6)
+        for name, actual in zip(("query", "key", "value"), pull_back(d_output)):
+            np.testing.assert_allclose(actual, expected.gradients[name], atol=5e-6, err_msg=name)
+
+
+TRANSFORMED = ["packed", "per head"]
+
+
+def both_ways(transform, mask):
+    """Gradients under a transformation of the blockwise call, and of the plain reference."""
+    q, k, v, d_output = cases.arrays()
+
+    def loss(implementation, wrap):
+        def attend(q, k, v):
+            return mf.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+
+        return lambda q, k, v: (wrap(attend)(q, k, v) * d_output).sum()
+
+    found = jax.jit(jax.value_and_grad(loss("blockwise", transform), argnums=(0, 1, 2)))(q, k, v)
+    plain = jax.jit(jax.value_and_grad(loss("reference", lambda attend: attend), argnums=(0, 1, 2)))(q, k, v)
+    return jax.tree.leaves(found), jax.tree.leaves(plain)
+
+
+def scanned(attend):
+    def many(q, k, v):
+        def body(carry, _):
+            return carry, attend(q, k, v)
+
+        return jax.lax.scan(body, 0, None, length=2)[1].mean(0)
+
+    return many
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+@pytest.mark.parametrize("transform", [jax.checkpoint, scanned], ids=["remat", "scan"])
+def test_remat_and_scan_change_nothing(tiny_tiles, transform, name):
+    found, plain = both_ways(transform, cases.CASES[name][0]())
+    for actual, expected in zip(found, plain):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=5e-6)
+
+
+def test_vmap_over_arrays_and_masks_equals_a_loop(tiny_tiles):
+    q, k, v, d_output = (jnp.stack([x, x[::-1] * 0.5, -x]) for x in cases.arrays())
+    ids = jnp.stack([jnp.asarray(cases.SEGMENTS) // divisor for divisor in (1, 2, 3)])
+
+    def loss(implementation):
+        def one(q, k, v, d_output, ids):
+            mask = masks.causal() & masks.segments(ids)
+            return (mf.dot_product_attention(q, k, v, mask=mask, implementation=implementation) * d_output).sum()
+
+        return jax.value_and_grad(one, argnums=(0, 1, 2))
+
+    found = jax.jit(jax.vmap(loss("blockwise")))(q, k, v, d_output, ids)
+    looped = [jax.jit(loss("reference"))(*(x[i] for x in (q, k, v, d_output, ids))) for i in range(3)]
+    for actual, expected in zip(jax.tree.leaves(found), jax.tree.leaves(jax.tree.map(lambda *x: jnp.stack(x), *looped))):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=5e-6)

@@ -1,0 +1,116 @@
+"""Meshes of eight simulated devices: values and gradients equal to one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.attention import cases
+
+import maskformer as mf
+from maskformer import masks
+from maskformer.attention import Placement, sharding
+
+LENGTH = 64
+AXES = ("data", "tensor", "context")
+IDS = jnp.asarray(np.repeat(np.arange(8), 8)[None] // np.array([[1], [3], [5], [8]]), jnp.int32)
+
+MASKS = {
+    "packed causal": lambda: masks.causal() & masks.segments(IDS) & masks.key_padding(lengths=jnp.array([0, 64, 25, 3])),
+    "per head": lambda: masks.per_head([masks.causal(), masks.sliding_window(5), masks.everything(), masks.nothing()]),
+}
+PLACEMENTS = {
+    "data and tensor": ((2, 4, 1), {}, "reference"),
+    "data and tensor, blockwise": ((4, 2, 1), {}, "blockwise"),
+    "all_gather": ((2, 1, 4), dict(context="context"), None),
+    "ring": ((1, 2, 4), dict(context="context", context_method="ring"), None),
+    "ring, unbalanced": ((2, 1, 4), dict(context="context", context_method="ring", balanced=False), None),
+}
+
+
+def placed(name):
+    sizes, options, _ = PLACEMENTS[name]
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(sizes), AXES)
+    return Placement(mesh, batch="data", heads="tensor", **options)
+
+
+def step(mask, placement, implementation):
+    """Output, logsumexp and the gradients of every differentiable argument, with every option in use."""
+
+    def loss(arrays):
+        q, k, v, bias, sinks, table = arrays
+        with sharding.use(placement):
+            output, residual = mf.dot_product_attention(
+                q, k, v, mask=mask, bias=bias, sinks=sinks,
+                score_mod=mf.attention.score_mods.relative_bias(table), logits_soft_cap=4.0,
+                dropout_rate=0.3, dropout_key=jax.random.key(3),
+                implementation=implementation, return_residual=True,
+            )  # fmt: skip
+        total = (output * jnp.cos(jnp.arange(output.size)).reshape(output.shape)).sum()
+        return total + jnp.where(jnp.isfinite(residual), jnp.sin(residual), 0).sum(), (output, residual)
+
+    q, k, v, _ = cases.arrays(batch=4, q_len=LENGTH, kv_len=LENGTH, heads=4, kv_heads=4)
+    bias = jax.random.normal(jax.random.key(1), (4, 1, LENGTH, LENGTH))
+    arrays = (q, k, v, bias, jnp.array([0.0, 1.0, -1.0, 0.5]), jax.random.normal(jax.random.key(2), (4, 9)))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return {name: step(build(), None, "reference") for name, build in MASKS.items()}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_a_mesh_computes_what_one_device_computes(tiny_tiles, one_device, name, mask):
+    found = step(MASKS[mask](), placed(name), PLACEMENTS[name][2])
+    for actual, expected in zip(jax.tree.leaves(found), jax.tree.leaves(one_device[mask])):
+        finite = np.isfinite(np.asarray(expected))
+        assert (np.asarray(actual)[~finite] == np.asarray(expected)[~finite]).all()
+        np.testing.assert_allclose(np.asarray(actual)[finite], np.asarray(expected)[finite], rtol=2e-5, atol=1e-5)
+
+
+def test_a_sharded_batch_is_not_gathered():
+    placement = placed("data and tensor, blockwise")
+    spec = jax.sharding.NamedSharding(placement.mesh, jax.sharding.PartitionSpec("data", None, "tensor", None))
+    ids = jax.sharding.NamedSharding(placement.mesh, jax.sharding.PartitionSpec("data", None))
+
+    def loss(q, k, v, ids):
+        with sharding.use(placement):
+            return mf.dot_product_attention(q, k, v, mask=masks.segments(ids), implementation="blockwise").sum()
+
+    shape = jax.ShapeDtypeStruct((4, LENGTH, 4, 8), jnp.float32, sharding=spec)
+    rows = jax.ShapeDtypeStruct((4, LENGTH), jnp.int32, sharding=ids)
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(shape, shape, shape, rows).compile().as_text()
+    assert "all-gather" not in text
+
+
+def test_zigzag_gives_every_device_the_same_causal_work():
+    from maskformer.attention.context import Dealing
+
+    dealing = Dealing("context", 4, 2)
+    work = [sum(start + 8 for start in dealing.starts(device, 8)) for device in range(4)]
+    assert len(set(work)) == 1
+    owners = sorted(start for device in range(4) for start in dealing.starts(device, 8))
+    assert owners == list(range(0, 64, 8))
+
+
+def test_a_mesh_that_does_not_divide_the_call_says_which_dimension():
+    placement = placed("data and tensor")
+    q = jnp.zeros((3, LENGTH, 4, 8))
+    with sharding.use(placement), pytest.raises(ValueError, match="batch: 3 is not divisible by mesh axes data"):
+        mf.dot_product_attention(q, q, q)
+
+
+def test_a_sharded_sequence_refuses_a_dense_backend_by_name():
+    q = jnp.zeros((4, LENGTH, 4, 8))
+    with sharding.use(placed("ring")):
+        with pytest.raises(ValueError, match="blockwise alone can compute"):
+            mf.dot_product_attention(q, q, q, implementation="reference")
+        explanation = mf.explain(masks.causal(), q, q, q)
+    assert explanation.backend == "blockwise"
+    assert "ring" in explanation.why
+
+
+def test_placement_names_an_axis_that_the_mesh_lacks():
+    with pytest.raises(ValueError, match="not 'model'"):
+        Placement(placed("ring").mesh, heads="model")
