@@ -63,7 +63,7 @@ class Dealing:
         return jnp.concatenate([even, odd], axis=axis)
 
     def _routes(self, slot: int) -> list[tuple[int, int]]:
-        """Part ``2 i + slot`` lies on device i; early parts belong to their own number, late ones count from the end."""
+        """Part ``2 i + slot`` lies on device i; early parts go to the device of their number, late ones from the end."""
         parts = [2 * i + slot for i in range(self.devices)]
         return [(i, part if part < self.devices else 2 * self.devices - 1 - part) for i, part in enumerate(parts)]
 
@@ -270,8 +270,8 @@ def _ring_backward(static: _Ring, saved, cotangents):
     # After a whole turn the keys' gradients are back where the keys came from.
     carry = (pairs, zeros(pairs), zeros(traced))
     (_, d_pairs, d_traced), _ = jax.lax.scan(step, carry, jnp.arange(static.dealing.devices))
-    d_inputs = jax.tree.map(lambda d, x: d.astype(x.dtype) if _floats(x) else None, (d_traced, d_pairs), (traced, pairs))
-    return d_inputs, None
+    cast = lambda gradient, x: gradient.astype(x.dtype) if _floats(x) else None
+    return jax.tree.map(cast, (d_traced, d_pairs), (traced, pairs)), None
 
 
 def _floats(x) -> bool:

@@ -39,6 +39,8 @@ def seed_words(key: jax.Array | int) -> jax.Array:
         if key.ndim:
             raise ValueError(f"dropout key: expected one key, got a batch of shape {key.shape}; vmap over it")
         key = jax.random.key_data(key)
+    if isinstance(key, int):
+        key = np.array([key >> 32 & 0xFFFFFFFF, key & 0xFFFFFFFF], np.uint32)
     words = jnp.asarray(key).astype(jnp.uint32)
     if words.ndim == 0:
         words = words[None]
@@ -46,7 +48,8 @@ def seed_words(key: jax.Array | int) -> jax.Array:
         raise ValueError(f"dropout key: expected one key, got an array of shape {words.shape}; vmap over it")
     first, second = jnp.uint32(0), jnp.uint32(_GOLDEN)
     for i in range(words.shape[0]):
-        first = _hash(first ^ words[i])
+        # 0 is the hash's fixed point: without the addend, keys that begin with zeros would share the first word.
+        first = _hash((first ^ words[i]) + jnp.uint32(_GOLDEN))
         second = _hash(second + words[i] + first)
     return jnp.stack([first, second])
 

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tests.attention import cases, oracle
 
 import maskformer as mf
 from maskformer import masks
+from tests.attention import cases, oracle
 
 
 def test_excluded_tiles_are_never_read_in_either_pass(tiny_tiles):
@@ -60,7 +60,7 @@ def test_temporary_memory_grows_with_the_length_not_its_square():
 
 
 def test_a_bias_that_nobody_differentiates_costs_no_gradient():
-    q, k, v, d_output = cases.arrays()
+    q, k, v, _ = cases.arrays()
     bias = jnp.zeros((1, 1, cases.Q_LEN, cases.KV_LEN))
 
     def jaxpr(wanted):

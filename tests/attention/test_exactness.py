@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.attention import cases, oracle
 
 import maskformer as mf
 from maskformer import masks
+from tests.attention import cases, oracle
 
 
 def run(mask, implementation, dtype=jnp.float32, query=None, **options):
@@ -108,7 +108,8 @@ def test_every_option_at_once_equals_the_oracle_in_value_and_gradient(tiny_tiles
     found = pull_back(d_output)
 
     # The kept entries, read off a call whose values are the identity: every weight becomes visible.
-    identity = jnp.broadcast_to(jnp.eye(cases.KV_LEN)[:, None], (cases.BATCH, cases.KV_LEN, cases.KV_HEADS, cases.KV_LEN))
+    shape = (cases.BATCH, cases.KV_LEN, cases.KV_HEADS, cases.KV_LEN)
+    identity = jnp.broadcast_to(jnp.eye(cases.KV_LEN)[:, None], shape)
     weights = mf.dot_product_attention(
         q, k, identity, dropout_rate=rate, dropout_key=key, q_offset=offset, implementation="reference"
     )
@@ -204,5 +205,6 @@ def test_vmap_over_arrays_and_masks_equals_a_loop(tiny_tiles):
 
     found = jax.jit(jax.vmap(loss("blockwise")))(q, k, v, d_output, ids)
     looped = [jax.jit(loss("reference"))(*(x[i] for x in (q, k, v, d_output, ids))) for i in range(3)]
-    for actual, expected in zip(jax.tree.leaves(found), jax.tree.leaves(jax.tree.map(lambda *x: jnp.stack(x), *looped))):
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *looped)
+    for actual, expected in zip(jax.tree.leaves(found), jax.tree.leaves(stacked)):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=5e-6)

@@ -4,18 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.attention import cases
 
 import maskformer as mf
 from maskformer import masks
 from maskformer.attention import Placement, sharding
+from tests.attention import cases
 
 LENGTH = 64
 AXES = ("data", "tensor", "context")
 IDS = jnp.asarray(np.repeat(np.arange(8), 8)[None] // np.array([[1], [3], [5], [8]]), jnp.int32)
+LENGTHS = jnp.array([0, 64, 25, 3])
 
 MASKS = {
-    "packed causal": lambda: masks.causal() & masks.segments(IDS) & masks.key_padding(lengths=jnp.array([0, 64, 25, 3])),
+    "packed causal": lambda: masks.causal() & masks.segments(IDS) & masks.key_padding(lengths=LENGTHS),
     "per head": lambda: masks.per_head([masks.causal(), masks.sliding_window(5), masks.everything(), masks.nothing()]),
 }
 PLACEMENTS = {

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.attention import cases, oracle
 
 import maskformer as mf
 from maskformer import masks
 from maskformer.attention import splash
+from tests.attention import cases, oracle
 
 pltpu = pytest.importorskip("jax.experimental.pallas.tpu")
 
