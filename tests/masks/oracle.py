@@ -40,14 +40,22 @@ sizes = st.integers(0, 40)
 seeds = st.integers(0, 2**31 - 1)
 
 
-def random_ids(seed: int, ordered: bool) -> np.ndarray:
+def random_ids(seed: int, order: str) -> np.ndarray:
+    """Segment ids in no order, sorted, or sorted with padding (0) at the end, as packing makes them."""
     rng = np.random.default_rng(seed)
-    ids = rng.integers(0, rng.integers(2, 12), REACH).astype(np.int32)
-    return np.sort(ids) if ordered else ids
+    ids = rng.integers(-1, rng.integers(2, 12), REACH).astype(np.int32)
+    if order == "none":
+        return ids
+    ids = np.sort(ids)
+    if order == "packed":
+        ids[-rng.integers(1, REACH // 2) :] = 0
+        if seed % 3 == 0:
+            ids[rng.integers(0, REACH)] = np.iinfo(np.int32).max
+    return ids
 
 
-def segments_pair(seed: int, ordered: bool, padding: Any) -> Pair:
-    ids = random_ids(seed, ordered)
+def segments_pair(seed: int, order: str, padding: Any) -> Pair:
+    ids = random_ids(seed, order)
 
     def oracle(q: np.ndarray, k: np.ndarray) -> np.ndarray:
         same = ids[q] == ids[k]
@@ -229,7 +237,7 @@ leaves = st.one_of(
             masks.chunked(*c), lambda q, k: (q // c[0] - c[1] <= k // c[0]) & (k // c[0] <= q // c[0] + c[2])
         )
     ),
-    st.builds(segments_pair, seeds, st.booleans(), st.sampled_from([None, 0])),
+    st.builds(segments_pair, seeds, st.sampled_from(["none", "sorted", "packed"]), st.sampled_from([None, 0])),
     st.builds(padding_pair, seeds, st.booleans()),
     st.builds(graph_pair, seeds, st.sampled_from([1, 2, 5, 8, 16])),
     st.builds(dense_pair, seeds),
@@ -240,7 +248,7 @@ leaves = st.one_of(
     seeds.map(
         lambda seed: (
             lambda ids: Pair(masks.shared_prefix(ids), lambda q, k: (ids[k] == 0) | (ids[q] == ids[k]))
-        )(random_ids(seed, True))
+        )(random_ids(seed, "sorted"))
     ),
 )
 

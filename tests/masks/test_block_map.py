@@ -71,6 +71,23 @@ def test_a_tree_skips_the_future_and_other_branches_of_the_root():
     np.testing.assert_array_equal(found > 0, np.kron(np.eye(2), np.tri(4)) > 0)
 
 
+@pytest.mark.parametrize("largest", [2, np.iinfo(np.int32).max])
+@pytest.mark.parametrize("padding", [None, 0])
+def test_padding_at_the_end_is_told_apart_from_every_segment(largest, padding):
+    smallest = 1 if largest == 2 else np.iinfo(np.int32).min  # no id is free to stand for padding
+    ids = np.array([smallest, smallest, 2, 2, largest, largest, 0, 0], np.int32)
+    mask = masks.segments(ids, padding=padding)
+    other = masks.segments(ids, ids[::-1].copy(), padding=padding)
+    for each in (mask, other):
+        matrix = np.asarray(each.dense(8, 8))
+        assert oracle.broken_tiles(each.block_map(8, 8, 2), matrix) == []
+        assert oracle.broken_tiles(jax.jit(lambda m: m.block_map(8, 8, 2))(each), matrix) == []
+    if largest == 2:  # the tile of the last segment and the padding is not mistaken for all ids between
+        packed = np.array([1, 1, 2, 2, 3, 3, 3, 0], np.int32)
+        visited = masks.segments(packed).block_map(8, 8, 2).kinds()[0, 0] > 0
+        assert not visited[3, :2].any()
+
+
 @pytest.mark.parametrize("name", ["packed", "packed causal without padding", "lengths", "graph", "dense", "prefix"])
 def test_traced_arrays_give_the_same_tiles_as_known_ones(name):
     mask = SHARP[name]
