@@ -186,9 +186,10 @@ def block_map(mask: Mask, q_len: int, kv_len: int, block: int | tuple[int, int],
     programs = Programs()
     build = _Builder(q_len, kv_len, (block_q, block_kv), programs)
     lists = build.static(shifted) if _is_static(shifted, programs) else build.traced(shifted)
-    return BlockMap(
-        *lists, q_len, kv_len, block_q, block_kv, q_offset=q_offset, widened=tuple(sorted(build.widened))
-    )
+    partial, full, partial_t, full_t = lists
+    sizes = dict(q_len=q_len, kv_len=kv_len, block_q=block_q, block_kv=block_kv)
+    widened = tuple(sorted(build.widened))
+    return BlockMap(partial, full, partial_t, full_t, **sizes, q_offset=q_offset, widened=widened)
 
 
 def _is_static(mask: Mask, programs: Programs) -> bool:

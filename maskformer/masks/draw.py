@@ -166,7 +166,7 @@ def _segment_example(length: int) -> np.ndarray:
     return np.where(ids > 3, 0, ids).astype(np.int32)
 
 
-EXAMPLES: dict[str, Callable[[int], np.ndarray]] = {
+EXAMPLES: dict[str, Callable[[int], Any]] = {
     "segment_ids": _segment_example,
     "kv_segment_ids": _segment_example,
     "valid": lambda length: np.arange(length) < max(1, (3 * length) // 4),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ def _corners(function: Callable[..., Any], *pairs: tuple[Any, Any]) -> tuple[lis
     return corners, corners
 
 
-def _arithmetic(analysis: Analysis, operation: Callable[[Any, Any, Any], list[tuple[Any, Any]]], *inputs: Interval):
+def _arithmetic(analysis: Analysis, operation: Callable[..., tuple[Any, Any]], *inputs: Interval):
     """Applies ``operation`` to intervals; ``operation(xp, a, b)`` gives candidate ends, in any number type.
 
     Integers wrap, so the same operation is repeated in wide floats, and where that leaves the type's range (by
@@ -359,27 +359,20 @@ def _shift_left(analysis: Analysis, equation: Any, a: Interval, b: Interval):
 @elementwise("select_n")
 def _select(analysis: Analysis, equation: Any, which: Interval, *cases: Interval):
     depends, (which, *values) = analysis.align(which, *cases)
-    values = [analysis.settle(value) for value in values]
-    w_lo, w_hi = which.lo, which.hi
-    lo, hi = None, None
-    for number, value in enumerate(values):
-        possible = (w_lo <= number) & (number <= w_hi)
-        lo = _least(analysis, lo, possible, value.lo, np.minimum)
-        hi = _least(analysis, hi, possible, value.hi, np.maximum)
-    return Interval(lo[0], hi[0], depends)
+    return hull_of_cases(analysis, which.lo, which.hi, [analysis.settle(value) for value in values], depends)
 
 
-def _least(analysis: Analysis, so_far: Any, possible: Any, end: Any, better: Any) -> Any:
-    """Joins the ends of the cases that are possible; pairs ``(end, any case yet)``."""
+def hull_of_cases(analysis: Analysis, first: Any, last: Any, cases: Sequence[Interval], depends: int) -> Interval:
+    """What a choice can give whose number lies in ``first .. last``; False and True number two cases 0 and 1."""
     xp = analysis.xp
-    if so_far is None:
-        return end, possible
-    best, any_yet = so_far
-    join = (xp.minimum if better is np.minimum else xp.maximum)(best, end)
-    if jnp.issubdtype(jnp.result_type(end), np.bool_):
-        join = (best & end) if better is np.minimum else (best | end)
-    chosen = xp.where(possible, xp.where(any_yet, join, end), best)
-    return chosen, any_yet | possible
+    lo, hi, any_yet = cases[0].lo, cases[0].hi, first <= 0
+    for number, case in enumerate(cases[1:], start=1):
+        possible = (first <= number) & (number <= last)
+        joined = xp.minimum(lo, case.lo), xp.maximum(hi, case.hi)
+        lo = xp.where(possible, xp.where(any_yet, joined[0], case.lo), lo)
+        hi = xp.where(possible, xp.where(any_yet, joined[1], case.hi), hi)
+        any_yet = any_yet | possible
+    return Interval(lo, hi, depends)
 
 
 @elementwise("convert_element_type")

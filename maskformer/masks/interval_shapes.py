@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskformer.masks.interval_rules import hull_of_cases
 from maskformer.masks.intervals import BOTH, NEITHER, Analysis, Interval, rule
 
 # --- shapes -------------------------------------------------------------------------------------------------
@@ -135,8 +136,6 @@ def _sum(analysis: Analysis, equation: Any, value: Interval):
 @rule("cond")
 def _cond(analysis: Analysis, equation: Any, index: Interval, *operands: Interval):
     """The hull of the branches that the index can choose."""
-    from maskformer.masks.interval_rules import _least
-
     branches = equation.params["branches"]
     outputs = [
         analysis.run(branch.jaxpr, [analysis.constant(const) for const in branch.consts], list(operands))
@@ -153,12 +152,7 @@ def _cond(analysis: Analysis, equation: Any, index: Interval, *operands: Interva
         w_lo, w_hi = (analysis.xp.reshape(end, np.shape(end) + grow) for end in (which.lo, which.hi))
         last = len(branches) - 1
         w_lo, w_hi = (analysis.xp.clip(analysis.xp.asarray(end).astype(np.int32), 0, last) for end in (w_lo, w_hi))
-        lo = hi = None
-        for number, value in enumerate(values):
-            possible = (w_lo <= number) & (number <= w_hi)
-            lo = _least(analysis, lo, possible, value.lo, np.minimum)
-            hi = _least(analysis, hi, possible, value.hi, np.maximum)
-        results.append(Interval(lo[0], hi[0], depends))  # type: ignore[index]
+        results.append(hull_of_cases(analysis, w_lo, w_hi, values, depends))
     return results
 
 

@@ -43,10 +43,12 @@ class Interval:
         return self.lo is self.hi and self.depends == NEITHER
 
 
-class Tiles(Protocol):
+class TilesLike(Protocol):
     """What the analysis needs to know of a set of tiles; see ``tiles.TileSet``."""
 
-    xp: Any
+    @property
+    def xp(self) -> Any:
+        """numpy, or jax.numpy where arrays are traced."""
 
     def expand(self, array: Any, depends: int) -> Any:
         """``[q_blocks, ...]`` or ``[kv_blocks, ...]`` to ``[*tiles, ...]``."""
@@ -105,7 +107,7 @@ def elementwise(*primitives: str) -> Callable[[Rule], Rule]:
 class Analysis:
     """Interprets jaxprs over the intervals of one set of tiles."""
 
-    def __init__(self, tiles: Tiles):
+    def __init__(self, tiles: TilesLike):
         self.tiles, self.xp = tiles, tiles.xp
         self.widened: set[str] = set()
 

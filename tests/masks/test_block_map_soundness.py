@@ -39,7 +39,7 @@ def test_random_predicates_are_sound(pair, problem):
     check_static(pair, problem)
 
 
-@settings(max_examples=25, **few)
+@settings(max_examples=15, **few)
 @given(oracle.expressions(4, oracle.leaves), oracle.problems)
 def test_expressions_of_traced_arrays_are_sound(pair, problem):
     check_traced(pair, problem)
