@@ -61,7 +61,8 @@ def draw(
     if block is not None:
         block_map = one.block_map(q_len, kv_len, block, q_offset)
         size = f"{block_map.block_q} x {block_map.block_kv}"
-        panels.append((f"tiles of {size}, {block_map.sparsity():.1%} skipped", block_map.kinds()[0, 0]))
+        title = f"tiles of {size}: blue full, amber partial, {block_map.sparsity():.1%} skipped"
+        panels.append((title, block_map.kinds()[0, 0]))
 
     figure = Figure(figsize=(4.6 * len(panels), 5.0), layout="constrained")
     FigureCanvasAgg(figure)
