@@ -63,7 +63,7 @@ class Dealing:
         return jnp.concatenate([even, odd], axis=axis)
 
     def _routes(self, slot: int) -> list[tuple[int, int]]:
-        """Part ``2 i + slot`` lies on device i; early parts go to the device of their number, late ones from the end."""
+        """Part ``2 i + slot`` lies on device i; early parts go to the device of their number, late ones count back."""
         parts = [2 * i + slot for i in range(self.devices)]
         return [(i, part if part < self.devices else 2 * self.devices - 1 - part) for i, part in enumerate(parts)]
 

@@ -32,6 +32,8 @@ def _hash(x: jax.Array) -> jax.Array:
 def seed_words(key: jax.Array | int) -> jax.Array:
     """Two uint32 words from a typed key, a raw ``uint32`` key of any implementation, or an integer.
 
+    The integer ``n`` is the key ``jax.random.key(n)`` of JAX's default generator.
+
     Raises:
       ValueError: for a batch of keys; split them with ``jax.vmap``.
     """

@@ -42,7 +42,7 @@ def test_neighbours_are_uncorrelated(kept, lag):
 
 
 def test_consecutive_keys_give_unrelated_masks(kept):
-    for key in (jax.random.key(1), 0, 1, 2**31):
+    for key in (jax.random.key(1), 2, 2**31, 2**32, jax.random.key(0, impl="rbg")):
         other = np.asarray(dropout.keep_mask(key, (ROWS, COLUMNS), RATE))
         agreement = (other == kept).mean()
         expected = (1 - RATE) ** 2 + RATE**2
@@ -68,6 +68,7 @@ def test_sharding_does_not_change_the_mask():
 def test_typed_raw_and_integer_keys_are_accepted_and_a_batch_is_refused():
     typed = dropout.keep_mask(jax.random.key(7), (8, 8), 0.5)
     np.testing.assert_array_equal(typed, dropout.keep_mask(jax.random.PRNGKey(7), (8, 8), 0.5))
+    np.testing.assert_array_equal(typed, dropout.keep_mask(7, (8, 8), 0.5))
     assert dropout.keep_mask(jax.random.key(7, impl="rbg"), (8, 8), 0.5).shape == (8, 8)
     with pytest.raises(ValueError, match="vmap"):
         dropout.keep_mask(jax.random.split(jax.random.key(0), 3), (8, 8), 0.5)
