@@ -84,6 +84,7 @@ SHARP = {
     "reverse and slice": lambda q, k: jnp.flip(jnp.stack([q, q + 9]))[0:1].sum() < k,
     "stop gradient": lambda q, k: jax.lax.optimization_barrier(q) < k,
     "copy": lambda q, k: jnp.copy(q) < k,
+    "rematerialised": lambda q, k: jax.checkpoint(lambda x: x + 5)(q) < k,
     "custom derivative": lambda q, k: jax.nn.relu(q - 20.0) < k - 0.5,
 }
 SOUND = {
