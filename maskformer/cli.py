@@ -1,4 +1,4 @@
-"""The command line: `maskformer train | evaluate | fill | mask | config | sweep | report`."""
+"""The command line: `maskformer train | evaluate | fill | check | mask-report | mask | config | sweep | report`."""
 
 from __future__ import annotations
 
@@ -100,6 +100,39 @@ def sweep(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     return 0
 
 
+def check(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
+    """Prove on real rows and random weights that no prediction sees its own answer; exit code 1 where one does."""
+    from maskformer import objectives
+    from maskformer.training import runs
+
+    setup = runs.prepare(config_flags)
+    batch = setup.first_batch(arguments.rows)
+    report = objectives.check_leaks(setup.objective, batch, model=setup.model, rows=arguments.rows, step=0)
+    print(report)
+    return 0 if report.ok else 1
+
+
+def mask_report(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
+    """Count on real batches, before training, what the objective will hide and predict."""
+    from maskformer import objectives
+    from maskformer.training import runs
+
+    setup = runs.prepare(config_flags)
+    report = objectives.mask_report(
+        setup.objective,
+        (setup.first_batch(setup.experiment.train.batch_size, number) for number in range(arguments.batches)),
+        key=setup.objective_key,
+        decode=setup.tokenizer.token,
+        model=setup.model,
+        step=arguments.step,
+    )
+    print(report.to_text(color=sys.stdout.isatty()))
+    if arguments.html:
+        pathlib.Path(arguments.html).write_text(report.to_html(), encoding="utf-8")
+        print(f"page: {arguments.html}")
+    return 0
+
+
 def mask(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     """Draw a mask as text, and as a PNG if asked."""
     from maskformer import masks
@@ -136,7 +169,8 @@ def create_parser() -> argparse.ArgumentParser:
 
     def add(function: Callable[..., int], epilog: str | None = None) -> argparse.ArgumentParser:
         summary = (function.__doc__ or "").partition("\n")[0]
-        command = commands.add_parser(function.__name__, help=summary, description=summary, epilog=epilog)
+        name = function.__name__.replace("_", "-")
+        command = commands.add_parser(name, help=summary, description=summary, epilog=epilog)
         command.set_defaults(run=function)
         return command
 
@@ -163,6 +197,14 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument("--workdir", default="runs/sweep")
     command.add_argument("--sweep", default="sweep", metavar="NAME", help="which sweep of the recipe (sweep_NAME)")
     command.add_argument("--list", action="store_true", help="list and check the runs only")
+
+    command = add(check, CONFIG_HELP)
+    command.add_argument("--rows", type=int, default=2, help="rows to look at; each costs a forward pass per token")
+
+    command = add(mask_report, CONFIG_HELP)
+    command.add_argument("--batches", type=int, default=8, help="training batches to count over")
+    command.add_argument("--step", type=int, default=0, help="training step, for rates that follow a schedule")
+    command.add_argument("--html", metavar="FILE", help="write the report as an HTML page too")
 
     command = add(mask)
     command.add_argument("expression", help="such as 'causal & window(8)'")

@@ -9,9 +9,10 @@ for batch in dataset.train_batches(global_batch_size=32, seed=0): ...
 from maskformer.data.cache import cache_dir
 from maskformer.data.config import DataConfig, DataError
 from maskformer.data.dataset import PackedDataset, TrainBatches, load_dataset
-from maskformer.data.tokenizer import Tokenizer, load_tokenizer
+from maskformer.data.tokenizer import DEFAULT_VOCABULARY_SIZE, Tokenizer, load_tokenizer
 
 __all__ = [
+    "DEFAULT_VOCABULARY_SIZE",
     "DataConfig",
     "DataError",
     "PackedDataset",

@@ -74,6 +74,7 @@ def _predict(model: Model, params: Any, tokens: np.ndarray, lengths: np.ndarray,
             positions=jnp.where(inside, jnp.arange(tokens.shape[1]), 0),
             mask=masks.segments(inside.astype(jnp.int32)),
             predict_positions=predict,
+            segment_ids=inside.astype(jnp.int32),
         )
 
     return jax.jit(logits)(params, tokens, lengths, predict)

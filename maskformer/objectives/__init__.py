@@ -6,22 +6,22 @@ An objective is built once by name (`create`) and then called on device: `object
 from maskformer.objectives import schedules
 from maskformer.objectives.compat import COMPAT
 from maskformer.objectives.denoising import denoising
-from maskformer.objectives.diffusion import diffusion
-from maskformer.objectives.electra import Discrimination, electra
+from maskformer.objectives.diffusion import MaskedDiffusion, diffusion
+from maskformer.objectives.electra import Discrimination, Electra, electra
 from maskformer.objectives.leaks import Leak, LeakReport, check_leaks, with_attend
 from maskformer.objectives.lexicon import Lexicon, pmi_ngrams
 from maskformer.objectives.loss import cross_entropy, token_cross_entropy, update_token_losses
 from maskformer.objectives.mixture import mixture
 from maskformer.objectives.mlm import conditional_mlm, mlm, ngram_mlm, pmi_mlm, span_mlm
 from maskformer.objectives.objective import Masking, Objective, attend_within_segments
-from maskformer.objectives.pairs import CorruptedPair, Pair, PairMasks
-from maskformer.objectives.registry import BUILDERS, create
+from maskformer.objectives.pairs import CorruptedPair, Pair, PairMasks, PairObjective
+from maskformer.objectives.registry import BUILDERS, create, parameters
 from maskformer.objectives.report import MaskReport, mask_report
 from maskformer.objectives.rows import KEEP, MASK, RANDOM, Corrupted, Row, Selection
 from maskformer.objectives.select_weighted import frequency_weights, inverse_document_frequencies, tag_weights
 from maskformer.objectives.sequence import causal_lm, fim, prefix_lm, shift_right
 from maskformer.objectives.span_corruption import span_corruption, span_corruption_lengths, ul2
-from maskformer.objectives.translation import augment, masked_source
+from maskformer.objectives.translation import MaskedSource, augment, masked_source
 from maskformer.objectives.vocabulary import Vocabulary
 
 __all__ = [
@@ -33,14 +33,18 @@ __all__ = [
     "Corrupted",
     "CorruptedPair",
     "Discrimination",
+    "Electra",
     "Leak",
     "LeakReport",
     "Lexicon",
     "MaskReport",
+    "MaskedDiffusion",
+    "MaskedSource",
     "Masking",
     "Objective",
     "Pair",
     "PairMasks",
+    "PairObjective",
     "Row",
     "Selection",
     "Vocabulary",
@@ -62,6 +66,7 @@ __all__ = [
     "mixture",
     "mlm",
     "ngram_mlm",
+    "parameters",
     "pmi_mlm",
     "pmi_ngrams",
     "prefix_lm",

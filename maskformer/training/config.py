@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import types
 import typing
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from maskformer import masks, objectives
-from maskformer.data import DataConfig
+from maskformer.data import DEFAULT_VOCABULARY_SIZE, DataConfig, load_tokenizer
 from maskformer.models import EncoderConfig
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
@@ -250,7 +249,9 @@ class ExperimentConfig:
 
     def create_encoder_config(self, vocabulary: objectives.Vocabulary) -> EncoderConfig:
         """The model's shape; its vocabulary comes from the tokenizer and its positions from the row length."""
-        return _model_config(self.model, self.data, vocab_size=vocabulary.size)
+        # Mode tokens and the like make a row longer than the text it came from.
+        longest = max(self.data.length, self.create_objective(vocabulary).output_length)
+        return _model_config(self.model, longest, vocab_size=vocabulary.size)
 
 
 _SECTIONS: dict[str, type] = {
@@ -262,10 +263,6 @@ _SECTIONS: dict[str, type] = {
     "mesh": MeshConfig,
     "writers": WriterConfig,
 }
-# Stands in for the tokenizer's vocabulary, which may take a while to train, while parameters are checked.
-_PROBE = objectives.Vocabulary(
-    size=100_000, pad=0, unk=1, cls=2, sep=3, mask=4, bos=5, eos=6, sentinels=tuple(range(99_999, 89_999, -1))
-)
 # What the tokenizer and the data decide; asking for them twice would let the two answers differ.
 _DERIVED_MODEL_FIELDS = ("vocab_size", "max_length")
 
@@ -288,10 +285,14 @@ def default_config() -> ml_collections.ConfigDict:
 def objectives_section(name: str, **changes: Any) -> ml_collections.ConfigDict:
     """The `objective` section of a recipe: every parameter of the objective `name`, some of them changed."""
     section = ml_collections.ConfigDict({"name": name})
-    for key, parameter in _objective_parameters(name).items():
-        # Absent keys mean the builder's default; listing them all lets `--config.objective.x=` know the name.
+    convention = objectives.COMPAT.get(name)
+    builder = name if convention is None else convention.objective
+    choose("objective.name", builder, tuple(objectives.BUILDERS))
+    for key, parameter in objectives.parameters(builder).items():
+        # Listing every parameter lets `--config.objective.KEY=` know it.
         section[key] = _leaf(parameter.default, object)
-    section.update(changes)
+    for key, value in {**(convention.params if convention else {}), **changes}.items():
+        section[key] = value
     return section
 
 
@@ -315,11 +316,11 @@ def resolve(config: Mapping[str, Any]) -> ExperimentConfig:
         raise ValueError("objective.name is missing: expected the name of an objective, such as 'mlm'")
     evaluated = {**config["objective"], **sections["evaluation"].objective}
     for section in (config["objective"], evaluated):
-        _create_objective(section, _PROBE, sections["data"].length)
+        _create_objective(section, _vocabulary_to_be(sections["data"]), sections["data"].length)
     names = {field.name for field in dataclasses.fields(EncoderConfig)} - set(_DERIVED_MODEL_FIELDS)
     _check_keys("model", config["model"], names)
     _check_types(EncoderConfig, config["model"], "model")
-    for text in _model_config(config["model"], sections["data"], vocab_size=1).mask_pattern:
+    for text in _model_config(config["model"], sections["data"].length, vocab_size=1).mask_pattern:
         try:
             masks.parse(text)
         except ValueError as error:
@@ -338,24 +339,38 @@ def plain(config: Any) -> Any:
     return config
 
 
-def _objective_parameters(name: str) -> dict[str, inspect.Parameter]:
-    choose("objective.name", name, tuple(objectives.BUILDERS))
-    parameters = inspect.signature(objectives.BUILDERS[name]).parameters
-    return dict(list(parameters.items())[2:])  # after vocabulary and length
-
-
 def _create_objective(section: Mapping[str, Any], vocabulary: objectives.Vocabulary, length: int) -> Any:
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in section.items()}
     name = values.pop("name")
     try:
-        return objectives.create(name, vocabulary, length, **values)
+        objective = objectives.create(name, vocabulary, length, **values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"config.objective: {error}") from error
+    if isinstance(objective, objectives.MaskedSource) or getattr(objective, "layout", "") == "encoder_decoder":
+        raise ValueError(
+            f"objective.name={name!r}: makes pairs for an encoder and a decoder, and maskformer trains single stacks; "
+            "set objective.layout='prefix' where it has one, or use one such as 'mlm', 'prefix_lm' or 'diffusion'"
+        )
+    if isinstance(objective, objectives.Electra):
+        raise ValueError(
+            f"objective.name={name!r}: trains two networks, and the training loop one; its parts are "
+            "maskformer.objectives.electra and its discriminate()"
+        )
+    return objective
 
 
-def _model_config(model: Mapping[str, Any], data: DataConfig, vocab_size: int) -> EncoderConfig:
+def _vocabulary_to_be(config: DataConfig) -> objectives.Vocabulary:
+    """The vocabulary that the tokenizer will have, without training it."""
+    if not config.trains_tokenizer:
+        return load_tokenizer(config).vocabulary
+    size = config.vocabulary_size or DEFAULT_VOCABULARY_SIZE
+    sentinels = tuple(range(size - 1, size - 1 - config.sentinels, -1))
+    return objectives.Vocabulary(size=size, pad=0, unk=1, cls=2, sep=3, mask=4, sentinels=sentinels)
+
+
+def _model_config(model: Mapping[str, Any], length: int, vocab_size: int) -> EncoderConfig:
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in model.items()}
-    return EncoderConfig(vocab_size=vocab_size, max_length=data.length, **values)
+    return EncoderConfig(vocab_size=vocab_size, max_length=length, **values)
 
 
 def _defaults(section: type, skip: tuple[str, ...] = ()) -> ml_collections.ConfigDict:

@@ -144,8 +144,8 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
         (workdir / "config.json").write_text(json.dumps(plain(config), indent=2) + "\n")
     writers = create_writers(workdir, experiment.writers, plain(config), start) if leader else []
     progress = Progress(train.steps, start, experiment.writers.progress) if leader else None
-    predicted_share = objective.budget / experiment.data.length
-    flops_per_token = model.flops_per_token(experiment.data.length, predicted_share)
+    predicted_share = objective.budget / objective.output_length
+    flops_per_token = model.flops_per_token(objective.output_length, predicted_share)
     clock = Clock(flops_per_token, list(mesh.devices.flat))
     if progress is not None:
         progress.line(

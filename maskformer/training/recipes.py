@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import os
 import pathlib
 import runpy
+import sys
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -105,6 +107,9 @@ def _load_recipe(path: str) -> dict[str, Any]:
         close = difflib.get_close_matches(path, map(str, near), n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ", such as configs/bert.py:mini"
         raise ValueError(f"--config={path}: no such file; expected the path of a recipe{hint}")
+    # As with `python -m`: a recipe may import the project it lies in, from wherever the command was installed.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
     return runpy.run_path(path)
 
 

@@ -13,13 +13,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from maskformer import data, evaluation, models
+from maskformer import data, evaluation, models, objectives
 from maskformer.models.partitioning import Rules
 from maskformer.training import recipes, sharding
 from maskformer.training.checkpoints import restore_params
 from maskformer.training.config import EvaluationConfig, ExperimentConfig, resolve
 from maskformer.training.loop import run_evaluation
-from maskformer.training.step import create_eval_step
+from maskformer.training.step import create_eval_step, masking_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,12 @@ class Run:
     def fill(self, text: str, top: int = 5) -> list[list[evaluation.Guess]]:
         """Guesses for each [MASK] in `text`."""
         config = self.experiment.data
+        objective = self.experiment.create_objective(self.tokenizer.vocabulary)
+        if not isinstance(objective, objectives.Masking | objectives.MaskedDiffusion):
+            raise ValueError(
+                f"fill: this run's objective is {objective.name!r}, which never saw [MASK]; fill works after mlm and "
+                "its relatives, and after diffusion"
+            )
         tokens, _ = self.tokenizer.encode(text, start_token=config.start_token, end_token=config.end_token)
         return evaluation.fill_masks(self.model, self.params, self.tokenizer, tokens, top)
 
@@ -89,6 +95,36 @@ class Run:
     def _is_frame(self, token: int) -> bool:
         vocabulary = self.tokenizer.vocabulary
         return token in (vocabulary.cls, vocabulary.sep, vocabulary.pad)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run would start with, before any parameter exists: to be looked at."""
+
+    experiment: ExperimentConfig
+    tokenizer: data.Tokenizer
+    objective: objectives.Objective
+    model: models.Model
+
+    @property
+    def objective_key(self) -> jax.Array:
+        """The key that the run's masks come from."""
+        return masking_key(self.experiment.seed)
+
+    def first_batch(self, rows: int, number: int = 0) -> dict[str, np.ndarray]:
+        """Batch `number` of `rows` rows of the training stream."""
+        dataset = data.load_dataset(self.experiment.data, "train", self.tokenizer)
+        return next(dataset.train_batches(rows, self.experiment.seed, start_example=number * rows))
+
+
+def prepare(flags: Sequence[str]) -> Setup:
+    """Everything that a recipe and its overrides describe, short of parameters and devices."""
+    config, _ = recipes.load_config(flags)
+    experiment = resolve(config)
+    tokenizer = data.load_tokenizer(experiment.data)
+    objective = experiment.create_objective(tokenizer.vocabulary)
+    model = models.create(experiment.create_encoder_config(tokenizer.vocabulary))
+    return Setup(experiment, tokenizer, objective, model)
 
 
 def load(workdir: str | os.PathLike[str], overrides: Sequence[str] = (), checkpoint: str = "best") -> Run:

@@ -26,6 +26,11 @@ def sharded(activations: tuple[Mesh, Rules] | None) -> contextlib.AbstractContex
     return contextlib.nullcontext() if activations is None else logical_rules(*activations)
 
 
+def masking_key(seed: int) -> jax.Array:
+    """The key of a run's training masks."""
+    return jax.random.fold_in(jax.random.key(seed), 0)
+
+
 def loss_sums(
     model: Model,
     objective: Objective,
@@ -88,8 +93,7 @@ def create_train_step(
       ema_decay: of the averaged parameters; None keeps no average.
       activations: mesh and rules by which activations are sharded; None leaves them to the compiler.
     """
-    root = jax.random.key(seed)
-    objective_key, dropout_root = jax.random.fold_in(root, 0), jax.random.fold_in(root, 1)
+    objective_key, dropout_root = masking_key(seed), jax.random.fold_in(jax.random.key(seed), 1)
 
     def gradient_sums(params: Any, batch: Batch, dropout_key: jax.Array, step: jax.Array) -> GradientSums:
         def loss(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -163,7 +167,8 @@ def create_eval_step(
     key = jax.random.key(seed)
 
     def eval_step(params: Any, batch: Batch) -> metrics.Sums:
-        corrupted = objective(key, {**batch, "epoch": jnp.zeros_like(batch["epoch"])})
+        # A scheduled rate is evaluated at its start; a recipe pins the rate in `evaluation.objective`.
+        corrupted = objective(key, {**batch, "epoch": jnp.zeros_like(batch["epoch"])}, step=0)
         with sharded(activations):
             logits = model.apply(
                 params,

@@ -1,0 +1,45 @@
+"""Every recipe in configs/: it resolves at every size, leaks nothing, and trains."""
+
+import pathlib
+
+import pytest
+
+from configs.bert import SIZES
+from maskformer import objectives
+from maskformer.training import load_config, objectives_section, resolve, runs, train_and_evaluate
+from tests.training.tiny import metric_lines, tiny_config, write_corpus
+
+RECIPES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_resolves_at_every_size(recipe):
+    for size in SIZES:
+        resolve(load_config([f"--config=configs/{recipe}.py:{size}"])[0])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_prediction_of_a_recipe_sees_its_answer(recipe):
+    length = 64 if recipe == "ul2" else 32  # UL2's longest spans are 64 tokens
+    setup = runs.prepare([f"--config=configs/{recipe}.py:tiny,seq={length},vocab=1024", "--config.model.width=32"])
+    report = objectives.check_leaks(setup.objective, setup.first_batch(2), model=setup.model, step=0)
+    assert report.ok, str(report)
+    assert report.predictions > 0 and report.responsive > 0.5
+
+
+@pytest.mark.parametrize("name", ["causal_lm", "diffusion", "span_mlm"])
+def test_every_kind_of_objective_trains_through_the_same_loop(name, tmp_path):
+    config = tiny_config(write_corpus(tmp_path / "text"), train__steps=6, mesh__data=-1)
+    config.objective = objectives_section(name)
+    train_and_evaluate(config, tmp_path / "run")
+    losses = [line["train/loss"] for line in metric_lines(tmp_path / "run") if "train/loss" in line]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["bart", "t5", "electra", "masked_source"])
+def test_an_objective_that_needs_another_model_says_so_before_it_trains(name, tmp_path):
+    config = tiny_config(tmp_path)
+    config.data.sentinels = 8
+    config.objective = objectives_section(name)
+    with pytest.raises(ValueError, match="objective"):
+        resolve(config)
