@@ -29,11 +29,12 @@ def test_no_prediction_of_a_recipe_sees_its_answer(recipe):
 
 @pytest.mark.parametrize("name", ["causal_lm", "diffusion", "span_mlm"])
 def test_every_kind_of_objective_trains_through_the_same_loop(name, tmp_path):
-    config = tiny_config(write_corpus(tmp_path / "text"), train__steps=6, mesh__data=-1)
+    config = tiny_config(write_corpus(tmp_path / "text"), train__steps=6, evaluation__every=3, mesh__data=-1)
     config.objective = objectives_section(name)
     train_and_evaluate(config, tmp_path / "run")
-    losses = [line["train/loss"] for line in metric_lines(tmp_path / "run") if "train/loss" in line]
-    assert losses[-1] < losses[0]
+    # Under fixed masks: diffusion weighs a training row by one over its rate, so its training loss jumps about.
+    losses = [line["validation/loss"] for line in metric_lines(tmp_path / "run") if "validation/loss" in line]
+    assert losses[1] < losses[0]
 
 
 @pytest.mark.parametrize("name", ["bart", "t5", "electra", "masked_source"])
