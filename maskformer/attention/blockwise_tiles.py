@@ -284,7 +284,7 @@ def backward(
 
     want_bias = inputs.bias is not None and wanted.bias
     captured_wanted = [i for i, flag in enumerate(wanted.captured) if flag]
-    d_bias = jnp.zeros(inputs.bias.shape, precise) if want_bias else None
+    d_bias = jnp.zeros(inputs.bias.shape, precise) if want_bias and inputs.bias is not None else None
     d_captured = [jnp.zeros(inputs.captured[i].shape, precise) for i in captured_wanted]
 
     def chunk_pass(carry, xs):
@@ -364,7 +364,7 @@ def backward(
     all_captured = [None] * len(inputs.captured)
     for i, gradient in zip(captured_wanted, d_captured, strict=True):
         all_captured[i] = gradient.astype(inputs.captured[i].dtype)
-    if want_bias:
+    if d_bias is not None and original.bias is not None:
         d_bias = jax.lax.slice(d_bias, (0,) * 4, original.bias.shape).astype(original.bias.dtype)
     return Inputs(
         query=(d_query * scale).astype(dtype),

@@ -36,7 +36,9 @@ def prefers(call: Call) -> str | None:
 
 def attend(call: Call) -> tuple[jax.Array, None]:
     """Output [batch, q_len, heads, value_dim]; no logsumexp."""
-    options, lengths = _parse(call)
+    parsed = _parse(call)
+    assert not isinstance(parsed, str), parsed  # `refuses` came first
+    options, lengths = parsed
     if lengths is None:
         return _fused(call, options), None
     # An entry without keys is given one, and its output set to 0: nothing undefined reaches a gradient.

@@ -113,6 +113,7 @@ def _run_context(call: Call, placement: sharding.Placement):
     sharded = f"its sequence lies over mesh axis {placement.context!r}, which blockwise alone can compute"
     others = {name: sharded for name in BACKENDS if name != "blockwise"}
     _note(Choice("blockwise", f"{placement.context_method} over mesh axis {placement.context!r}", others))
+    assert placement.context is not None
     devices = placement.size(placement.context)
     return context.attend(
         call, placement.context, devices, method=placement.context_method, balanced=placement.balanced

@@ -190,7 +190,7 @@ def map_arrays(mask: masks.Mask, function: Callable[[Any, int], Any]) -> masks.M
     children = mask.children()
     node = mask.rebuild([map_arrays(child, function) for child in children]) if children else mask
     if isinstance(mask, masks.Shift):
-        return dataclasses.replace(node, q_offset=PartitionSpec(), k_offset=PartitionSpec())
+        return masks.Shift(node.children()[0], PartitionSpec(), PartitionSpec())
     return node if children else node.select_leaf(function)
 
 

@@ -143,7 +143,8 @@ def _over_batch(options, query, key, value, sinks, infos, q_sequence, segment_id
 
 
 def _blocks(call: Call) -> tuple[int, int]:
-    return tuple(min(BLOCK, -(-length // LANES) * LANES) for length in (call.q_len, call.kv_len))
+    q_block, kv_block = (min(BLOCK, -(-length // LANES) * LANES) for length in (call.q_len, call.kv_len))
+    return q_block, kv_block
 
 
 @dataclasses.dataclass(frozen=True)

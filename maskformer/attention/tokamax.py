@@ -45,6 +45,7 @@ def attend(call: Call) -> tuple[jax.Array, None]:
     """Output [batch, q_len, heads, value_dim]; no logsumexp."""
     kernel, mask_type = _library()
     rows = intervals.rows(call)
+    assert isinstance(rows, intervals.Rows), rows  # `refuses` came first
     starts, ends, empty = rows.starts, rows.ends, None
     if starts is not None or ends is not None:
         first = jnp.zeros((1, call.q_len), jnp.int32) if starts is None else jnp.maximum(starts, 0)

@@ -61,7 +61,9 @@ def one_device():
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("name", PLACEMENTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "ring, unbalanced" else n for n in PLACEMENTS]
+)
 def test_a_mesh_computes_what_one_device_computes(tiny_tiles, one_device, name, mask):
     found = step(MASKS[mask](), placed(name), PLACEMENTS[name][2])
     for actual, expected in zip(jax.tree.leaves(found), jax.tree.leaves(one_device[mask])):
