@@ -1,4 +1,4 @@
-"""Masking rate at a scale for two CPU cores: the demo's BERT, 500 steps of 2,048 tokens, about a minute a run."""
+"""Masking rate at a scale for two CPU cores: the demo's BERT, 700 steps of 2,048 tokens, about a minute a run."""
 
 from configs import bert
 from maskformer.training.sweeps import arms, product
@@ -9,12 +9,12 @@ SEEDS = (0, 1, 2)
 
 def get_config(arg=None):
     config = bert.get_config("demo")
-    config.train.steps, config.train.log_every = 500, 50
-    config.evaluation.every = config.checkpoint.every = 250
+    config.train.steps, config.train.log_every = 700, 50
+    config.evaluation.every = config.checkpoint.every = 350
     config.checkpoint.keep = 1
     config.evaluation.objective = {"rate": 0.15}
-    # As in the paper's main table: every chosen token becomes [MASK].
-    config.objective.replacement = (1.0, 0.0, 0.0)
+    # 80/10/10, not the paper's all-[MASK], which at this budget stays on the unigram plateau (see the README).
+    config.objective.replacement = (0.8, 0.1, 0.1)
     config.writers.progress = config.writers.tensorboard = False
     return config
 

@@ -44,6 +44,7 @@ from maskformer.masks.ranges import (
     key_ranges,
     query_ranges,
 )
+from maskformer.masks.registry import builder
 from maskformer.masks.sequences import (
     GlobalTokens,
     KeyPadding,
@@ -102,6 +103,7 @@ __all__ = [
     "block_diagonal",
     "block_diffusion",
     "block_map",
+    "builder",
     "causal",
     "chunked",
     "dense",

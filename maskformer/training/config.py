@@ -198,14 +198,25 @@ class MeshConfig:
       data: replicas of the parameters; each sees its own rows of the batch.
       fsdp: shards of the parameters; each also sees its own rows.
       tensor: shards of the heads, the feed-forward width and the vocabulary.
+      context: parts of the sequence, for rows too long for one device.
+      context_method: how attention reaches the other parts: "all_gather" collects the keys and values, "ring" passes
+        them around, with memory that falls with the axis.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    context: int = 1
+    context_method: str = "all_gather"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis name -> devices, in the order of the mesh."""
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "context": self.context}
 
     def __post_init__(self) -> None:
-        sizes = dataclasses.asdict(self)
+        choose("mesh.context_method", self.context_method, ("all_gather", "ring"))
+        sizes = self.sizes
         for axis, size in sizes.items():
             require(size >= 1 or size == -1, f"mesh.{axis}", size, "at least 1, or -1 for all remaining devices")
         require(

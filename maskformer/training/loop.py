@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -81,6 +82,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
     rules, dropped = sharding.create_rules(mesh, model.config)
     for line in dropped:
         logger.warning("sharding: %s", line)
+    placed = functools.partial(sharding.activations, mesh, rules, experiment.mesh.context_method)
     params_at = sharding.param_shardings(mesh, model.logical_axes(), rules)
     state_at = TrainState(
         step=everywhere,
@@ -119,7 +121,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
             accumulation_steps=train.accumulation_steps,
             label_smoothing=train.label_smoothing,
             ema_decay=experiment.optimizer.ema_decay,
-            activations=(mesh, rules),
+            placed=placed,
         ),
         in_shardings=(state_at, rows),
         out_shardings=state_at,
@@ -133,7 +135,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
             experiment.create_objective(vocabulary, **evaluate_config.objective),
             seed=evaluate_config.seed,
             unigram=jax.numpy.asarray(unigram),
-            activations=(mesh, rules),
+            placed=placed,
         ),
         in_shardings=(params_at, rows),
         out_shardings=everywhere,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -53,7 +54,7 @@ class Run:
                 experiment.create_objective(vocabulary, **changes),
                 seed=config.seed,
                 unigram=jax.numpy.asarray(baseline),
-                activations=(self.mesh, self.rules),
+                placed=functools.partial(sharding.activations, self.mesh, self.rules),
             ),
             in_shardings=(self.params_at, sharding.batch_sharding(self.mesh)),
             out_shardings=sharding.replicated(self.mesh),

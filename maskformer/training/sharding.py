@@ -6,9 +6,9 @@ gathers an array to a host.
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +17,9 @@ import optax
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from maskformer import attention
 from maskformer.models import EncoderConfig
-from maskformer.models.partitioning import Rules, partition_spec
+from maskformer.models.partitioning import Rules, logical_rules, partition_spec
 from maskformer.training.config import MeshConfig
 
 # Rows of a batch are split over both: fsdp shards parameters, and each shard still sees rows of its own.
@@ -38,7 +39,7 @@ RULES: Rules = {
     "token_types": None,
     "layers": None,
     "batch": BATCH_AXES,
-    "length": None,
+    "length": "context",
     "activation_embed": None,
     "activation_heads": "tensor",
     "activation_kv_heads": "tensor",
@@ -54,7 +55,7 @@ def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
       ValueError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = dataclasses.asdict(config)
+    sizes = config.sizes
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if -1 in sizes.values():
         if len(devices) % fixed:
@@ -114,6 +115,7 @@ def create_rules(mesh: Mesh, config: EncoderConfig) -> tuple[Rules, list[str]]:
         "kv_heads": config.resolved_kv_heads,
         "mlp": config.resolved_mlp_width,
         "embed": config.width,
+        "length": config.max_length,
     }
     rules, dropped = dict(RULES), []
     for name, size in sizes.items():
@@ -127,6 +129,22 @@ def create_rules(mesh: Mesh, config: EncoderConfig) -> tuple[Rules, list[str]]:
                 f"{target} holds all of it"
             )
     return rules, dropped
+
+
+@contextlib.contextmanager
+def activations(mesh: Mesh, rules: Rules, context_method: str = "all_gather") -> Iterator[None]:
+    """While a model is traced inside, its activations are constrained by `rules`, and each device attends for its own
+    rows and heads."""
+    placement = attention.Placement(
+        mesh,
+        batch=BATCH_AXES,
+        # Key heads that do not divide are on every device of the axis, and query heads go with them.
+        heads="tensor" if rules["activation_heads"] and rules["activation_kv_heads"] else None,
+        context="context" if mesh.shape["context"] > 1 else None,
+        context_method=context_method,
+    )
+    with logical_rules(mesh, rules), attention.sharding.use(placement if mesh.size > 1 else None):
+        yield
 
 
 def param_shardings(mesh: Mesh, logical_axes: Any, rules: Rules) -> Any:

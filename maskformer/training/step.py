@@ -9,21 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from maskformer.evaluation import metrics
 from maskformer.models import Model
-from maskformer.models.partitioning import Rules, logical_rules
 from maskformer.objectives import Objective
 from maskformer.training.state import TrainState
 
 Batch = dict[str, jax.Array]
 GradientSums = tuple[Any, dict[str, jax.Array]]
-
-
-def sharded(activations: tuple[Mesh, Rules] | None) -> contextlib.AbstractContextManager[None]:
-    """While tracing inside it, the model constrains its activations to the mesh."""
-    return contextlib.nullcontext() if activations is None else logical_rules(*activations)
 
 
 def masking_key(seed: int) -> jax.Array:
@@ -76,7 +69,7 @@ def create_train_step(
     accumulation_steps: int = 1,
     label_smoothing: float = 0.0,
     ema_decay: float | None = None,
-    activations: tuple[Mesh, Rules] | None = None,
+    placed: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Callable[[TrainState, Batch], TrainState]:
     """The update `state, batch -> state`, to be jitted with the state donated.
 
@@ -91,7 +84,8 @@ def create_train_step(
       accumulation_steps: parts that the batch is run in.
       label_smoothing: share of the target's probability spread evenly over the vocabulary.
       ema_decay: of the averaged parameters; None keeps no average.
-      activations: mesh and rules by which activations are sharded; None leaves them to the compiler.
+      placed: makes the context that the model is traced in, which says where activations live; by default the
+        compiler decides.
     """
     objective_key, dropout_root = masking_key(seed), jax.random.fold_in(jax.random.key(seed), 1)
 
@@ -99,7 +93,7 @@ def create_train_step(
         def loss(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
             return loss_sums(model, objective, params, objective_key, dropout_key, batch, step, label_smoothing)
 
-        with sharded(activations):
+        with placed():
             (loss_sum, sums), gradients = jax.value_and_grad(loss, has_aux=True)(params)
         return gradients, {**sums, "loss": loss_sum}
 
@@ -154,7 +148,7 @@ def create_eval_step(
     *,
     seed: int,
     unigram: jax.Array | None = None,
-    activations: tuple[Mesh, Rules] | None = None,
+    placed: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Callable[[Any, Batch], metrics.Sums]:
     """Metric sums of one batch under masks that depend on `seed` and `example_id` only, without dropout.
 
@@ -162,14 +156,14 @@ def create_eval_step(
       model, objective: as for training; the objective at the rate to evaluate.
       seed: of the evaluation masks.
       unigram: log-probabilities [vocabulary] of the context-free baseline, or None for none.
-      activations: as for training.
+      placed: as for training.
     """
     key = jax.random.key(seed)
 
     def eval_step(params: Any, batch: Batch) -> metrics.Sums:
         # A scheduled rate is evaluated at its start; a recipe pins the rate in `evaluation.objective`.
         corrupted = objective(key, {**batch, "epoch": jnp.zeros_like(batch["epoch"])}, step=0)
-        with sharded(activations):
+        with placed():
             logits = model.apply(
                 params,
                 corrupted.input_tokens,

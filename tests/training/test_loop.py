@@ -71,7 +71,7 @@ def test_a_run_cut_off_without_warning_resumes_to_the_same_bits(
     assert metric_lines(tmp_path) == metric_lines(reference[0])
 
 
-@pytest.mark.parametrize("mesh", [dict(data=8), dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=8)])
+@pytest.mark.parametrize("mesh", [dict(data=8), dict(data=2, fsdp=2, tensor=2), dict(data=2, context=4)])
 def test_eight_devices_give_the_losses_of_one(reference, corpus, devices, tmp_path, capfd, mesh):
     devices(8)
     overrides = {f"mesh__{axis}": size for axis, size in mesh.items()}
