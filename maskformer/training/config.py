@@ -398,7 +398,9 @@ def _defaults(section: type, skip: tuple[str, ...] = ()) -> ml_collections.Confi
 def _leaf(default: Any, annotation: Any) -> Any:
     """`default`, or for None a placeholder of the annotated type so that overrides are parsed and checked."""
     if default is not None:
-        return default
+        several = len([option for option in typing.get_args(annotation) if option is not types.NoneType]) > 1
+        # A mask is a string or a tuple of them; a ConfigDict would pin the type of the default.
+        return config_dict.FieldReference(default, field_type=object) if several else default
     options = [option for option in typing.get_args(annotation) if option is not types.NoneType]
     kind = typing.get_origin(options[0]) or options[0] if options else object
     return config_dict.placeholder(kind if kind in (int, float, str, bool, tuple) else object)

@@ -5,6 +5,7 @@ A recipe's `sweep()` or `sweep_<name>()` yields one dict for each run.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
@@ -75,7 +76,7 @@ def apply(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]) -> ml
         ...
     ValueError: config.optimizer.learning_rat: no such key; did you mean 'learning_rate'?
     """
-    config = config.copy_and_resolve_references()
+    config = copy.deepcopy(config)
     for key, value in overrides.items():
         kind = key_type(config, key)
         *path, last = key.split(".")

@@ -2,12 +2,14 @@
 
 import pytest
 
+from maskformer.objectives import Vocabulary
 from maskformer.training import default_config, load_config, parse_arg, resolve
 from maskformer.training.config import plain
 from maskformer.training.recipes import load_sweep
 from maskformer.training.sweeps import apply, arms, product, zipit
 
 RECIPE = "configs/bert.py:tiny"
+VOCABULARY = Vocabulary(size=100, pad=0, unk=1, cls=2, sep=3, mask=4)
 
 
 def error_of(*flags):
@@ -77,6 +79,12 @@ def test_overrides_reach_the_config_with_their_types():
     assert experiment.objective["replacement"] == [1.0, 0.0, 0.0]
     assert experiment.evaluation.objective["rate"] == 0.3
     assert experiment.model["mask"] == "causal & window(16)"
+
+
+def test_a_mask_may_be_a_pattern_over_the_layers():
+    config, _ = load_config([f"--config={RECIPE}", "--config.model.mask=('causal & window(16)', 'causal')"])
+    assert resolve(config).create_encoder_config(VOCABULARY).mask_pattern == ("causal & window(16)", "causal")
+    assert "causl" in error_of("--config.model.mask=('causal', 'causl')")
 
 
 def test_structure_arguments_are_checked_like_flags():
