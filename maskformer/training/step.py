@@ -12,7 +12,7 @@ import optax
 
 from maskformer.evaluation import metrics
 from maskformer.models import Model
-from maskformer.objectives import Objective
+from maskformer.objectives import Corrupted, Objective
 from maskformer.training.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -22,6 +22,21 @@ GradientSums = tuple[Any, dict[str, jax.Array]]
 def masking_key(seed: int) -> jax.Array:
     """The key of a run's training masks."""
     return jax.random.fold_in(jax.random.key(seed), 0)
+
+
+def predict(
+    model: Model, objective: Objective, params: Any, corrupted: Corrupted, dropout_key: jax.Array | None = None
+) -> jax.Array:
+    """Logits at the positions that the objective predicts; without a dropout key, deterministic."""
+    return model.apply(
+        params,
+        corrupted.input_tokens,
+        positions=corrupted.positions,
+        mask=objective.attend(corrupted),
+        predict_positions=corrupted.predict_positions,
+        segment_ids=corrupted.segment_ids,
+        dropout_key=dropout_key,
+    )
 
 
 def loss_sums(
@@ -36,15 +51,7 @@ def loss_sums(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Sum of the loss over the predicted positions of `batch`, with the sums that a mean of it needs."""
     corrupted = objective(objective_key, batch, step=step)
-    logits = model.apply(
-        params,
-        corrupted.input_tokens,
-        positions=corrupted.positions,
-        mask=objective.attend(corrupted),
-        predict_positions=corrupted.predict_positions,
-        segment_ids=corrupted.segment_ids,
-        dropout_key=dropout_key,
-    )
+    logits = predict(model, objective, params, corrupted, dropout_key)
     weights = corrupted.loss_weights
     loss_sum, weight_sum = objective.loss(logits, corrupted, label_smoothing)
     # The loss needs the largest logit anyway; comparing with it is far cheaper than an argmax.
@@ -164,14 +171,7 @@ def create_eval_step(
         # A scheduled rate is evaluated at its start; a recipe pins the rate in `evaluation.objective`.
         corrupted = objective(key, {**batch, "epoch": jnp.zeros_like(batch["epoch"])}, step=0)
         with placed():
-            logits = model.apply(
-                params,
-                corrupted.input_tokens,
-                positions=corrupted.positions,
-                mask=objective.attend(corrupted),
-                predict_positions=corrupted.predict_positions,
-                segment_ids=corrupted.segment_ids,
-            )
+            logits = predict(model, objective, params, corrupted)
         return metrics.prediction_sums(
             logits, corrupted.target_tokens, corrupted.loss_weights, corrupted.kinds, unigram=unigram
         )
