@@ -93,6 +93,8 @@ def test_gpus_that_do_not_divide_are_refused():
 
 
 def test_an_absent_coordinator_is_named_instead_of_a_stack_trace(monkeypatch):
+    # Other tests of this session have used devices, which would be the first thing wrong.
+    monkeypatch.setattr(distributed.xla_bridge, "backends_are_initialized", lambda: False)
     for name, value in {**EXPLICIT, "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RuntimeError, match=r"process 0 could not be reached there within 1 s .*is the port open"):
@@ -100,6 +102,8 @@ def test_an_absent_coordinator_is_named_instead_of_a_stack_trace(monkeypatch):
 
 
 def test_a_cluster_that_is_asked_for_and_absent_is_an_error(monkeypatch):
+    # Other tests of this session have used devices, which would be the first thing wrong.
+    monkeypatch.setattr(distributed.xla_bridge, "backends_are_initialized", lambda: False)
     monkeypatch.setenv("MASKFORMER_DISTRIBUTED", "on")
     with pytest.raises(RuntimeError, match="MASKFORMER_DISTRIBUTED=off runs this process on its own"):
         distributed.initialize()
