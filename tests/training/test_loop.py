@@ -235,10 +235,10 @@ def test_nothing_is_read_back_from_the_device_between_log_lines(corpus, devices,
         train_and_evaluate(
             tiny_config(corpus, train__log_every=6, evaluation__every=0, checkpoint__every=0), tmp_path
         )
-    # Tracing the first step reads constants. After that the window of step 6 is read once it is ready, at step 7 or
-    # later, and no step is waited for.
+    # Tracing the first step reads constants. After that the window of step 6 is read once it is ready, which may be at
+    # once, and no other step is waited for.
     during = {read for read in reads if 1 < read < 12}
-    assert reads and all(read > 6 for read in during)
+    assert reads and all(read >= 6 for read in during)
 
 
 def test_bad_workdirs_and_batches_are_one_line_errors(corpus, devices, tmp_path):
