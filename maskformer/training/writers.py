@@ -133,9 +133,8 @@ class Progress:
         if self._live:
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("step {task.completed}/{task.total}"),
-                rich.progress.BarColumn(bar_width=24),
+                rich.progress.BarColumn(bar_width=10),
                 rich.progress.TextColumn("{task.fields[metrics]}"),
-                rich.progress.TimeElapsedColumn(),
                 rich.progress.TextColumn("eta"),
                 rich.progress.TimeRemainingColumn(),
                 console=self._console,
