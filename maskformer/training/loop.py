@@ -54,6 +54,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
     train, evaluate_config = experiment.train, experiment.evaluation
     schedule = create_schedule(experiment.optimizer, train.steps)
     workdir = prepare_workdir(workdir)
+    check_same_run(plain(config), workdir)
 
     # Data: text -> packed rows. Everything on the host, so that its mistakes come before the devices start.
     tokenizer = data.load_tokenizer(experiment.data)
@@ -251,6 +252,32 @@ def prepare_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
             f"workdir={os.fspath(workdir)!r}: cannot be written to ({error.strerror}); choose another --workdir"
         ) from error
     return path
+
+
+def check_same_run(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
+    """Refuse to continue the run in `workdir` as another one.
+
+    Its length, optimizer, evaluation and mesh may change; its model, data, objective and seed may not: the record would
+    then tell of a run that never was.
+
+    Raises:
+      ValueError: names the first key that differs.
+    """
+    record = workdir / "config.json"
+    if not record.is_file() or not saved_steps(workdir / "checkpoints"):
+        return
+    before = json.loads(record.read_text())
+    for section in ("seed", "data", "objective", "model"):
+        ours, theirs = config[section], before.get(section)
+        if ours == theirs:
+            continue
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            key = next(key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key))
+            section, ours, theirs = f"{section}.{key}", ours.get(key), theirs.get(key)
+        raise ValueError(
+            f"{section}={ours!r}: the run in {workdir} has {theirs!r}; use a new --workdir "
+            "(train.init_from takes over its parameters)"
+        )
 
 
 def run_evaluation(

@@ -150,9 +150,24 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(
 def test_another_models_checkpoint_is_refused_by_name_and_nothing_is_set_aside(reference, corpus, devices, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(reference[0], workdir)
+    (workdir / "config.json").unlink()
     with pytest.raises(RuntimeError, match="has shape .* and the config asks for"):
         train_and_evaluate(tiny_config(corpus, model__width=64), workdir)
     assert checkpoint_steps(workdir / "checkpoints") == [8, 12]
+
+
+def test_a_workdir_is_not_continued_with_another_mask_objective_or_seed(reference, corpus, devices, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(reference[0], workdir)
+    before = (workdir / "config.json").read_text()
+    for change, named in (
+        (dict(model__mask="causal"), "model.mask='causal': the run in .* has 'everything'; use a new --workdir"),
+        (dict(objective__rate=0.4), "objective.rate=0.4: the run in .* has 0.2"),
+        (dict(seed=1), "seed=1: the run in .* has 0"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            train_and_evaluate(tiny_config(corpus, **change), workdir)
+    assert (workdir / "config.json").read_text() == before
 
 
 def test_a_complete_run_says_its_result_again_and_adds_nothing(reference, corpus, devices, tmp_path):
