@@ -144,7 +144,7 @@ def check_leaks(
     copies = made[0].target_tokens.shape[0] // rows
     if model is not None:
         layers = model.config.layers
-    declared = layer_masks or (lambda corrupted: _declared(objective, corrupted, model, layers))
+    declared = layer_masks or (lambda corrupted: layer_masks_of(objective, corrupted, model, layers))
     run = _runner(objective, model, params, apply, declared, made[0], key)
     leaks: list[Leak] = []
     predictions = influences = 0
@@ -229,7 +229,8 @@ def _places(corrupted: Any, row: int) -> _Places:
     return _Places(corrupted.input_tokens[row], corrupted.segment_ids[row], 0)
 
 
-def _declared(objective: Objective, corrupted: Any, model: Any, layers: int) -> Sequence[Mask]:
+def layer_masks_of(objective: Objective, corrupted: Any, model: Any, layers: int) -> Sequence[Mask]:
+    """The mask of each layer: the objective's, and-ed with the pattern of `model` where one is given."""
     mask = objective.attend(corrupted)
     if model is None:
         return (mask,) * layers

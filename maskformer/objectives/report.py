@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maskformer.objectives.leaks import check_tokens, relabel
+from maskformer.objectives.leaks import check_tokens, layer_masks_of, relabel
 from maskformer.objectives.objective import Masking, Objective
 from maskformer.objectives.pairs import CorruptedPair, PairObjective
 from maskformer.objectives.rows import KEEP, MASK, RANDOM
@@ -124,7 +124,7 @@ def mask_report(
         marked = relabel(objective, batch, 0)
         traced = made if getattr(made, "selected", None) is not None else objective(key, marked, **call)
         hidden = _hidden(objective, jax.tree.map(np.asarray, traced), marked)
-        counts.add(batch, made, hidden)
+        counts.add(batch, made, hidden, model)
         while len(shown) < min(samples, len(batch["tokens"])) and hidden.shape[0] == len(batch["tokens"]):
             row = len(shown)
             shown.append(_sample(objective, batch["tokens"][row], made, hidden[row], row, decode))
@@ -171,7 +171,7 @@ class _Counts:
         self.attended: list[float] = []
         self.length = objective.output_length
 
-    def add(self, batch: Mapping[str, np.ndarray], made: Any, hidden: np.ndarray) -> None:
+    def add(self, batch: Mapping[str, np.ndarray], made: Any, hidden: np.ndarray, model: Any) -> None:
         copies = len(hidden) // len(batch["tokens"])
         valid = np.repeat(batch["segment_ids"] > 0, copies, axis=0)
         weights = made.loss_weights
@@ -192,7 +192,7 @@ class _Counts:
                 hidden[row], batch["segment_ids"][source], None if starts is None else starts[source]
             )
             np.add.at(self.spans, lengths, 1)
-        self.attended += _attended(self.objective, made)
+        self.attended += _attended(self.objective, made, model)
 
     @property
     def in_words(self) -> bool:
@@ -246,17 +246,18 @@ def _span_lengths(hidden: np.ndarray, segments: np.ndarray, starts: np.ndarray |
     return np.maximum(lengths, 1)
 
 
-def _attended(objective: Objective, made: Any, most: int = 4) -> list[float]:
-    """Share of the (query, key) pairs of some rows that may attend."""
-    declared = objective.attend(made)
+def _attended(objective: Objective, made: Any, model: Any, most: int = 4) -> list[float]:
+    """Share of the (query, key) pairs of some rows that may attend, over all layers of `model` where it is given."""
     if isinstance(made, CorruptedPair):
+        declared = objective.attend(made)
         encoder, decoder = made.encoder_input_tokens.shape[1], made.decoder_input_tokens.shape[1]
         parts = ((declared.encoder, encoder, encoder), (declared.decoder, decoder, decoder),
                  (declared.cross, decoder, encoder))
         segments = made.encoder_segment_ids
     else:
         length = made.input_tokens.shape[1]
-        parts, segments = ((declared, length, length),), made.segment_ids
+        layers = layer_masks_of(objective, made, model, 1 if model is None else model.config.layers)
+        parts, segments = tuple((mask, length, length) for mask in layers), made.segment_ids
     shares = []
     for row in range(min(most, len(segments))):
         active = sum(

@@ -54,7 +54,9 @@ class Run:
                 experiment.create_objective(vocabulary, **changes),
                 seed=config.seed,
                 unigram=jax.numpy.asarray(baseline),
-                placed=functools.partial(sharding.activations, self.mesh, self.rules),
+                placed=functools.partial(
+                    sharding.activations, self.mesh, self.rules, experiment.mesh.context_method
+                ),
             ),
             in_shardings=(self.params_at, sharding.batch_sharding(self.mesh)),
             out_shardings=sharding.replicated(self.mesh),

@@ -29,7 +29,7 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 class Clock:
-    """Turns counts per window into rates. `pause` leaves out what is not training, such as evaluation."""
+    """Turns counts per window into rates; `resume` leaves out what went before, such as an evaluation."""
 
     def __init__(self, flops_per_token: float, devices: list[jax.Device]):
         self._flops_per_token = flops_per_token
@@ -39,7 +39,7 @@ class Clock:
         self._since: float | None = None
 
     def rates(self, tokens: int) -> dict[str, float]:
-        """Rates since the last call; empty for a window that began with compilation or a pause."""
+        """Rates since the last call; empty for the first window, which holds the compilation."""
         now, since = time.perf_counter(), self._since
         self._since = now
         if since is None or now <= since:
@@ -54,10 +54,6 @@ class Clock:
         if self._peak is not None:
             rates["mfu"] = flops_per_second / self._peak
         return rates
-
-    def pause(self) -> None:
-        """The window in progress holds other work; start the clock anew with the next one."""
-        self._since = None
 
     def resume(self) -> None:
         """Training goes on now, with nothing queued on the device."""

@@ -44,3 +44,13 @@ def test_an_objective_that_needs_another_model_says_so_before_it_trains(name, tm
     config.objective = objectives_section(name)
     with pytest.raises(ValueError, match="objective"):
         resolve(config)
+
+
+def test_the_mask_report_counts_the_models_own_mask_too():
+    flags = ["--config=configs/bert.py:tiny,seq=32,vocab=1024", "--config.model.width=32"]
+    shares = []
+    for mask in ("everything", "causal"):
+        setup = runs.prepare([*flags, f"--config.model.mask={mask}"])
+        report = objectives.mask_report(setup.objective, [setup.first_batch(2)], model=setup.model)
+        shares.append(report.attended_fraction)
+    assert shares[1] < 0.6 * shares[0]

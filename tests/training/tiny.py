@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 
 import numpy as np
@@ -55,10 +54,3 @@ def metric_lines(workdir: pathlib.Path) -> list[dict[str, float]]:
         {name: value for name, value in line.items() if name.removeprefix("train/") not in TIMING_FIELDS}
         for line in read_metrics(workdir / "metrics.jsonl")
     ]
-
-
-def save_config(path: pathlib.Path, config) -> pathlib.Path:
-    from maskformer.training.config import plain
-
-    path.write_text(json.dumps(plain(config)))
-    return path
