@@ -106,7 +106,7 @@ def mask_report(
       key: the run's key, so that the rows are those the run will see.
       decode: the text of one token id; by default the id itself.
       samples: rows to show.
-      model: gives the FLOPs, through `model.flops_per_token`.
+      model: its own masks are and-ed to the objective's, and `model.flops_per_token` gives the FLOPs.
       **call: what the objective's call needs: `step=`, `rate=`.
 
     Raises:

@@ -1,6 +1,7 @@
 """The mask report counts what the objective does; checked against counts made here."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -73,6 +74,8 @@ def test_attended_fraction_of_a_causal_mask_is_that_of_its_matrix():
 
 def test_flops_come_from_the_model_and_count_what_is_attended():
     class Model:
+        config = types.SimpleNamespace(layers=1, mask_pattern=("everything",))
+
         @staticmethod
         def flops_per_token(length, predicted, attended=None):
             return 1000.0 * predicted + (length if attended is None else attended)
