@@ -41,6 +41,8 @@ class DataConfig:
         row length. `document`: a document is one segment. A segment longer than a row is cut into several.
       pack: several segments share a row. False gives each segment a row of its own.
       start_token, end_token: around every segment; None is no token. Their names in the vocabulary.
+      max_rows: train on at most so many rows of the train split, again and again; None is all. They are drawn once,
+        whatever the run's seed, and a smaller choice is part of a larger one. The tokenizer still learns from all.
       reader_threads: threads that assemble batches ahead of the training loop.
       prefetch: batches kept ready.
 
@@ -69,6 +71,7 @@ class DataConfig:
     pack: bool = True
     start_token: str | None = "[CLS]"
     end_token: str | None = "[SEP]"
+    max_rows: int | None = None
     reader_threads: int = 2
     prefetch: int = 8
 
@@ -98,6 +101,8 @@ class DataConfig:
         for name, least in (("sentinels", 0), ("reader_threads", 1), ("prefetch", 1)):
             if getattr(self, name) < least:
                 raise DataError(f"data.{name}={getattr(self, name)}: expected at least {least}")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise DataError(f"data.max_rows={self.max_rows}: expected at least 1, or None for all")
         for name in ("text_key", "train_split", "validation_split", "test_split"):
             if not getattr(self, name):
                 raise DataError(f"data.{name}='': expected a name")

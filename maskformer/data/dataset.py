@@ -12,7 +12,7 @@ from maskformer.data import packing
 from maskformer.data.cache import build_once, cache_dir, content_key
 from maskformer.data.config import DataConfig, DataError
 from maskformer.data.packing import Segment
-from maskformer.data.rows import PADDING_EXAMPLE, PackedRows, is_whole, write_rows
+from maskformer.data.rows import PADDING_EXAMPLE, ChosenRows, PackedRows, choose_rows, is_whole, write_rows
 from maskformer.data.sentences import split_sentences
 from maskformer.data.shuffle import permuted
 from maskformer.data.sources import open_source
@@ -59,9 +59,14 @@ def load_dataset(config: DataConfig, split: str, tokenizer: Tokenizer) -> Packed
         write_rows(path, rows, config.length, vocabulary.size, pad, start, end)
 
     folder = build_once(cache_dir() / "rows" / key, is_whole, build)
-    rows = PackedRows(folder, pad)
-    if not len(rows):
+    whole = PackedRows(folder, pad)
+    if not len(whole):
         raise DataError(f"data.name={config.name!r}: the {split} split holds no text")
+    rows: PackedRows | ChosenRows = whole
+    if split == "train" and config.max_rows is not None and config.max_rows < len(whole):
+        # The cache holds the whole split; only what is read from it differs.
+        rows = choose_rows(whole, config.max_rows)
+        key = content_key(rows=key, max_rows=config.max_rows)
     return PackedDataset(rows, vocabulary, config, split, key)
 
 
@@ -131,7 +136,14 @@ class PackedDataset:
       rows: random access to the rows.
     """
 
-    def __init__(self, rows: PackedRows, vocabulary: Vocabulary, config: DataConfig, split: str, fingerprint: str):
+    def __init__(
+        self,
+        rows: PackedRows | ChosenRows,
+        vocabulary: Vocabulary,
+        config: DataConfig,
+        split: str,
+        fingerprint: str,
+    ):
         self.rows, self.vocabulary, self.config, self.split = rows, vocabulary, config, split
         self.fingerprint = fingerprint
 
@@ -242,7 +254,7 @@ class TrainBatches:
 class _TrainSource:
     """Random access to the batches of the training stream: number `k` begins at example `start + k * global size`."""
 
-    def __init__(self, rows: PackedRows, seed: int, start: int, global_batch_size: int, part: slice):
+    def __init__(self, rows: PackedRows | ChosenRows, seed: int, start: int, global_batch_size: int, part: slice):
         self._rows, self._seed, self._start = rows, seed, start
         self._global_batch_size, self._part = global_batch_size, part
 
@@ -262,7 +274,7 @@ class _TrainSource:
 class _EvalSource:
     """Random access to the batches of one ordered pass."""
 
-    def __init__(self, rows: PackedRows, global_batch_size: int, part: slice, batches: int):
+    def __init__(self, rows: PackedRows | ChosenRows, global_batch_size: int, part: slice, batches: int):
         self._rows, self._global_batch_size, self._part, self._batches = rows, global_batch_size, part, batches
 
     def __len__(self) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from maskformer.data.packing import Segment
+from maskformer.data.shuffle import permuted
 
 _META = "meta.json"
 # A file is checked on opening by the checksums of so many blocks, evenly spaced: whole where it is small, and
@@ -18,6 +19,7 @@ _CHECKED_BLOCKS = 16
 _BLOCK = 1 << 20
 _WRITE_AT_ONCE = 1024  # rows
 PADDING_EXAMPLE = -1
+_CHOICE_SEED = 0  # not a run's seed: runs that differ in it are to train on the same rows
 
 
 def write_rows(
@@ -164,6 +166,42 @@ class PackedRows:
             "example_id": rows.astype(np.int32),
             "epoch": np.broadcast_to(np.asarray(epoch, np.int32), len(rows)).copy(),
         }
+
+
+class ChosenRows:
+    """Some rows of a folder under numbers of their own, `0 .. len - 1`: a small corpus cut from a large one.
+
+    Attributes:
+      length, segments, tokens, text_tokens, words: as of `PackedRows`, of the chosen rows.
+    """
+
+    def __init__(self, rows: PackedRows, chosen: np.ndarray):
+        self._rows, self._chosen = rows, chosen
+        self.length = rows.length
+        self.tokens = self.segments = self.words = 0
+        for part in np.array_split(chosen, -(-len(chosen) // _WRITE_AT_ONCE)):
+            batch = rows.read(part)
+            self.tokens += int((batch["segment_ids"] > 0).sum())
+            self.segments += int(batch["segment_ids"].max(axis=1).sum())
+            self.words += int(batch["word_starts"].sum())
+        # Every segment of a folder has the same tokens around it.
+        around = (rows.tokens - rows.text_tokens) // max(rows.segments, 1)
+        self.text_tokens = self.tokens - around * self.segments
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def read(self, rows: np.ndarray, epoch: np.ndarray | int = 0) -> dict[str, np.ndarray]:
+        """As `PackedRows.read`; `example_id` is the number among the chosen."""
+        real = rows != PADDING_EXAMPLE
+        batch = self._rows.read(np.where(real, self._chosen[rows], PADDING_EXAMPLE), epoch)
+        return {**batch, "example_id": rows.astype(np.int32)}
+
+
+def choose_rows(rows: PackedRows, count: int) -> ChosenRows:
+    """`count` rows drawn without replacement, always the same ones; fewer are the first of more."""
+    order = permuted(np.arange(count), len(rows), _CHOICE_SEED, np.zeros(count, np.int64))
+    return ChosenRows(rows, order)
 
 
 def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, int]) -> np.ndarray:

@@ -26,6 +26,7 @@ from maskformer.data import DataConfig, DataError
         (dict(name="tfds:"), "data.name='tfds:'"),
         (dict(reader_threads=0), "data.reader_threads=0: expected at least 1"),
         (dict(text_key=""), "data.text_key=''"),
+        (dict(max_rows=0), "data.max_rows=0: expected at least 1, or None for all"),
     ],
 )
 def test_a_field_that_cannot_work_is_named_with_its_value(fields, message):

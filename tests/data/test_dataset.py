@@ -251,3 +251,39 @@ def test_the_shuffle_leaves_no_trace_of_the_order():
     for pairs in ((places[:-1], places[1:]), (places, np.arange(size)), (places, other)):
         # Five standard deviations of the correlation of independent orders.
         assert abs(np.corrcoef(*pairs)[0, 1]) < 5 / np.sqrt(size)
+
+
+def test_a_limited_train_split_is_some_of_its_rows_and_repeats_them(folder, dataset):
+    limited = {n: load_dataset(config_of(folder, segment_by="sentence", max_rows=n), "train",
+                               load_tokenizer(dataset.config)) for n in (5, 20)}
+    texts = {n: [row.tobytes() for row in all_rows(rows)["tokens"]] for n, rows in limited.items()}
+    everything = [row.tobytes() for row in all_rows(dataset)["tokens"]]
+    assert [len(set(texts[n])) for n in (5, 20)] == [5, 20] and set(texts[20]) < set(everything)
+    assert texts[5] == texts[20][:5], "fewer rows are the first of more"
+    chosen = sorted(everything.index(text) for text in texts[20])
+    assert chosen[0] < len(everything) / 3 and chosen[-1] > 2 * len(everything) / 3, "from all over the split"
+
+    batches = list(islice(limited[5].train_batches(4, seed=1), 5))
+    seen = np.concatenate([batch["example_id"] for batch in batches])
+    assert all(sorted(seen[i : i + 5]) == list(range(5)) for i in range(0, 20, 5))
+    assert np.concatenate([batch["epoch"] for batch in batches]).tolist() == [i // 5 for i in range(20)]
+    for batch in batches:
+        assert [row.tobytes() for row in batch["tokens"]] == [texts[5][i] for i in batch["example_id"]]
+
+
+def test_a_limited_train_split_counts_its_own_rows_and_leaves_the_others_alone(folder, dataset):
+    config = config_of(folder, segment_by="sentence", max_rows=5)
+    tokenizer = load_tokenizer(dataset.config)
+    assert load_tokenizer(config).fingerprint == tokenizer.fingerprint
+    limited = load_dataset(config, "train", tokenizer)
+    batch = all_rows(limited)
+    assert limited.tokens_per_epoch == (batch["segment_ids"] > 0).sum() < dataset.tokens_per_epoch
+    assert limited.rows.segments == sum(1 for _ in segments_of(batch))
+    assert limited.rows.words == batch["word_starts"].sum()
+    assert limited.rows.text_tokens == limited.tokens_per_epoch - 2 * limited.rows.segments
+    assert limited.fingerprint != dataset.fingerprint
+    for fields in ({"max_rows": 5}, {"max_rows": 10**6}):
+        config = config_of(folder, segment_by="sentence", **fields)
+        for split in ("validation", "test") if fields["max_rows"] == 5 else ("train",):
+            whole = load_dataset(config_of(folder, segment_by="sentence"), split, tokenizer)
+            assert load_dataset(config, split, tokenizer).fingerprint == whole.fingerprint
