@@ -284,6 +284,13 @@ def run_evaluation(
     eval_step: Any, params: Any, dataset: Any, config: EvaluationConfig, mesh: jax.sharding.Mesh
 ) -> dict[str, float]:
     """Metrics of `params` over the split, each example once, whatever the number of processes."""
+    return evaluation.finish(total_sums(eval_step, params, dataset, config, mesh))
+
+
+def total_sums(
+    eval_step: Any, params: Any, dataset: Any, config: EvaluationConfig, mesh: jax.sharding.Mesh
+) -> dict[str, np.ndarray]:
+    """The sums of `eval_step(params, batch)` over the split, each example once, whatever the number of processes."""
     rows = sharding.batch_sharding(mesh)
     batches: Iterable[Mapping[str, np.ndarray]] = dataset.eval_batches(
         config.batch_size, *sharding.row_slice(mesh, config.batch_size), max_batches=config.max_batches
@@ -294,7 +301,7 @@ def run_evaluation(
     for part in jax.device_get(parts):
         for name, pair in part.items():
             totals[name] = totals.get(name, 0.0) + np.asarray(pair, np.float64)
-    return evaluation.finish(totals)
+    return totals
 
 
 def update_best(record: RunRecord, results: Mapping[str, float], config: EvaluationConfig) -> bool:

@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,11 +16,12 @@ import numpy as np
 
 from maskformer import data, evaluation, models, objectives
 from maskformer.models.partitioning import Rules
+from maskformer.objectives.mixture import Mixture
 from maskformer.training import recipes, sharding
 from maskformer.training.checkpoints import restore_params
 from maskformer.training.config import EvaluationConfig, ExperimentConfig, resolve
-from maskformer.training.loop import run_evaluation
-from maskformer.training.step import create_eval_step, masking_key
+from maskformer.training.loop import run_evaluation, total_sums
+from maskformer.training.step import create_eval_step, masking_key, predict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +55,86 @@ class Run:
                 experiment.create_objective(vocabulary, **changes),
                 seed=config.seed,
                 unigram=jax.numpy.asarray(baseline),
-                placed=functools.partial(
-                    sharding.activations, self.mesh, self.rules, experiment.mesh.context_method
-                ),
+                placed=functools.partial(sharding.activations, self.mesh, self.rules, experiment.mesh.context_method),
             ),
             in_shardings=(self.params_at, sharding.batch_sharding(self.mesh)),
             out_shardings=sharding.replicated(self.mesh),
         )
         dataset = data.load_dataset(experiment.data, split, self.tokenizer)
         return run_evaluation(eval_step, self.params, dataset, config, self.mesh)
+
+    def nll_bound(
+        self,
+        split: str = "test",
+        *,
+        samples: int = 8,
+        estimator: str = "count",
+        markers: bool | None = None,
+        max_batches: int | None = None,
+    ) -> dict[str, float]:
+        """An upper bound on the negative log-likelihood of `split` under a model that fills in masks, by sampling.
+
+        Args:
+          split: "train", "validation" or "test".
+          samples: maskings of each row, an even number; the standard error falls with its square root.
+          estimator: "count" (LLaDA) or "time" (MDLM); see `evaluation.create_bound_step`.
+          markers: whether special tokens such as [CLS] and [SEP] are part of the text, hidden and counted. By default
+            as in training: they are under `diffusion`, unless it has `keep_markers`, and are not under `mlm`.
+          max_batches: batches of `evaluation.batch_size` rows; None for `evaluation.max_batches`.
+
+        Returns:
+          `nll_bound` (nats per counted token), `nll_bound_stderr`, `perplexity_bound`, `tokens`.
+
+        Raises:
+          ValueError: the model never saw [MASK], or a bad argument.
+        """
+        objective = self._objective_with_masks("nll_bound")
+        vocabulary = self.tokenizer.vocabulary
+        if markers is None:
+            visible = objective.avoid if isinstance(objective, objectives.MaskedDiffusion) else _markers(vocabulary)
+        else:
+            visible = vocabulary.ids(("pad",)) if markers else _markers(vocabulary)
+        step = evaluation.create_bound_step(
+            functools.partial(predict, self.model, objective),
+            mask_token=vocabulary.require("mask", objective.name),
+            vocabulary_size=vocabulary.size,
+            seed=self.experiment.evaluation.seed,
+            samples=samples,
+            estimator=estimator,
+            visible=visible,
+        )
+        return evaluation.finish_bound(self._sums(step, split, max_batches))
+
+    def _objective_with_masks(self, metric: str) -> objectives.Objective:
+        """The run's objective, if training under it showed the model [MASK] in place of what it had to predict."""
+        objective = self.experiment.create_objective(self.tokenizer.vocabulary)
+        parts = objective.parts if isinstance(objective, Mixture) else (objective,)
+        if not any(isinstance(part, objectives.Masking | objectives.MaskedDiffusion) for part in parts):
+            raise ValueError(
+                f"{metric}: this run's objective is {objective.name!r}, whose model never saw [MASK]; it is defined "
+                "after mlm and its relatives, and after diffusion"
+            )
+        return objective
+
+    def _sums(
+        self, step: Callable[[Any, Any], evaluation.Sums], split: str, max_batches: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """The sums of `step(params, batch)` over a split, on all of this run's devices."""
+
+        def placed_step(params: Any, batch: Any) -> evaluation.Sums:
+            with sharding.activations(self.mesh, self.rules, self.experiment.mesh.context_method):
+                return step(params, batch)
+
+        compiled = jax.jit(
+            placed_step,
+            in_shardings=(self.params_at, sharding.batch_sharding(self.mesh)),
+            out_shardings=sharding.replicated(self.mesh),
+        )
+        config = self.experiment.evaluation
+        if max_batches is not None:
+            config = dataclasses.replace(config, max_batches=max_batches)
+        dataset = data.load_dataset(self.experiment.data, split, self.tokenizer)
+        return total_sums(compiled, self.params, dataset, config, self.mesh)
 
     def fill(self, text: str, top: int = 5) -> list[list[evaluation.Guess]]:
         """Guesses for each [MASK] in `text`."""
@@ -98,6 +170,11 @@ class Run:
     def _is_frame(self, token: int) -> bool:
         vocabulary = self.tokenizer.vocabulary
         return token in (vocabulary.cls, vocabulary.sep, vocabulary.pad)
+
+
+def _markers(vocabulary: objectives.Vocabulary) -> tuple[int, ...]:
+    """Ids that stand for no text. An unknown word is text."""
+    return vocabulary.ids(("pad", "mask", "cls", "sep", "bos", "eos", "sentinels", "special"))
 
 
 @dataclasses.dataclass(frozen=True)
