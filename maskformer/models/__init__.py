@@ -1,16 +1,24 @@
 """Parameters and what they compute: encoder layers, embeddings, heads."""
 
 from maskformer.models.config import EncoderConfig
-from maskformer.models.model import Model, Params, create
+from maskformer.models.electra import ElectraConfig, ElectraModel, GeneratorConfig
+from maskformer.models.encoder import DetectionHead, PredictionHead
+from maskformer.models.model import Model, Params
 from maskformer.models.partitioning import ACTIVATION_AXES, PARAMETER_AXES, constrain, logical_rules
 from maskformer.models.positions import alibi, apply_rotary, rotary_tables
+from maskformer.models.registry import create
 
 __all__ = [
     "ACTIVATION_AXES",
     "PARAMETER_AXES",
+    "DetectionHead",
+    "ElectraConfig",
+    "ElectraModel",
     "EncoderConfig",
+    "GeneratorConfig",
     "Model",
     "Params",
+    "PredictionHead",
     "alibi",
     "apply_rotary",
     "constrain",

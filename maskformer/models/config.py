@@ -55,6 +55,8 @@ class EncoderConfig:
         vocab_size: number of token ids.
         max_length: longest row; the number of learned positions (only "learned" positions limit the length).
         layers, width, heads: depth, hidden size and attention heads.
+        embedding_width: size of the embedding vectors, projected to `width` before the first layer and, in the
+            head, back from it (ALBERT: Lan et al. 2020; ELECTRA-small: 128 for 256); None means `width`.
         kv_heads: key/value heads (grouped-query attention); None means `heads`.
         head_dim: size of a head; None means `width // heads`, which must then divide evenly.
         mlp_width: hidden size of the feed-forward layer; None means `4 * width`.
@@ -106,6 +108,7 @@ class EncoderConfig:
     layers: int = 12
     width: int = 768
     heads: int = 12
+    embedding_width: int | None = None
     kv_heads: int | None = None
     head_dim: int | None = None
     mlp_width: int | None = None
@@ -139,7 +142,7 @@ class EncoderConfig:
         for field in ("vocab_size", "max_length", "layers", "width", "heads", "vocab_multiple"):
             _integer(field, getattr(self, field), 1)
         _integer("token_types", self.token_types, 0)
-        for field in ("kv_heads", "head_dim", "mlp_width"):
+        for field in ("embedding_width", "kv_heads", "head_dim", "mlp_width"):
             if getattr(self, field) is not None:
                 _integer(field, getattr(self, field), 1)
         _choose("norm", self.norm, NORMS)
@@ -160,6 +163,11 @@ class EncoderConfig:
                 raise ValueError(f"model.{flag}={getattr(self, flag)!r}: expected True or False")
         self._check_heads()
         self._check_mask()
+        if self.resolved_embedding_width != self.width and self.tied_embeddings and not self.head_transform:
+            raise ValueError(
+                f"model.embedding_width={self.embedding_width}: tied embeddings need the head's transform to come from "
+                f"model.width={self.width} to it; set head_transform=True or tied_embeddings=False"
+            )
 
     def _check_heads(self) -> None:
         if self.head_dim is None and self.width % self.heads:
@@ -207,6 +215,22 @@ class EncoderConfig:
     def mask_pattern(self) -> tuple[str, ...]:
         """The masks that repeat over the layers; layer `i` has entry `i % len(pattern)`."""
         return (self.mask,) if isinstance(self.mask, str) else tuple(self.mask)
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """Size of each logical axis that a mesh axis may have to divide."""
+        return {
+            "vocab": self.padded_vocab_size,
+            "heads": self.heads,
+            "kv_heads": self.resolved_kv_heads,
+            "mlp": self.resolved_mlp_width,
+            "embed": self.width,
+            "length": self.max_length,
+        }
+
+    @property
+    def resolved_embedding_width(self) -> int:
+        return self.embedding_width if self.embedding_width is not None else self.width
 
     @property
     def resolved_head_dim(self) -> int:

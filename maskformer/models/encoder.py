@@ -37,12 +37,19 @@ _REMAT_POLICIES = {
 }
 
 
+def embedding_axis(config: EncoderConfig) -> tuple[str, int]:
+    """Logical name and size of the embedding vectors' axis."""
+    width = config.resolved_embedding_width
+    return ("embed" if width == config.width else "embed_factor"), width
+
+
 class Table(nnx.Module):
-    """A table of vectors looked up by index: [rows, width]."""
+    """A table of vectors looked up by index: [rows, embedding width]."""
 
     def __init__(self, rows: int, name: str, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.name, self.dtype = name, config.dtype("compute")
-        self.embedding = nnx.Param(initial_weights(rngs, (rows, config.width), config), logical_axes=(name, "embed"))
+        axis, width = embedding_axis(config)
+        self.embedding = nnx.Param(initial_weights(rngs, (rows, width), config), logical_axes=(name, axis))
 
     def whole_rows(self) -> jax.Array:
         """The table in the compute dtype with its rows gathered: lookups then stay with the device of their batch."""
@@ -55,7 +62,8 @@ class Table(nnx.Module):
 
 
 class Embeddings(nnx.Module):
-    """Token, position and token-type vectors, summed, normalised and dropped out."""
+    """Token, position and token-type vectors, summed, normalised, dropped out, and projected where they are narrower
+    (or wider) than the layers."""
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -64,7 +72,10 @@ class Embeddings(nnx.Module):
         types = config.token_types
         self.positions = Table(config.max_length, "positions", config, rngs=rngs) if learned else None
         self.token_types = Table(types, "token_types", config, rngs=rngs) if types else None
-        self.norm = Norm(config) if config.embedding_norm else None
+        axis, width = embedding_axis(config)
+        self.norm = Norm(config, width) if config.embedding_norm else None
+        sides = [(axis, width)], [("embed", config.width)]
+        self.project = Projection(*sides, config, rngs=rngs) if width != config.width else None
 
     def __call__(
         self,
@@ -81,7 +92,10 @@ class Embeddings(nnx.Module):
             x = x + self.token_types(jnp.zeros_like(tokens) if token_types is None else token_types)
         if self.norm is not None:
             x = self.norm(x)
-        return constrain(dropout(dropout_key, x, self.config.hidden_dropout), "batch", "length", "activation_embed")
+        x = dropout(dropout_key, x, self.config.hidden_dropout)
+        if self.project is not None:
+            x = self.project(x)
+        return constrain(x, "batch", "length", "activation_embed")
 
 
 class PredictionHead(nnx.Module):
@@ -89,25 +103,30 @@ class PredictionHead(nnx.Module):
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
-        rows, width = config.padded_vocab_size, config.width
-        square = [("embed", width)], [("embed_out", width)]
-        self.transform = Projection(*square, config, rngs=rngs) if config.head_transform else None
-        self.norm = Norm(config) if config.head_transform else None
+        rows = config.padded_vocab_size
+        axis, width = embedding_axis(config) if config.head_transform else ("embed", config.width)
+        sides = [("embed", config.width)], [("embed_out", width)]
+        self.transform = Projection(*sides, config, rngs=rngs) if config.head_transform else None
+        self.norm = Norm(config, width) if config.head_transform else None
         self.kernel, self.bias = None, None
         if not config.tied_embeddings:
             kernel = initial_weights(rngs, (rows, width), config)
-            self.kernel = nnx.data(nnx.Param(kernel, logical_axes=("vocab", "embed")))
+            self.kernel = nnx.data(nnx.Param(kernel, logical_axes=("vocab", axis)))
         if config.head_bias:
             self.bias = nnx.data(nnx.Param(jnp.zeros(rows, config.dtype("param")), logical_axes=("vocab",)))
+
+    @staticmethod
+    def products(config: EncoderConfig) -> int:
+        """Multiply-adds of the head at one position."""
+        width = config.resolved_embedding_width if config.head_transform else config.width
+        return width * config.padded_vocab_size + (config.width * width if config.head_transform else 0)
 
     def __call__(self, hidden: jax.Array, token_table: jax.Array) -> jax.Array:
         """`hidden` [batch, predicted, width] -> logits [batch, predicted, vocab_size] in the output dtype."""
         config = self.config
         compute, output = config.dtype("compute"), config.dtype("output")
         if self.transform is not None:
-            # A gated activation needs two inputs; its head uses the ungated function.
-            name = {"swiglu": "silu", "geglu": "gelu"}.get(config.activation, config.activation)
-            hidden = self.norm(activate(name, self.transform(hidden)))
+            hidden = self.norm(activate(_head_activation(config), self.transform(hidden)))
         kernel = token_table if self.kernel is None else self.kernel[...]
         logits = jax.lax.dot_general(
             hidden.astype(compute),
@@ -122,10 +141,35 @@ class PredictionHead(nnx.Module):
         return logits[..., : config.vocab_size]
 
 
-class Encoder(nnx.Module):
-    """Embeddings, layers whose parameters are stacked on a leading `layers` axis, and the prediction head."""
+class DetectionHead(nnx.Module):
+    """Hidden states to one logit for each position: was this token replaced? (ELECTRA: Clark et al. 2020)."""
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        embed = [("embed", config.width)]
+        self.transform = Projection(embed, [("embed_out", config.width)], config, rngs=rngs)
+        self.answer = Projection(embed, [("label", 1)], config, rngs=rngs)
+
+    @staticmethod
+    def products(config: EncoderConfig) -> int:
+        """Multiply-adds of the head at one position."""
+        return config.width**2 + config.width
+
+    def __call__(self, hidden: jax.Array, token_table: jax.Array) -> jax.Array:
+        """`hidden` [batch, length, width] -> logits [batch, length] in the output dtype; tokens are not looked up."""
+        hidden = activate(_head_activation(self.config), self.transform(hidden))
+        return self.answer(hidden)[..., 0].astype(self.config.dtype("output"))
+
+
+def _head_activation(config: EncoderConfig) -> str:
+    # A gated activation needs two inputs; the head uses its ungated function.
+    return {"swiglu": "silu", "geglu": "gelu"}.get(config.activation, config.activation)
+
+
+class Encoder(nnx.Module):
+    """Embeddings, layers whose parameters are stacked on a leading `layers` axis, and a head."""
+
+    def __init__(self, config: EncoderConfig, head: type[PredictionHead | DetectionHead], *, rngs: nnx.Rngs):
         @nnx.split_rngs(splits=config.layers)
         @nnx.vmap
         def stack(rngs: nnx.Rngs) -> Layer:
@@ -135,7 +179,7 @@ class Encoder(nnx.Module):
         self.embeddings = Embeddings(config, rngs=rngs)
         self.layers = stack(rngs)
         self.final_norm = Norm(config) if config.norm_position == "pre" else None
-        self.head = PredictionHead(config, rngs=rngs)
+        self.head = head(config, rngs=rngs)
 
     def encode(
         self,
@@ -156,6 +200,7 @@ class Encoder(nnx.Module):
         return x if self.final_norm is None else self.final_norm(x)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
+        """What the head makes of hidden states."""
         return self.head(hidden, self.embeddings.tokens.whole_rows())
 
     def _layer_inputs(self, positions: jax.Array) -> LayerInputs:

@@ -78,14 +78,14 @@ class Projection(nnx.Module):
 class Norm(nnx.Module):
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the last axis, statistics in float32."""
 
-    def __init__(self, config: EncoderConfig):
+    def __init__(self, config: EncoderConfig, width: int | None = None):
         self.epsilon = config.norm_epsilon
         self.centred = config.norm == "layernorm"
-        dtype = config.dtype("param")
-        self.scale = nnx.Param(jnp.ones(config.width, dtype), logical_axes=("norm",))
+        width, dtype = width or config.width, config.dtype("param")
+        self.scale = nnx.Param(jnp.ones(width, dtype), logical_axes=("norm",))
         self.bias = None
         if self.centred and config.norm_bias:
-            self.bias = nnx.data(nnx.Param(jnp.zeros(config.width, dtype), logical_axes=("norm",)))
+            self.bias = nnx.data(nnx.Param(jnp.zeros(width, dtype), logical_axes=("norm",)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -12,24 +12,26 @@ from flax import nnx
 
 from maskformer import masks
 from maskformer.models.config import EncoderConfig
-from maskformer.models.encoder import Encoder
+from maskformer.models.encoder import DetectionHead, Encoder, PredictionHead
 
 Params = dict[str, Any]
 
 
 class Model:
-    """An encoder whose parameters live outside it.
+    """An encoder with one head, whose parameters live outside it.
 
-    Made by `create`. The NNX module tree is split once; what is kept is its structure, and every method is a
-    pure function of `params`, safe under `jit`, `grad`, `vmap` and `shard_map`.
+    Made by `models.create`, with the head that predicts tokens; `DetectionHead` gives one logit for each position.
+    The NNX module tree is split once; what is kept is its structure, and every method is a pure function of
+    `params`, safe under `jit`, `grad`, `vmap` and `shard_map`.
 
     Attributes:
         config: the `EncoderConfig`.
     """
 
-    def __init__(self, config: EncoderConfig):
+    def __init__(self, config: EncoderConfig, head: type[PredictionHead | DetectionHead] = PredictionHead):
         self.config = config
-        abstract = nnx.eval_shape(lambda: Encoder(config, rngs=nnx.Rngs(params=0)))
+        self._head = head
+        abstract = nnx.eval_shape(lambda: Encoder(config, head, rngs=nnx.Rngs(params=0)))
         self._graph, self._state = nnx.split(abstract)
         self._masks = tuple(masks.parse(text) for text in config.mask_pattern)
 
@@ -38,7 +40,7 @@ class Model:
 
         Under `jit` with `out_shardings` every array is made directly where it will live.
         """
-        return _plain(nnx.as_pure(nnx.state(Encoder(self.config, rngs=nnx.Rngs(params=key)))))
+        return _plain(nnx.as_pure(nnx.state(Encoder(self.config, self._head, rngs=nnx.Rngs(params=key)))))
 
     def param_shapes(self) -> Params:
         """The tree of `init`, with `jax.ShapeDtypeStruct` leaves; computes nothing."""
@@ -106,7 +108,7 @@ class Model:
         token_types: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits [batch, predicted, vocab_size] in the output dtype.
+        """Logits [batch, predicted, vocab_size] in the output dtype; [batch, predicted] of a `DetectionHead`.
 
         Arguments as in `encode`, and:
             predict_positions: int [batch, predicted], indices into the row. The head runs on these positions
@@ -141,8 +143,10 @@ class Model:
         projections = config.width * head_dim * (2 * heads + 2 * kv_heads)
         feed_forward = (3 if config.gated else 2) * config.width * config.resolved_mlp_width
         attention = 2 * heads * head_dim * (length if attended is None else attended)
-        head = config.width * config.padded_vocab_size + (config.width**2 if config.head_transform else 0)
-        products = config.layers * (projections + feed_forward + attention) + predict_fraction * head
+        factor = config.resolved_embedding_width
+        embedding = factor * config.width if factor != config.width else 0
+        head = predict_fraction * self._head.products(config)
+        products = embedding + config.layers * (projections + feed_forward + attention) + head
         return 2.0 * products * (3 if training else 1)
 
     def _bind(self, params: Params) -> Encoder:
@@ -193,23 +197,6 @@ class Model:
             else:
                 combined.append(bound if mask is None else mask & bound)
         return tuple(combined)
-
-
-def create(config: EncoderConfig) -> Model:
-    """The model of `config`; see `Model`.
-
-    >>> from maskformer import models
-    >>> model = models.create(models.EncoderConfig(vocab_size=50, layers=2, width=16, heads=2))
-    >>> params = model.init(jax.random.key(0))
-    >>> tokens = jnp.ones((3, 8), jnp.int32)
-    >>> model.apply(params, tokens, predict_positions=jnp.array([[1, 5]] * 3)).shape
-    (3, 2, 50)
-    >>> model.logical_axes()["layers"]["attention"]["query"]["kernel"]
-    ('layers', 'embed', 'heads', 'head_dim')
-    """
-    if not isinstance(config, EncoderConfig):
-        raise TypeError(f"models.create takes an EncoderConfig; got {type(config).__name__}")
-    return Model(config)
 
 
 def _plain(tree: Any) -> Any:

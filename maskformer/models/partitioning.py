@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 PARAMETER_AXES = (
     "vocab",  # rows of the token table, entries of the logits
     "embed",  # the residual width
+    "embed_factor",  # the width of the embedding tables, where it is not the residual width
     "embed_out",  # the output side of the square dense layer in the prediction head
     "heads",  # query heads
     "kv_heads",  # key and value heads
@@ -26,6 +27,7 @@ PARAMETER_AXES = (
     "positions",  # rows of the learned position table
     "token_types",  # rows of the token-type table
     "layers",  # the stacking axis of the scanned layers
+    "label",  # the answers of a head that does not predict tokens
 )
 ACTIVATION_AXES = (
     "batch",

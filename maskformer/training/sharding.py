@@ -18,7 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maskformer import attention
-from maskformer.models import EncoderConfig
+from maskformer.models import ElectraConfig, EncoderConfig
 from maskformer.models.partitioning import Rules, logical_rules, partition_spec
 from maskformer.training.config import MeshConfig
 
@@ -33,6 +33,8 @@ RULES: Rules = {
     "mlp": "tensor",
     "embed": "fsdp",
     "embed_out": None,
+    "embed_factor": None,
+    "label": None,
     "head_dim": None,
     "norm": None,
     "positions": None,
@@ -107,18 +109,10 @@ def row_slice(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     return start // length, batch_size // length
 
 
-def create_rules(mesh: Mesh, config: EncoderConfig) -> tuple[Rules, list[str]]:
+def create_rules(mesh: Mesh, config: EncoderConfig | ElectraConfig) -> tuple[Rules, list[str]]:
     """`RULES` as far as the model's sizes divide over the mesh, and a line for each rule that they do not."""
-    sizes = {
-        "vocab": config.padded_vocab_size,
-        "heads": config.heads,
-        "kv_heads": config.resolved_kv_heads,
-        "mlp": config.resolved_mlp_width,
-        "embed": config.width,
-        "length": config.max_length,
-    }
     rules, dropped = dict(RULES), []
-    for name, size in sizes.items():
+    for name, size in config.axis_sizes.items():
         target = RULES[name]
         if isinstance(target, str) and size % mesh.shape[target]:
             rules[name] = None

@@ -47,5 +47,5 @@ def test_every_choice_that_an_error_offers_is_accepted():
 
 
 def test_create_refuses_what_is_not_a_config():
-    with pytest.raises(TypeError, match="models.create takes an EncoderConfig; got dict"):
+    with pytest.raises(TypeError, match="models.create takes an EncoderConfig or an ElectraConfig; got dict"):
         models.create({"vocab_size": 10})

@@ -21,7 +21,9 @@ RULES = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
-    **dict.fromkeys(("embed", "embed_out", "head_dim", "norm", "positions", "token_types", "layers")),
+    **dict.fromkeys(
+        ("embed", "embed_factor", "embed_out", "head_dim", "label", "norm", "positions", "token_types", "layers")
+    ),
 }
 
 
