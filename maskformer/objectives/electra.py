@@ -18,6 +18,7 @@ from maskformer.objectives.select import ORDER
 from maskformer.objectives.vocabulary import Vocabulary, is_any_of
 
 SAMPLE = 90
+QUESTIONS = ("all", "masked")
 
 
 @jax.tree_util.register_dataclass
@@ -26,7 +27,7 @@ class Discrimination:
     """What the discriminator reads and answers: was this token replaced? All `[batch, length]`.
 
     `labels` float32, 1 where the input differs from the original token; a sample that equals it counts as original.
-    `loss_weights` float32, 1 on every token that is not padding.
+    `loss_weights` float32, 1 on every token that is asked about: all that are not padding, or those that were masked.
     """
 
     input_tokens: jax.Array
@@ -46,6 +47,7 @@ class Electra(Objective):
     replace: Replace = None  # type: ignore[assignment]
     avoid: tuple[int, ...] = ()
     discriminator_weight: float = 50.0
+    discriminate_at: str = "all"
 
     def row(self, key, row, rate, token_weights):
         member = row.valid & ~is_any_of(row.tokens, self.avoid, self.vocabulary.size)
@@ -80,10 +82,15 @@ class Electra(Objective):
         is a third, unrelated token).
         """
         tokens = jnp.asarray(batch["tokens"], jnp.int32)
-        valid = jnp.asarray(batch["segment_ids"]) > 0
         epoch = jnp.asarray(batch["epoch"], jnp.int32)
         example_id = jnp.asarray(batch["example_id"], jnp.int32)
-        return _discriminate(self, key, epoch, example_id, tokens, valid, corrupted, jax.lax.stop_gradient(logits))
+        inputs = _fill(self, key, epoch, example_id, tokens, corrupted, jax.lax.stop_gradient(logits))
+        return Discrimination(inputs, (inputs != tokens).astype(jnp.float32), self.questions(corrupted))
+
+    def questions(self, corrupted: Corrupted) -> jax.Array:
+        """float32 `[batch, length]`: 1 on every token that the discriminator is asked about."""
+        asked = corrupted.segment_ids > 0 if self.discriminate_at == "all" else corrupted.selected
+        return asked.astype(jnp.float32)
 
     def discriminator_loss(
         self, logits: jax.Array, discrimination: Discrimination
@@ -98,10 +105,11 @@ class Electra(Objective):
 
 
 @partial(jax.jit, static_argnums=0)
-def _discriminate(objective, key, epoch, example_id, tokens, valid, corrupted, logits) -> Discrimination:
+def _fill(objective, key, epoch, example_id, tokens, corrupted, logits) -> jax.Array:
+    """The batch's tokens with the generator's samples in its positions, int32 `[batch, length]`."""
     keys = randomness.row_keys(key, epoch, example_id, objective.static_copies)
 
-    def fill(key, tokens, valid, positions, weights, logits):
+    def fill(key, tokens, positions, weights, logits):
         noise = randomness.uniform(key, SAMPLE, logits.shape)
         gumbel = -jnp.log(-jnp.log(jnp.maximum(noise, 2.0**-25)))
         sampled = jnp.argmax(logits.astype(jnp.float32) + gumbel, axis=-1).astype(jnp.int32)
@@ -111,12 +119,9 @@ def _discriminate(objective, key, epoch, example_id, tokens, valid, corrupted, l
         at = jnp.where(weights > 0, positions, length)
         first = jnp.full(length, positions.shape[0], jnp.int32).at[at].min(slot, mode="drop")
         filled = first < positions.shape[0]
-        inputs = jnp.where(filled, sampled[jnp.minimum(first, positions.shape[0] - 1)], tokens)
-        return Discrimination(inputs, (inputs != tokens).astype(jnp.float32), valid.astype(jnp.float32))
+        return jnp.where(filled, sampled[jnp.minimum(first, positions.shape[0] - 1)], tokens)
 
-    return jax.vmap(fill)(
-        keys, tokens, valid, corrupted.predict_positions, corrupted.loss_weights, logits
-    )
+    return jax.vmap(fill)(keys, tokens, corrupted.predict_positions, corrupted.loss_weights, logits)
 
 
 def electra(
@@ -127,6 +132,7 @@ def electra(
     replacement: Sequence[float] = (0.85, 0.0, 0.15),
     max_predictions: int | None = None,
     discriminator_weight: float = 50.0,
+    discriminate_at: str = "all",
     static_copies: int = 0,
 ) -> Electra:
     """Replaced token detection (Clark et al. 2020; `pretrain_helpers.py`).
@@ -137,6 +143,7 @@ def electra(
     Args:
       rate, replacement, max_predictions, static_copies: as in `mlm`.
       discriminator_weight: factor of the discriminator's mean loss beside the generator's.
+      discriminate_at: `all` tokens, or only the `masked` ones ("ELECTRA 15%" of the paper's table 5).
 
     >>> electra(Vocabulary(size=100, pad=0, mask=4), 128).budget
     19
@@ -145,13 +152,16 @@ def electra(
     vocabulary.require("mask", "electra")
     if max_predictions is not None and not 1 <= max_predictions <= length:
         raise ValueError(f"max_predictions={max_predictions}: expected between 1 and the row length {length}")
+    if discriminate_at not in QUESTIONS:
+        raise ValueError(f"discriminate_at={discriminate_at!r}: expected one of {', '.join(QUESTIONS)}")
     if not discriminator_weight >= 0:
         raise ValueError(f"discriminator_weight={discriminator_weight}: expected at least 0")
     count = Count("round", rate, length, minimum=1, maximum=max_predictions)
     return Electra(
         "electra", vocabulary, length, count.largest(), rate, static_copies,
-        description=f"electra: rate {rate:g}, (mask, random, keep) {policy}",
+        description=f"electra: rate {rate:g}, (mask, random, keep) {policy}, asks about {discriminate_at} tokens",
         count=count, replace=Replace(policy, vocabulary.mask, vocabulary.size),
         avoid=vocabulary.ids(("pad", "mask", "cls", "sep", "bos", "eos", "sentinels", "special")),
         discriminator_weight=float(discriminator_weight),
+        discriminate_at=discriminate_at,
     )

@@ -123,12 +123,13 @@ class Objective:
         self, logits: jax.Array, corrupted: Corrupted, label_smoothing: float = 0.0
     ) -> tuple[jax.Array, jax.Array]:
         """(loss_sum, weight_sum) of `logits` `[batch, budget, vocabulary]`; divide once, globally."""
-        loss_sum, weight_sum = losses.cross_entropy(
-            logits, corrupted.target_tokens, corrupted.loss_weights, label_smoothing
-        )
-        if corrupted.denominators is not None:
-            weight_sum = jnp.sum(corrupted.denominators.astype(jnp.float32))
-        return loss_sum, weight_sum
+        loss_sum, _ = losses.cross_entropy(logits, corrupted.target_tokens, corrupted.loss_weights, label_smoothing)
+        return loss_sum, self.weight_sum(corrupted)
+
+    def weight_sum(self, corrupted: Corrupted) -> jax.Array:
+        """The denominator of `loss`, float32, which no logit has a part in: it is known before any forward pass."""
+        rows = corrupted.loss_weights if corrupted.denominators is None else corrupted.denominators
+        return jnp.sum(rows.astype(jnp.float32))
 
 
 @partial(jax.jit, static_argnums=0)
