@@ -2,19 +2,30 @@
 
 from maskformer.evaluation.bound import create_bound_step, finish_bound, hide
 from maskformer.evaluation.fill import Guess, fill_masks
+from maskformer.evaluation.likelihood import create_nll_step, finish_nll
 from maskformer.evaluation.metrics import KINDS, Sums, finish, prediction_sums
+from maskformer.evaluation.pseudo import create_pseudo_step, finish_pseudo
+from maskformer.evaluation.text_bytes import SplitBytes, bytes_of_tokens, split_bytes, token_bytes
 from maskformer.evaluation.unigram import unigram_baseline, unigram_log_probs
 
 __all__ = [
     "KINDS",
     "Guess",
+    "SplitBytes",
     "Sums",
+    "bytes_of_tokens",
     "create_bound_step",
+    "create_nll_step",
+    "create_pseudo_step",
     "fill_masks",
     "finish",
     "finish_bound",
+    "finish_nll",
+    "finish_pseudo",
     "hide",
     "prediction_sums",
+    "split_bytes",
+    "token_bytes",
     "unigram_baseline",
     "unigram_log_probs",
 ]

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskformer.evaluation.metrics import Sums
+from maskformer.evaluation.text_bytes import SplitBytes, bits_per_byte, bytes_of_tokens
 from maskformer.objectives import Corrupted, randomness
 from maskformer.objectives.loss import suppress, token_cross_entropy
 from maskformer.objectives.vocabulary import is_any_of
@@ -66,6 +67,7 @@ def create_bound_step(
     samples: int = 8,
     estimator: str = "count",
     visible: tuple[int, ...] = (),
+    token_bytes: np.ndarray | None = None,
 ) -> Callable[[Any, Batch], Sums]:
     """A function `params, batch -> sums` that estimates the bound on one batch; jit it, add up, `finish_bound`.
 
@@ -84,6 +86,7 @@ def create_bound_step(
         "time" draws a probability t in [0.001, 1] for every token (Sahoo et al. 2024), which leaves out the last
         thousandth of the integral.
       visible: ids that are never hidden and not counted: the likelihood is then that of the other tokens given these.
+      token_bytes: from `evaluation.token_bytes`, to count the bytes behind the tokens too; None leaves them out.
 
     Raises:
       ValueError: `samples` is odd or below 2, or an unknown estimator.
@@ -120,11 +123,15 @@ def create_bound_step(
 
         halves, _ = jax.lax.scan(one_sample, jnp.zeros((2, tokens.shape[0])), jnp.arange(samples))
         tokens_counted = jnp.sum(size).astype(jnp.float32)
-        return {
+        sums = {
             "nats": jnp.stack([jnp.sum(halves) / 2, tokens_counted]),
             # The variance of the mean of two independent estimates, itself estimated from their difference.
             "variance": jnp.stack([jnp.sum((halves[0] - halves[1]) ** 2) / 4, tokens_counted]),
         }
+        if token_bytes is not None:
+            size_in_bytes = bytes_of_tokens(jnp.asarray(token_bytes), tokens, batch["segment_ids"], batch["positions"])
+            sums["decoded_bytes"] = jnp.stack([jnp.sum(size_in_bytes * counted).astype(jnp.float32), tokens_counted])
+        return sums
 
     return bound_step
 
@@ -135,13 +142,16 @@ def _ranks(bits: jax.Array, member: jax.Array) -> jax.Array:
     return jnp.argsort(order, axis=1).astype(jnp.int32)
 
 
-def finish_bound(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+def finish_bound(sums: Mapping[str, np.ndarray], split: SplitBytes | None = None) -> dict[str, float]:
     """The bound from merged sums, all of it marked as one.
+
+    Args:
+      split: the bytes of the split, when the step counted bytes.
 
     Returns:
       `nll_bound`: nats per counted token, an upper bound in expectation. `nll_bound_stderr`: the standard error that
       the sampling of masks leaves in it; the choice of texts is not in it. `perplexity_bound`: its exponential.
-      `tokens`: how many were counted.
+      `bits_per_byte_bound`: all nats over the bytes that the counted tokens stand for. `tokens`, `bytes`: how many.
 
     Raises:
       ValueError: nothing was counted.
@@ -150,9 +160,12 @@ def finish_bound(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
     if not tokens > 0:
         raise ValueError("the bound counted no token: the split is empty, or every token of it is left visible")
     bound = nats / tokens
-    return {
+    results = {
         "nll_bound": bound,
         "nll_bound_stderr": math.sqrt(float(sums["variance"][0])) / tokens,
         "perplexity_bound": math.exp(min(bound, 700.0)),
         "tokens": tokens,
     }
+    if split is not None:
+        results |= bits_per_byte("bits_per_byte_bound", nats, sums, split)
+    return results
