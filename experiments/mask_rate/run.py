@@ -5,58 +5,39 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments import cards
-from experiments.mask_rate.config import RATES, SEEDS, get_config, sweep
+from experiments.mask_rate.config import RATES, get_config, sweep
 from maskformer.training import runs
 
-HERE = pathlib.Path(__file__).parent
 RATE_MARGIN = 0.05  # nats; one part in a hundred of the loss
 CHANCE_MARGIN = 0.25  # of the unigram baseline's accuracy
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--workdir", default="runs/mask_rate", help="folder of the runs; complete runs are kept")
-    parser.add_argument("--steps", type=int, help="steps of a run, to try the card quickly (default: the config's)")
-    parser.add_argument("--output", default=str(HERE), help="folder for results.json, results.md and results.png")
-    arguments = parser.parse_args()
-    workdir = pathlib.Path(arguments.workdir)
-    # Runs of one rate share their programs.
-    jax.config.update("jax_compilation_cache_dir", str((workdir / "xla").absolute()))
-
-    config = get_config()
-    if arguments.steps is not None:
-        config.train.steps = arguments.steps
-        config.optimizer.warmup_steps = max(arguments.steps // 10, 1)
-        config.evaluation.every = config.checkpoint.every = arguments.steps
-    cards.train_arms(config, sweep(), workdir)
-    results = evaluate(workdir)
-    write(results, pathlib.Path(arguments.output))
+def main(argv: Sequence[str] | None = None) -> None:
+    cards.main("mask_rate", cards.arms_of(get_config(), sweep()), evaluate, write, argv)
 
 
-def evaluate(workdir: pathlib.Path) -> dict[str, Any]:
+def evaluate(workdir: pathlib.Path, seeds: Sequence[int]) -> dict[str, Any]:
     """Test loss and accuracy of every model at every evaluation rate: [seed, train rate, eval rate]."""
-    shape = (len(SEEDS), len(RATES), len(RATES))
+    shape = (len(seeds), len(RATES), len(RATES))
     loss, accuracy, unigram = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-    for s, seed in enumerate(SEEDS):
+    for s, seed in enumerate(seeds):
         for t, train_rate in enumerate(RATES):
-            run = runs.load(workdir / cards.arm_name({"seed": seed, "objective.rate": train_rate}), checkpoint="latest")
+            name = cards.arm_name({"seed": seed, "objective.rate": train_rate})
+            run = runs.load(workdir / name, checkpoint="latest")
             for e, eval_rate in enumerate(RATES):
                 metrics = run.evaluate("test", {"rate": eval_rate})
                 loss[s, t, e], accuracy[s, t, e] = metrics["loss"], metrics["accuracy"]
                 unigram[s, t, e] = metrics["unigram_accuracy"]
     return {
         "rates": list(RATES),
-        "seeds": list(SEEDS),
         "axes": "seed, train rate, evaluation rate",
         "loss": loss.tolist(),
         "accuracy": accuracy.tolist(),
@@ -86,25 +67,20 @@ def claims(results: dict[str, Any]) -> list[cards.Claim]:
 
 
 def write(results: dict[str, Any], output: pathlib.Path) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    table = f"{matrix(results)}\n\n{cards.claims_table(claims(results))}\n"
-    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (output / "results.md").write_text(table)
+    (output / "results.md").write_text(f"{matrix(results)}\n\n{cards.claims_table(claims(results))}\n")
     draw(results, output / "results.png")
-    print(table)
 
 
 def matrix(results: dict[str, Any]) -> str:
     """Train rate x evaluation rate: perplexity and accuracy, mean and standard deviation over seeds."""
     loss, accuracy = np.array(results["loss"]), np.array(results["accuracy"])
-    spread = loss.std(0, ddof=1) if len(results["seeds"]) > 1 else np.zeros(loss.shape[1:])
     lines = [
         "| trained at | " + " | ".join(f"evaluated at {rate:.0%}" for rate in results["rates"]) + " |",
         "|---" * (len(results["rates"]) + 1) + "|",
     ]
     for t, rate in enumerate(results["rates"]):
         cells = [
-            f"ppl {math.exp(loss[:, t, e].mean()):.1f} (loss ±{spread[t, e]:.3f}), "
+            f"ppl {math.exp(loss[:, t, e].mean()):.1f} (loss {cards.spread(loss[:, t, e])}), "
             f"accuracy {accuracy[:, t, e].mean():.1%}"
             for e in range(len(results["rates"]))
         ]
