@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import rich.console
 import rich.progress
+import rich.table
 
 from maskformer.training.config import WriterConfig
 
@@ -124,7 +125,10 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
 
 
 class Progress:
-    """A live bar on a terminal (step, loss, accuracy, tokens/s, TFLOP/s or MFU, time left); plain lines elsewhere."""
+    """A live bar on a terminal (step, loss, accuracy, tokens/s, MFU, time left); plain lines elsewhere.
+
+    The bar takes the room that the numbers leave, and they fit in eighty columns.
+    """
 
     def __init__(self, steps: int, start: int, live: bool):
         self._console = rich.console.Console(stderr=False, highlight=False, soft_wrap=True)
@@ -133,22 +137,28 @@ class Progress:
         if self._live:
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("step {task.completed}/{task.total}"),
-                rich.progress.BarColumn(bar_width=10),
+                rich.progress.BarColumn(bar_width=None, table_column=rich.table.Column(ratio=1)),
                 rich.progress.TextColumn("{task.fields[metrics]}"),
                 rich.progress.TextColumn("eta"),
                 rich.progress.TimeRemainingColumn(),
                 console=self._console,
+                expand=True,
             )
             self._task = self._bar.add_task("train", total=steps, completed=start, metrics="compiling")
             self._bar.start()
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
-        speed = f"{metrics['tokens_per_second']:,.0f} tok/s " if "tokens_per_second" in metrics else ""
+        text = f"loss {metrics['loss']:.4f} "
+        if "discriminator_loss" in metrics:
+            text += f"disc {metrics['discriminator_loss']:.4f}"
+        else:
+            text += f"acc {metrics['accuracy']:.2%}"
+        if "tokens_per_second" in metrics:
+            text += f" {metrics['tokens_per_second']:,.0f} tok/s"
         if "mfu" in metrics:
-            speed += f"MFU {metrics['mfu']:.1%}"
-        elif "tflops_per_second" in metrics:
-            speed += f"{metrics['tflops_per_second']:.3f} TFLOP/s"
-        text = f"loss {metrics['loss']:.4f} acc {metrics['accuracy']:.2%} {speed}"
+            text += f" MFU {metrics['mfu']:.1%}"
+        elif "tflops_per_second" in metrics and not self._live:
+            text += f" {metrics['tflops_per_second']:.3f} TFLOP/s"
         if self._live:
             self._bar.update(self._task, completed=step, metrics=text)
             return

@@ -1,0 +1,42 @@
+"""The line that a terminal shows while a run trains."""
+
+import io
+
+import pytest
+import rich.console
+
+from maskformer.training import writers
+
+FAST = dict(loss=10.12345, accuracy=0.12345, tokens_per_second=123456.7, tflops_per_second=123.4, mfu=0.4123)
+SLOW = {name: value for name, value in FAST.items() if name != "mfu"}
+
+
+@pytest.mark.parametrize(
+    "metrics, shown",
+    [
+        (FAST, "loss 10.1235 acc 12.35% 123,457 tok/s MFU 41.2%"),
+        (SLOW, "loss 10.1235 acc 12.35% 123,457 tok/s"),
+        ({**FAST, "discriminator_loss": 0.41234}, "loss 10.1235 disc 0.4123 123,457 tok/s MFU 41.2%"),
+    ],
+)
+def test_the_live_line_fits_eighty_columns_whole(metrics, shown, monkeypatch):
+    screen = io.StringIO()
+    console = rich.console.Console(file=screen, force_terminal=True, width=80, color_system=None, soft_wrap=True)
+    monkeypatch.setattr(writers.rich.console, "Console", lambda **options: console)
+    progress = writers.Progress(50_000, 0, live=True)
+    progress.train(12_345, metrics)
+    progress._bar.refresh()
+    progress.close()
+    lines = [line.removeprefix("\x1b[2K") for line in screen.getvalue().replace("\r", "\n").split("\n")]
+    last = [line for line in lines if "loss" in line][-1]
+    assert len(last) <= 80 and last.startswith("step 12345/50000 ") and shown in last
+    assert last.rstrip().endswith("eta -:--:--"), last
+
+
+def test_a_line_that_is_not_on_a_terminal_says_the_speed_in_flops(capsys):
+    progress = writers.Progress(100, 0, live=True)
+    progress.train(50, SLOW)
+    progress.close()
+    assert capsys.readouterr().out.startswith(
+        "step 50/100  loss 10.1235 acc 12.35% 123,457 tok/s 123.400 TFLOP/s  eta 0:00"
+    )
