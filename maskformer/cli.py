@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import logging
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 # The exit codes a launcher sees. A usage error is 2, as in argparse; 75 (EX_TEMPFAIL) asks to be run again.
 EX_USAGE = 2
@@ -47,14 +49,66 @@ def train(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
 
 
 def evaluate(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
-    """Evaluate a run's best checkpoint on a split, with the masks of the run's own evaluations."""
-    from maskformer.training import distributed, runs
+    """Evaluate runs on a split: one run as JSON, several runs or rates as a table."""
+    from maskformer.training import comparison, distributed
 
+    columns = _evaluation_columns(arguments)
     distributed.initialize()
-    run = runs.load(arguments.workdir, overrides=config_flags, checkpoint=arguments.checkpoint)
-    results = run.evaluate(arguments.split)
-    print(json.dumps({"workdir": arguments.workdir, "step": run.step, "split": arguments.split, **results}, indent=2))
+    compared = comparison.compare(
+        arguments.workdir, columns, arguments.split, overrides=config_flags, checkpoint=arguments.checkpoint
+    )
+    if len(arguments.workdir) > 1 or arguments.rates:
+        print(compared.table())
+        results: dict[str, Any] = compared.to_dict()
+    else:
+        (run,) = compared.to_dict()["runs"]
+        cells = run.pop("results")
+        # One measure's results stand beside the run; several keep their names, which they share in part.
+        results = {**run, "split": arguments.split, **(cells if len(cells) > 1 else next(iter(cells.values())))}
+        print(json.dumps(results, indent=2))
+        for column, cell in compared.cells[run["workdir"]].items():
+            print(f"{column}: {cell if isinstance(cell, str) else comparison.summary(cell)}", file=sys.stderr)
+    if arguments.json:
+        pathlib.Path(arguments.json).write_text(json.dumps(results, indent=2) + "\n")
     return 0
+
+
+METRICS = ("loss", "nll", "nll_bound", "pseudo_perplexity")
+
+
+def _evaluation_columns(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What to do with each run, by name; every flag is used or refused."""
+    from maskformer.training import comparison
+
+    metrics = list(dict.fromkeys(arguments.metric))
+    split = arguments.split
+    options: dict[str, dict[str, Any]] = {metric: {} for metric in METRICS}
+    for flag, value, metric, option in (
+        ("--samples", arguments.samples, "nll_bound", "samples"),
+        ("--estimator", arguments.estimator, "nll_bound", "estimator"),
+        ("--every", arguments.every, "pseudo_perplexity", "every"),
+        ("--within-word-l2r", arguments.within_word_l2r or None, "pseudo_perplexity", "within_word_l2r"),
+        ("--objective", arguments.objective, "loss", "objective"),
+        ("--rates", arguments.rates, "loss", "rates"),
+    ):
+        if value is None:
+            continue
+        if metric not in metrics:
+            raise ValueError(f"{flag}: belongs to --metric={metric}, and only {', '.join(metrics)} is asked for")
+        options[metric][option] = value
+    objective = {} if arguments.objective is None else {"name": arguments.objective}
+    columns: dict[str, Any] = {}
+    if "loss" in metrics and arguments.rates:
+        columns |= comparison.rate_columns(arguments.rates, split, objective)
+    elif "loss" in metrics:
+        columns[arguments.objective or "loss"] = lambda run: run.evaluate(split, objective)
+    if "nll" in metrics:
+        columns["nll"] = lambda run: run.nll(split)
+    if "nll_bound" in metrics:
+        columns["nll_bound"] = lambda run: run.nll_bound(split, **options["nll_bound"])
+    if "pseudo_perplexity" in metrics:
+        columns["pseudo_perplexity"] = lambda run: run.pseudo_perplexity(split, **options["pseudo_perplexity"])
+    return columns
 
 
 def fill(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
@@ -162,16 +216,49 @@ def report(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     return 0
 
 
-def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="maskformer", description=__doc__.partition("\n")[0])
+class UsageError(ValueError):
+    """The command line makes no sense; the parser that says so knows the flags that there are."""
+
+    def __init__(self, message: str, parser: Parser):
+        super().__init__(message)
+        self.parser = parser
+
+
+class Parser(argparse.ArgumentParser):
+    """As argparse has it, but a mistake is an exception of one line that names what was probably meant."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        self.flags: list[str] = []
+        super().__init__(*arguments, **options)
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        self.flags += [name for name in names if name.startswith("--")]
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, self)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            name = action.option_strings[-1] if action.option_strings else action.dest
+            raise UsageError(f"{name} {value!r}: expected one of {_choices(value, action.choices)}", self)
+
+
+def _choices(value: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(value), list(known), n=1)
+    return ", ".join(known) + (f"; did you mean {close[0]!r}?" if close else "")
+
+
+def create_parser() -> Parser:
+    parser = Parser(prog="maskformer", description=__doc__.partition("\n")[0])
     parser.add_argument("--verbose", action="store_true", help="show the libraries' own log lines too")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add(function: Callable[..., int], epilog: str | None = None) -> argparse.ArgumentParser:
+    def add(function: Callable[..., int], epilog: str | None = None) -> Parser:
         summary = (function.__doc__ or "").partition("\n")[0]
         name = function.__name__.replace("_", "-")
         command = commands.add_parser(name, help=summary, description=summary, epilog=epilog)
-        command.set_defaults(run=function)
+        command.set_defaults(run=function, parser=command)
         return command
 
     command = add(train, CONFIG_HELP)
@@ -180,9 +267,26 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument("--sweep-index", type=int, help="train this run of the sweep, in WORKDIR/INDEX")
 
     command = add(evaluate, "--config.evaluation.KEY=VALUE changes how it is evaluated")
-    command.add_argument("--workdir", required=True)
+    command.add_argument("--workdir", required=True, nargs="+", help="folder of a run; several make a table")
     command.add_argument("--split", default="test")
     command.add_argument("--checkpoint", default="best", choices=("best", "latest"))
+    command.add_argument(
+        "--metric",
+        nargs="+",
+        default=["loss"],
+        choices=METRICS,
+        help="loss: the objective's own, and accuracies; nll: exact, with bits per byte; nll_bound: the diffusion "
+        "bound; pseudo_perplexity: every token from all others",
+    )
+    command.add_argument("--objective", metavar="NAME", help="evaluate under this objective (default: the run's own)")
+    command.add_argument("--rates", nargs="+", type=float, metavar="RATE", help="evaluate at each corruption rate")
+    command.add_argument("--samples", type=int, help="nll_bound: maskings of each row (default 8)")
+    command.add_argument("--estimator", choices=("count", "time"), help="nll_bound: what is drawn (default count)")
+    command.add_argument("--every", type=int, metavar="K", help="pseudo_perplexity: score every K-th token")
+    command.add_argument(
+        "--within-word-l2r", action="store_true", help="pseudo_perplexity: hide later pieces of the word too"
+    )
+    command.add_argument("--json", metavar="FILE", help="write the results to a file too")
 
     command = add(fill)
     command.add_argument("text", nargs="*", help="text with [MASK] in it; default: masked sentences of the test split")
@@ -221,7 +325,14 @@ def create_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a usage error is one line on stderr and exit code 2."""
-    arguments, rest = create_parser().parse_known_args(argv)
+    try:
+        arguments, rest = create_parser().parse_known_args(argv)
+        for flag in rest:
+            if not flag.startswith(("--config=", "--config.")):
+                raise UsageError(f"argument {flag!r}: no such flag here", arguments.parser)
+    except UsageError as error:
+        print(f"error: {error}{_hint(error.parser, sys.argv[1:] if argv is None else argv)}", file=sys.stderr)
+        return EX_USAGE
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(message)s")
     if not arguments.verbose:
         logging.getLogger("absl").setLevel(logging.ERROR)
@@ -237,9 +348,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EX_USAGE
 
 
+def _hint(parser: Parser, argv: Sequence[str]) -> str:
+    """The flag that was probably meant by one that the parser does not know."""
+    for flag in (argument.partition("=")[0] for argument in argv if argument.startswith("--")):
+        close = difflib.get_close_matches(flag, parser.flags, n=1)
+        if flag not in parser.flags and not flag.startswith("--config") and close:
+            return f"; instead of {flag}, did you mean {close[0]}?"
+    return "" if parser.prog == "maskformer" else f"; see {parser.prog} --help"
+
+
 def _no_flags(rest: Sequence[str]) -> None:
     if rest:
-        raise ValueError(f"argument {rest[0]!r}: this command has no such flag; see maskformer COMMAND --help")
+        raise ValueError(f"argument {rest[0]!r}: this command reads no recipe; see maskformer COMMAND --help")
 
 
 def _print_fill(run, text: str, top: int) -> None:  # type: ignore[no-untyped-def]

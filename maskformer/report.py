@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from maskformer.training.tables import markdown_table
 from maskformer.training.writers import read_metrics
 
 # Which curves are worth a panel, with their axis labels.
@@ -52,10 +53,7 @@ def table(workdirs: Sequence[str | pathlib.Path]) -> str:
                 *(_number(last, key, ".2%") for key in ("accuracy", "accuracy_top5", "unigram_accuracy")),
             ]
         )
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines_ = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [header, *rows]]
-    lines_.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines_)
+    return markdown_table(header, rows)
 
 
 def draw_curves(workdirs: Sequence[str | pathlib.Path], output: str | pathlib.Path) -> None:

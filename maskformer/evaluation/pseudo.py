@@ -102,7 +102,7 @@ def _turns(scored: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 def _words(text: jax.Array, batch: Batch) -> jax.Array:
-    """int32 [batch, length]: the index of each text token's word in its row; a special token or a new segment ends one."""
+    """int32 [batch, length]: each text token's word, counted along the row; a special token or a segment ends one."""
     previous = jnp.concatenate([jnp.zeros_like(text[:, :1]), text[:, :-1]], axis=1)
     starts = text & (batch["word_starts"] | ~previous | (batch["positions"] == 0))
     return jnp.cumsum(starts, axis=1)
@@ -113,7 +113,7 @@ def finish_pseudo(sums: Mapping[str, np.ndarray], split: SplitBytes | None = Non
 
     Returns:
       `pseudo_nll`: nats per scored token. `pseudo_perplexity`: its exponential. `pseudo_bits_per_byte`. `scored`,
-      `tokens`, `bytes`: tokens scored, text tokens in the rows that were read, and bytes that the scored ones stand for.
+      `tokens`, `bytes`: tokens scored, text tokens in the rows that were read, bytes behind the scored ones.
 
     Raises:
       ValueError: nothing was scored.

@@ -255,8 +255,8 @@ class ExperimentConfig:
     writers: WriterConfig
 
     def create_objective(self, vocabulary: objectives.Vocabulary, **changes: Any) -> Any:
-        """The training objective over rows of `data.length` tokens, with some parameters changed."""
-        return _create_objective({**self.objective, **changes}, vocabulary, self.data.length)
+        """The training objective over rows of `data.length` tokens, with some parameters changed, or another one."""
+        return _create_objective(change_objective(self.objective, changes), vocabulary, self.data.length)
 
     def create_encoder_config(self, vocabulary: objectives.Vocabulary) -> EncoderConfig:
         """The model's shape; its vocabulary comes from the tokenizer and its positions from the row length."""
@@ -325,7 +325,7 @@ def resolve(config: Mapping[str, Any]) -> ExperimentConfig:
     sections = {name: _build(section, config[name], name) for name, section in _SECTIONS.items()}
     if "name" not in config["objective"]:
         raise ValueError("objective.name is missing: expected the name of an objective, such as 'mlm'")
-    evaluated = {**config["objective"], **sections["evaluation"].objective}
+    evaluated = change_objective(config["objective"], sections["evaluation"].objective)
     for section in (config["objective"], evaluated):
         _create_objective(section, _vocabulary_to_be(sections["data"]), sections["data"].length)
     names = {field.name for field in dataclasses.fields(EncoderConfig)} - set(_DERIVED_MODEL_FIELDS)
@@ -348,6 +348,18 @@ def plain(config: Any) -> Any:
     if isinstance(config, list | tuple):
         return [plain(value) for value in config]
     return config
+
+
+def change_objective(section: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """An objective's section with `changes`; another `name` drops the parameters, which are those of the first one.
+
+    >>> change_objective({"name": "mlm", "rate": 0.15}, {"rate": 0.4})
+    {'name': 'mlm', 'rate': 0.4}
+    >>> change_objective({"name": "mlm", "rate": 0.15}, {"name": "causal_lm"})
+    {'name': 'causal_lm'}
+    """
+    kept = section if changes.get("name", section["name"]) == section["name"] else {}
+    return {**kept, **changes}
 
 
 def _create_objective(section: Mapping[str, Any], vocabulary: objectives.Vocabulary, length: int) -> Any:

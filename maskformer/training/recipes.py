@@ -93,8 +93,15 @@ def load_sweep(recipe: str, name: str = "sweep") -> list[dict[str, Any]]:
     module = _load_recipe(path)
     function = name if name == "sweep" else f"sweep_{name}"
     if function not in module:
-        known = sorted(key.removeprefix("sweep_") for key in module if key == "sweep" or key.startswith("sweep_"))
-        raise ValueError(f"--sweep={name}: {path} has no {function}(); it has {', '.join(known) or 'none'}")
+        named = sorted(key.removeprefix("sweep_") for key in module if key.startswith("sweep_"))
+        known = [*(["sweep"] if "sweep" in module else []), *named]
+        if not known:
+            raise ValueError(
+                f"{path} has no sweep: give it a function sweep(), or sweep_NAME() for --sweep=NAME, that yields dicts "
+                "of config keys and values"
+            )
+        asked = "no sweep() of its own" if name == "sweep" else f"no {function}()"
+        raise ValueError(f"--sweep={name}: {path} has {asked}; use --sweep={' or --sweep='.join(known)}")
     takes_arg = bool(inspect.signature(module[function]).parameters)
     sweep: Iterator[dict[str, Any]] = module[function](arg) if takes_arg else module[function]()
     return list(sweep)

@@ -17,10 +17,11 @@ import numpy as np
 from maskformer import data, evaluation, models, objectives
 from maskformer.models.partitioning import Rules
 from maskformer.objectives.mixture import Mixture
+from maskformer.objectives.sequence import CausalLM, FillInTheMiddle, PrefixLM
 from maskformer.training import recipes, sharding
 from maskformer.training.checkpoints import restore_params
-from maskformer.training.config import EvaluationConfig, ExperimentConfig, resolve
-from maskformer.training.loop import run_evaluation, total_sums
+from maskformer.training.config import ExperimentConfig, change_objective, resolve
+from maskformer.training.loop import total_sums
 from maskformer.training.step import create_eval_step, masking_key, predict
 
 
@@ -37,31 +38,71 @@ class Run:
     params_at: Any
     step: int
 
-    def evaluate(self, split: str, objective: Mapping[str, Any] | None = None) -> dict[str, float]:
-        """Metrics over the whole of `split`, with fixed masks.
+    def evaluate(
+        self, split: str = "test", objective: Mapping[str, Any] | None = None, *, max_batches: int | None = None
+    ) -> dict[str, float]:
+        """Metrics over `split` under the run's objective or another one, with fixed masks and its attention.
 
         Args:
           split: "train", "validation" or "test".
-          objective: changes to the objective beyond those of `evaluation.objective`, such as `{"rate": 0.4}`.
+          objective: changes to the objective beyond those of `evaluation.objective`, such as `{"rate": 0.4}`. Another
+            name, as in `{"name": "causal_lm"}`, is another objective with its own defaults.
+          max_batches: batches of `evaluation.batch_size` rows; None for `evaluation.max_batches`.
+
+        Raises:
+          ValueError: the objective is not defined for this run: its tokenizer lacks a token, its model positions.
         """
         experiment = self.experiment
-        config: EvaluationConfig = experiment.evaluation
-        vocabulary = self.tokenizer.vocabulary
-        changes = {**config.objective, **(objective or {})}
-        baseline = evaluation.unigram_baseline(data.load_dataset(experiment.data, "train", self.tokenizer))
-        eval_step = jax.jit(
-            create_eval_step(
-                self.model,
-                experiment.create_objective(vocabulary, **changes),
-                seed=config.seed,
-                unigram=jax.numpy.asarray(baseline),
-                placed=functools.partial(sharding.activations, self.mesh, self.rules, experiment.mesh.context_method),
-            ),
-            in_shardings=(self.params_at, sharding.batch_sharding(self.mesh)),
-            out_shardings=sharding.replicated(self.mesh),
+        changed = change_objective(experiment.objective, experiment.evaluation.objective)
+        evaluated = dataclasses.replace(experiment, objective=changed).create_objective(
+            self.tokenizer.vocabulary, **(objective or {})
         )
-        dataset = data.load_dataset(experiment.data, split, self.tokenizer)
-        return run_evaluation(eval_step, self.params, dataset, config, self.mesh)
+        longest = self.model.config.max_length
+        if evaluated.output_length > longest:
+            raise ValueError(
+                f"objective.name={evaluated.name!r}: makes rows of {evaluated.output_length} tokens, and the run's "
+                f"model was built for {longest}; evaluate under an objective that keeps their length"
+            )
+        baseline = evaluation.unigram_baseline(data.load_dataset(experiment.data, "train", self.tokenizer))
+        step = create_eval_step(
+            self.model, evaluated, seed=experiment.evaluation.seed, unigram=jax.numpy.asarray(baseline)
+        )
+        return evaluation.finish(self._sums(step, split, max_batches))
+
+    def nll(self, split: str = "test", *, markers: bool = True, max_batches: int | None = None) -> dict[str, float]:
+        """The exact negative log-likelihood of `split` under a model that predicts the next token.
+
+        A model trained with a prefix, or to fill in the middle, is run as a causal one: with a prefix of one token.
+
+        Args:
+          split: "train", "validation" or "test".
+          markers: whether the prediction of special tokens such as [SEP] counts.
+          max_batches: batches of `evaluation.batch_size` rows; None for `evaluation.max_batches`.
+
+        Returns:
+          `nll` (nats per predicted token), `perplexity`, `bits_per_byte`, `tokens`, `bytes`.
+
+        Raises:
+          ValueError: the model never predicted the next token.
+        """
+        vocabulary = self.tokenizer.vocabulary
+        objective = self.experiment.create_objective(vocabulary)
+        parts = objective.parts if isinstance(objective, Mixture) else (objective,)
+        if not any(isinstance(part, CausalLM | PrefixLM | FillInTheMiddle) for part in parts):
+            raise ValueError(
+                f"nll: this run's objective is {objective.name!r}, whose model never predicted the next token; use "
+                "nll_bound, or evaluate under objective 'causal_lm'"
+            )
+        if not isinstance(objective, CausalLM):
+            objective = objectives.create("causal_lm", vocabulary, self.experiment.data.length)
+        counted = self._split_bytes(split)
+        step = evaluation.create_nll_step(
+            functools.partial(predict, self.model, objective),
+            objective,
+            ignored=() if markers else _markers(vocabulary),
+            token_bytes=counted.table,
+        )
+        return evaluation.finish_nll(self._sums(step, split, max_batches), counted)
 
     def nll_bound(
         self,
@@ -83,7 +124,8 @@ class Run:
           max_batches: batches of `evaluation.batch_size` rows; None for `evaluation.max_batches`.
 
         Returns:
-          `nll_bound` (nats per counted token), `nll_bound_stderr`, `perplexity_bound`, `tokens`.
+          `nll_bound` (nats per counted token), `nll_bound_stderr`, `perplexity_bound`, `bits_per_byte_bound`, `tokens`,
+          `bytes`.
 
         Raises:
           ValueError: the model never saw [MASK], or a bad argument.
@@ -94,6 +136,7 @@ class Run:
             visible = objective.avoid if isinstance(objective, objectives.MaskedDiffusion) else _markers(vocabulary)
         else:
             visible = vocabulary.ids(("pad",)) if markers else _markers(vocabulary)
+        counted = self._split_bytes(split)
         step = evaluation.create_bound_step(
             functools.partial(predict, self.model, objective),
             mask_token=vocabulary.require("mask", objective.name),
@@ -102,14 +145,59 @@ class Run:
             samples=samples,
             estimator=estimator,
             visible=visible,
+            token_bytes=counted.table,
         )
-        return evaluation.finish_bound(self._sums(step, split, max_batches))
+        return evaluation.finish_bound(self._sums(step, split, max_batches), counted)
+
+    def pseudo_perplexity(
+        self,
+        split: str = "test",
+        *,
+        within_word_l2r: bool = False,
+        every: int = 1,
+        max_batches: int | None = None,
+    ) -> dict[str, float]:
+        """The pseudo-perplexity of `split`: each text token hidden in turn, and predicted from all others.
+
+        Costs as many passes over a row as its longest segment has tokens to score. Special tokens are never hidden.
+
+        Args:
+          split: "train", "validation" or "test".
+          within_word_l2r: hide with a token the later pieces of its word, which would give it away (Kauf & Ivanova
+            2023).
+          every: score every `every`-th text token only.
+          max_batches: batches of `evaluation.batch_size` rows; None for `evaluation.max_batches`.
+
+        Returns:
+          `pseudo_nll` (nats per scored token), `pseudo_perplexity`, `pseudo_bits_per_byte`, `scored`, `tokens` (all
+          text tokens of the rows), `bytes`.
+
+        Raises:
+          ValueError: the model never saw [MASK], or a bad argument.
+        """
+        objective = self._objective_with_masks("pseudo_perplexity")
+        vocabulary = self.tokenizer.vocabulary
+        counted = self._split_bytes(split)
+        step = evaluation.create_pseudo_step(
+            functools.partial(predict, self.model, objective),
+            mask_token=vocabulary.require("mask", objective.name),
+            vocabulary_size=vocabulary.size,
+            segments=_most_segments(data.load_dataset(self.experiment.data, split, self.tokenizer)),
+            visible=_markers(vocabulary),
+            within_word_l2r=within_word_l2r,
+            every=every,
+            token_bytes=counted.table,
+        )
+        return evaluation.finish_pseudo(self._sums(step, split, max_batches), counted)
+
+    def _split_bytes(self, split: str) -> evaluation.SplitBytes:
+        return evaluation.split_bytes(self.experiment.data, split, self.tokenizer)
 
     def _objective_with_masks(self, metric: str) -> objectives.Objective:
         """The run's objective, if training under it showed the model [MASK] in place of what it had to predict."""
         objective = self.experiment.create_objective(self.tokenizer.vocabulary)
         parts = objective.parts if isinstance(objective, Mixture) else (objective,)
-        if not any(isinstance(part, objectives.Masking | objectives.MaskedDiffusion) for part in parts):
+        if not any(map(_shows_masks, parts)):
             raise ValueError(
                 f"{metric}: this run's objective is {objective.name!r}, whose model never saw [MASK]; it is defined "
                 "after mlm and its relatives, and after diffusion"
@@ -170,6 +258,21 @@ class Run:
     def _is_frame(self, token: int) -> bool:
         vocabulary = self.tokenizer.vocabulary
         return token in (vocabulary.cls, vocabulary.sep, vocabulary.pad)
+
+
+def _shows_masks(objective: objectives.Objective) -> bool:
+    if isinstance(objective, objectives.Masking | objectives.Electra):
+        policy = getattr(objective.replace, "policy", None)
+        return policy is None or policy[0] > 0
+    return isinstance(objective, objectives.MaskedDiffusion)
+
+
+def _most_segments(dataset: data.PackedDataset) -> int:
+    """The most segments that a row of the split has; it is what fixes the shape of a pass."""
+    most = 1
+    for part in np.array_split(np.arange(len(dataset)), -(-len(dataset) // 1024)):
+        most = max(most, int(dataset.rows.read(part)["segment_ids"].max()))
+    return most
 
 
 def _markers(vocabulary: objectives.Vocabulary) -> tuple[int, ...]:

@@ -98,7 +98,7 @@ def test_bits_per_byte_count_the_scored_tokens_only(table):
 
 
 def numpy_bert(golden, tokens, valid, types):
-    """Logits [batch, length, vocabulary] of the golden file's BERT in float64, from its weights under their own names."""
+    """Logits [batch, length, vocabulary] of the golden file's BERT in float64, from its own weights."""
     weight = {name.removeprefix("weight/"): v.astype(np.float64) for name, v in golden.items() if "weight/" in name}
 
     def norm(x, name):
