@@ -47,6 +47,14 @@ class Layout:
         across = self.kv_heads // self.head_chunk
         return chunk // across * self.batch_chunk, chunk % across * self.head_chunk * self.groups
 
+    def pad_queries(self, x: jax.Array) -> jax.Array:
+        """[batch, q_len, ...] padded to whole blocks."""
+        return _pad(x, 1, self.q_blocks * self.block_q)
+
+    def pad_keys(self, x: jax.Array) -> jax.Array:
+        """[batch, kv_len, ...] padded to whole blocks."""
+        return _pad(x, 1, self.kv_blocks * self.block_kv)
+
     def split_queries(self, x: jax.Array) -> jax.Array:
         """[batch, q_len, heads, dim] -> [chunks, batch_chunk, head_chunk, groups, q_blocks * block_q, dim]."""
         x = x.reshape(self.batch, self.q_len, self.kv_heads, self.groups, x.shape[-1]).transpose(0, 2, 3, 1, 4)

@@ -103,6 +103,29 @@ class _Chunk:
         k = fixed.kv_offset + column * layout.block_kv + jnp.arange(layout.block_kv)
         return fixed.batch_start + self.batches, fixed.head_start + self.heads, q, k
 
+    def query_tile(self, queries: jax.Array, row: jax.Array) -> jax.Array:
+        """Block ``row`` of [batch, length, heads, dim], the heads of a key head stacked: [b, h, groups * block, d]."""
+        layout = self.layout
+        start = (self.batch_start, row * layout.block_q, self.head_start, 0)
+        sizes = (self.batches.size, layout.block_q, self.heads.size, queries.shape[3])
+        tile = jax.lax.dynamic_slice(queries, start, sizes)
+        tile = tile.astype(_working_dtype(self.inputs))
+        if _scales_queries(self.inputs):
+            tile = tile * self.inputs.scale.astype(tile.dtype)
+        return tile.swapaxes(1, 2).reshape(tile.shape[0], layout.head_chunk, -1, tile.shape[3])
+
+    def key_tile(self, keys: jax.Array, column: jax.Array) -> jax.Array:
+        """Block ``column`` of [batch, length, kv_heads, dim]: [b, h, block, d]."""
+        layout = self.layout
+        start = (self.batch_start, column * layout.block_kv, self.head_start // layout.groups, 0)
+        sizes = (self.batches.size, layout.block_kv, layout.head_chunk, keys.shape[3])
+        return jax.lax.dynamic_slice(keys, start, sizes).astype(_working_dtype(self.inputs)).swapaxes(1, 2)
+
+    def put(self, results: jax.Array, tile: jax.Array, row: jax.Array) -> jax.Array:
+        """Writes [b, heads of the chunk, block_q, d] into block ``row`` of [batch, length, heads, d]."""
+        start = (self.batch_start, row * self.layout.block_q, self.head_start, 0)
+        return jax.lax.dynamic_update_slice(results, tile.swapaxes(1, 2).astype(results.dtype), start)
+
     def products(self, q_tile: jax.Array, k_tile: jax.Array) -> jax.Array:
         """Scaled ``QK^T``, [batch_chunk, heads of the chunk, block_q, block_kv]."""
         scores = _dot(q_tile, k_tile, (3, 3))
@@ -124,7 +147,13 @@ class _Chunk:
         """The mask of a partial tile, bool [block_q, block_kv]; keys past the end are not there."""
         _, _, q, k = places
         inside = column * self.layout.block_kv + jnp.arange(self.layout.block_kv) < self.layout.kv_len
-        return self.mask(q[:, None], k[None, :]) & inside
+
+        def evaluate():
+            return self.mask(q[:, None], k[None, :]) & inside
+
+        # XLA would merge the mask into every use of the logits and evaluate it anew for each head. It does not look
+        # into a conditional, whose condition it cannot know.
+        return jax.lax.cond(column >= 0, evaluate, lambda: jnp.zeros((q.size, k.size), bool))
 
     def keep(self, places) -> jax.Array:
         return logits.keep(self.fixed.seed, self.options.dropout_rate, places)
@@ -177,24 +206,23 @@ def forward(options: Options, inputs: Inputs, fixed: Fixed) -> tuple[jax.Array, 
     layout = _layout(inputs, fixed)
     block_q, block_kv = layout.block_q, layout.block_kv
     value_dim = inputs.value.shape[-1]
-    dtype = inputs.query.dtype
-    precise = jnp.promote_types(dtype, jnp.float32)
-    inputs, queries, keys, values = _prepare(inputs, layout)
+    precise = jnp.promote_types(inputs.query.dtype, jnp.float32)
+    query, key, value = layout.pad_queries(inputs.query), layout.pad_keys(inputs.key), layout.pad_keys(inputs.value)
+    if inputs.bias is not None:
+        inputs = dataclasses.replace(inputs, bias=pad_bias(inputs.bias, layout))
 
-    def chunk_pass(xs):
-        index, query, key, value = xs
+    def chunk_pass(results, index):
         chunk = _Chunk(options, layout, inputs, fixed, index)
         shape = (chunk.batches.size, chunk.heads.size, block_q)
         partial_count, partial_index = chunk.lists("partial")
         full_count, full_index = chunk.lists("full")
 
-        def row_pass(row):
-            q_tile = _rows(query, row, block_q)
+        def row_pass(results, row):
+            q_tile = chunk.query_tile(query, row)
 
             def visit(column, carry, masked: bool):
                 top, total, output = carry
-                k_tile = jax.lax.dynamic_slice_in_dim(key, column * block_kv, block_kv, axis=2)
-                v_tile = jax.lax.dynamic_slice_in_dim(value, column * block_kv, block_kv, axis=2)
+                k_tile, v_tile = chunk.key_tile(key, column), chunk.key_tile(value, column)
                 places = chunk.places(row, column)
                 scores = chunk.products(q_tile, k_tile)
                 scores = chunk.transform(scores, chunk.bias(row, column), inputs.captured, places)
@@ -223,13 +251,16 @@ def forward(options: Options, inputs: Inputs, fixed: Fixed) -> tuple[jax.Array, 
             carry = jax.lax.fori_loop(
                 0, partial_count[row], lambda i, c: visit(partial_index[row, i], c, masked=True), carry
             )
-            return _finish(chunk, *carry)
+            output, residual = _finish(chunk, *carry)
+            new = output, residual[..., None]
+            return tuple(chunk.put(old, tile, row) for old, tile in zip(results, new, strict=True)), None
 
-        output, residual = jax.lax.map(row_pass, jnp.arange(layout.q_blocks))
-        return _stack_rows(output, layout).astype(dtype), _stack_rows(residual[..., None], layout)
+        return jax.lax.scan(row_pass, results, jnp.arange(layout.q_blocks))[0], None
 
-    output, residual = jax.lax.map(chunk_pass, (jnp.arange(layout.chunks), queries, keys, values))
-    return layout.join_queries(output), layout.join_queries(residual)[..., 0]
+    # Written where they belong, tile by tile: stacking them would cost a transposed copy.
+    results = jnp.zeros((*query.shape[:3], value_dim), inputs.query.dtype), jnp.zeros((*query.shape[:3], 1), precise)
+    (output, residual), _ = jax.lax.scan(chunk_pass, results, jnp.arange(layout.chunks))
+    return output[:, : layout.q_len], residual[:, : layout.q_len, :, 0]
 
 
 def _finish(chunk: _Chunk, top: jax.Array, total: jax.Array, output: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -244,12 +275,6 @@ def _finish(chunk: _Chunk, top: jax.Array, total: jax.Array, output: jax.Array) 
     total = jnp.where(empty, 1.0, total)
     kept = 1.0 - chunk.options.dropout_rate
     return output / (total * kept)[..., None], top + jnp.log(total)
-
-
-def _stack_rows(x: jax.Array, layout: Layout) -> jax.Array:
-    """[q_blocks, b, heads of the chunk, block_q, d] -> [b, h, groups, q_blocks * block_q, d]."""
-    x = jnp.moveaxis(x, 0, 2)
-    return x.reshape(x.shape[0], layout.head_chunk, layout.groups, -1, x.shape[-1])
 
 
 def backward(

@@ -97,7 +97,7 @@ def attend(call: Call, axis: str, devices: int, *, method: str, balanced: bool) 
 def _operands(call: Call, kv_offset: Any):
     """Blockwise operands of a query part against keys that start at ``kv_offset``."""
     mask = masks.everything() if call.mask is None else call.mask
-    block = blocks.fit(call, blocks.SMALL)
+    block = blocks.smallest(call)
     moved = masks.Shift(mask, call.q_offset, kv_offset)
     block_map = moved.block_map(call.q_len, call.kv_len, block)
     return blockwise.operands(call, mask, block_map, q_offset=call.q_offset, kv_offset=kv_offset)

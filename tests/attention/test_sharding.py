@@ -72,6 +72,22 @@ def test_a_mesh_computes_what_one_device_computes(tiny_tiles, one_device, name, 
         np.testing.assert_allclose(np.asarray(actual)[finite], np.asarray(expected)[finite], rtol=2e-5, atol=1e-5)
 
 
+# Masks that say nothing of a length.
+ANY_LENGTH = ["none", "causal window or sinks", "predicate", "not causal", "empty first rows", "nothing", "per head"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", ANY_LENGTH)
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_every_mask_on_every_mesh_computes_what_one_device_computes(tiny_tiles, name, mask):
+    build = cases.CASES[mask][0]
+    found, expected = step(build(), placed(name), PLACEMENTS[name][2]), step(build(), None, "reference")
+    for actual, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        finite = np.isfinite(np.asarray(wanted))
+        assert (np.asarray(actual)[~finite] == np.asarray(wanted)[~finite]).all()
+        np.testing.assert_allclose(np.asarray(actual)[finite], np.asarray(wanted)[finite], rtol=2e-5, atol=1e-5)
+
+
 def test_a_sharded_batch_is_not_gathered():
     placement = placed("data and tensor, blockwise")
     spec = jax.sharding.NamedSharding(placement.mesh, jax.sharding.PartitionSpec("data", None, "tensor", None))

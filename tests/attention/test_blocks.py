@@ -1,0 +1,52 @@
+"""The tile sizes that a blockwise call chooses for itself."""
+
+import jax
+import numpy as np
+import pytest
+
+import maskformer as mf
+from maskformer import masks
+from maskformer.attention import blocks
+
+CAUSAL = masks.causal()
+TREE = masks.predicate(lambda q, k: (q // 300 == k // 300) & (k <= q))
+
+
+def chosen(mask, length):
+    q = jax.ShapeDtypeStruct((1, length, 2, 8), np.float32)
+    return mf.attention.explain(mask, q, q, q, implementation="blockwise").block
+
+
+@pytest.mark.parametrize(
+    "mask, expected",
+    [(None, 512), (CAUSAL, 512), (CAUSAL & masks.sliding_window(1024), 512), (CAUSAL & masks.sliding_window(256), 128)],
+    ids=str,
+)
+def test_dense_areas_get_large_tiles_and_narrow_ones_small(mask, expected):
+    assert chosen(mask, 4096) == (expected, expected)
+
+
+@pytest.mark.parametrize("length", [1, 130, 600, 1025, 2000])
+@pytest.mark.parametrize("mask", [CAUSAL, CAUSAL & masks.sliding_window(64), TREE, ~CAUSAL, masks.nothing()], ids=str)
+def test_no_other_size_is_cheaper(mask, length):
+    def cost(size, block):
+        return blocks.COST[size] * np.sum(mask.block_map(length, length, block).kinds() > 0) * block[0] * block[1]
+
+    def tiles(size):
+        edge = -(-length // (8 * -(-length // size))) * 8
+        return edge, edge
+
+    costs = {tiles(size): cost(size, tiles(size)) for size in sorted(blocks.COST)}
+    assert costs[chosen(mask, length)] == min(costs.values())
+
+
+def test_tiles_cut_an_odd_length_evenly():
+    assert chosen(CAUSAL, 600) == (304, 304)
+
+
+def test_a_dense_mask_is_not_mapped_in_small_tiles(monkeypatch):
+    asked = []
+    original = masks.Mask.block_map
+    monkeypatch.setattr(masks.Mask, "block_map", lambda self, *a, **k: asked.append(a[2]) or original(self, *a, **k))
+    chosen(CAUSAL, 16_384)
+    assert set(asked) == {(512, 512)}
