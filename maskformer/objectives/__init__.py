@@ -10,7 +10,13 @@ from maskformer.objectives.diffusion import MaskedDiffusion, diffusion
 from maskformer.objectives.electra import Discrimination, Electra, electra
 from maskformer.objectives.leaks import Leak, LeakReport, check_leaks, with_attend
 from maskformer.objectives.lexicon import Lexicon, pmi_ngrams
-from maskformer.objectives.loss import cross_entropy, token_cross_entropy, update_token_losses
+from maskformer.objectives.loss import (
+    cross_entropy,
+    move_token_losses,
+    token_cross_entropy,
+    token_loss_sums,
+    update_token_losses,
+)
 from maskformer.objectives.mixture import mixture
 from maskformer.objectives.mlm import conditional_mlm, mlm, ngram_mlm, pmi_mlm, span_mlm
 from maskformer.objectives.objective import Masking, Objective, attend_within_segments
@@ -65,6 +71,7 @@ __all__ = [
     "masked_source",
     "mixture",
     "mlm",
+    "move_token_losses",
     "ngram_mlm",
     "parameters",
     "pmi_mlm",
@@ -77,6 +84,7 @@ __all__ = [
     "span_mlm",
     "tag_weights",
     "token_cross_entropy",
+    "token_loss_sums",
     "ul2",
     "update_token_losses",
     "with_attend",

@@ -90,7 +90,7 @@ class Electra(Objective):
     def questions(self, corrupted: Corrupted) -> jax.Array:
         """float32 `[batch, length]`: 1 on every token that the discriminator is asked about."""
         asked = corrupted.segment_ids > 0 if self.discriminate_at == "all" else corrupted.selected
-        return asked.astype(jnp.float32)
+        return jnp.asarray(asked, jnp.float32)
 
     def discriminator_loss(
         self, logits: jax.Array, discrimination: Discrimination

@@ -61,7 +61,7 @@ def update_token_losses(
     """Running mean loss of every token, the weights of adaptive masking.
 
     Args:
-      table: float `[vocabulary]`, the means so far; start from ones.
+      table: float `[vocabulary]`, the means so far; `Objective.initial_token_losses` to start from.
       targets: int `[...]`; losses: float `[...]` from `token_cross_entropy`; used: bool `[...]`.
       decay: share of the old mean that stays when a token is seen again. Tokens not in the batch keep theirs.
 
@@ -70,10 +70,25 @@ def update_token_losses(
     >>> table.tolist()
     [1.0, 2.0, 1.0]
     """
+    return move_token_losses(table, *token_loss_sums(targets, losses, used, table.shape[0]), decay)
+
+
+def token_loss_sums(
+    targets: jax.Array, losses: jax.Array, used: jax.Array, vocabulary_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """(sum of losses, number) of every token, float32 `[vocabulary]` each: what parts of a batch add up.
+
+    Args: as of `update_token_losses`.
+    """
+    at = jnp.where(used, targets, vocabulary_size).reshape(-1)
+    zeros = jnp.zeros(vocabulary_size, jnp.float32)
+    total = zeros.at[at].add(losses.reshape(-1).astype(jnp.float32), mode="drop")
+    return total, zeros.at[at].add(1.0, mode="drop")
+
+
+def move_token_losses(table: jax.Array, total: jax.Array, count: jax.Array, decay: float = 0.99) -> jax.Array:
+    """`update_token_losses` from the sums of a whole batch."""
     check_fraction("decay", decay)
-    at = jnp.where(used, targets, table.shape[0]).reshape(-1)
-    total = jnp.zeros_like(table).at[at].add(losses.reshape(-1).astype(table.dtype), mode="drop")
-    count = jnp.zeros_like(table).at[at].add(1.0, mode="drop")
     return jnp.where(count > 0, decay * table + (1.0 - decay) * total / jnp.maximum(count, 1.0), table)
 
 

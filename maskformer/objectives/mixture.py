@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from maskformer.objectives import loss as losses
 from maskformer.objectives import randomness
 from maskformer.objectives.diffusion import MaskedDiffusion
+from maskformer.objectives.electra import Electra
 from maskformer.objectives.objective import Objective
 from maskformer.objectives.rows import Corrupted, rows_from_batch
 from maskformer.objectives.schedules import Schedule, as_rate
@@ -148,6 +149,13 @@ def mixture(
             raise ValueError(f"mixture: '{part.name}' was built with another vocabulary than '{first.name}'")
         if type(part).finish is not Objective.finish or hasattr(part, "make_pair"):
             raise ValueError(f"mixture: '{part.name}' changes the number or the kind of rows and cannot be mixed")
+        if isinstance(part, Electra):
+            raise ValueError("mixture: 'electra' trains two networks, and a mixture one; train it alone")
+        if part.token_loss_decay is not None:
+            raise ValueError(
+                f"mixture: '{part.name}' hides by running losses, which a mixture does not tell apart by part; "
+                "give it a table, or train it alone"
+            )
     weights = tuple(weights) if weights is not None else (1.0,) * len(parts)
     if len(weights) != len(parts):
         raise ValueError(f"mixture: {len(parts)} objectives and {len(weights)} weights")

@@ -283,6 +283,8 @@ def conditional_mlm(
     weights: str = "table",
     table: Any = None,
     scaled: bool = True,
+    decay: float | None = None,
+    floor: float | None = None,
     rate: Any = 0.15,
     replacement: Sequence[float] = (0.8, 0.1, 0.1),
     predict_rate: float | None = None,
@@ -295,11 +297,15 @@ def conditional_mlm(
 
     Args:
       weights: `table` = `table[token]`; `tf_idf` = term frequency in the row times `table[token]`; `positions` = the
-        batch's `select_weights` `[batch, length]`.
+        batch's `select_weights` `[batch, length]`; `loss` = the running mean of the token's own loss, which training
+        keeps (adaptive masking): what is not learnt yet is hidden more often. Evaluation hides all tokens alike.
       table: float `[vocabulary.size]`, or the path of a `.npy` file with it; None = all ones. Made by
         `frequency_weights`, `tag_weights`, `inverse_document_frequencies`. A call may replace it:
-        `objective(key, batch, token_weights=...)` (adaptive masking).
+        `objective(key, batch, token_weights=...)`.
       scaled: False uses the weights of `positions` as the probabilities themselves.
+      decay: of the running mean under `loss`, at each step that predicts the token; None means 0.99.
+      floor: under `loss`, a token learnt below this loss (in nats) weighs as if it had it, or it would never be
+        hidden, and so measured, again; None means 0.1.
       max_predictions: slots per row, by default enough for all but one row in 1e9.
       vocabulary, length, rate, replacement, predict_rate, static_copies: as in `mlm`.
 
@@ -314,14 +320,27 @@ def conditional_mlm(
         raise ValueError("table: weights='positions' reads the batch's select_weights; drop one of the two")
     if not scaled and weights != "positions":
         raise ValueError("scaled=False: only weights='positions' gives probabilities; a table gives relative weights")
+    adaptive = weights == "loss"
+    if adaptive and table is not None:
+        raise ValueError("table: weights='loss' makes its own, the running losses; drop one of the two")
+    for field, value in (("decay", decay), ("floor", floor)):
+        if value is not None and not adaptive:
+            raise ValueError(f"{field}={value!r}: only weights='loss' keeps a running mean; drop it")
+    decay = check_fraction("decay", 0.99 if decay is None else decay)
+    floor = 0.1 if floor is None else floor
+    if not 0 < floor < float("inf"):
+        raise ValueError(f"floor={floor!r}: expected a loss above 0")
     if weights != "positions":
         table = check_table([1.0] * vocabulary.size if table is None else table, vocabulary.size)
     limit = max_predictions or (binomial_quantile(common.length, common.most) if scaled else common.length)
-    select = Weighted(common.most, limit, common.markers, vocabulary.size, weights, table, scaled)
+    select = Weighted(
+        common.most, limit, common.markers, vocabulary.size, weights, table, scaled, float(floor) if adaptive else 0.0
+    )
     replace = Replace(common.policy, vocabulary.mask, vocabulary.size)
-    return _assemble(
+    made = _assemble(
         "conditional_mlm", vocabulary, common, select, replace, predict_rate, static_copies, f"weighted by {weights}"
     )
+    return dataclasses.replace(made, token_loss_decay=decay) if adaptive else made
 
 
 @dataclass(frozen=True, eq=False)

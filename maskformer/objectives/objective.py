@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,10 +41,12 @@ class Objective:
       rate: corruption rate, constant or a `Schedule` of the step.
       static_copies: 0 = a new corruption every epoch; k = k fixed corruptions per example, taken in turn.
       needs: batch keys it reads beyond the usual ones: `word_starts`, `select_weights`.
-      takes_token_weights: it selects by a token's weight, which a call may replace (adaptive masking).
+      takes_token_weights: it selects by a token's weight, which a call may replace.
       copies_input: the targets repeat tokens that the input shows, by design (denoising); `check_leaks` then looks at
         the decoder's side only.
       description: one line for logs.
+      token_loss_decay: not None where the weight of a token is to be a running mean of its loss (adaptive masking): the
+        share of the old mean that stays. Training keeps the mean; without it, tokens weigh the same.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Objective:
     takes_token_weights: bool = False
     description: str = ""
     copies_input: bool = False
+    token_loss_decay: float | None = None
 
     @property
     def output_length(self) -> int:
@@ -73,6 +77,16 @@ class Objective:
     def attend(self, corrupted: Any) -> Any:
         """Who may attend to whom in the stack that reads `corrupted`: a mask, or `PairMasks` for a pair."""
         return attend_within_segments(corrupted)
+
+    def initial_token_losses(self) -> jax.Array | None:
+        """The running mean of every token's loss before the first step, float32 `[vocabulary.size]`; None where no
+        such mean is kept.
+
+        It is the loss of an even guess: a token that has not been predicted yet counts as not learnt.
+        """
+        if self.token_loss_decay is None:
+            return None
+        return jnp.full(self.vocabulary.size, math.log(self.vocabulary.size), jnp.float32)
 
     def rate_at(self, step, rate):
         """The rate to use: an override, the schedule's value at `step`, or None for the constant rate."""

@@ -14,7 +14,7 @@ from maskformer.objectives.select import ORDER
 from maskformer.objectives.units import spread, words
 from maskformer.objectives.vocabulary import is_any_of
 
-WEIGHT_SOURCES = ("table", "tf_idf", "positions")
+WEIGHT_SOURCES = ("table", "tf_idf", "positions", "loss")
 
 
 def proportional(weights: jax.Array, total: jax.Array, rounds: int = 16) -> jax.Array:
@@ -79,8 +79,9 @@ class Weighted:
     """Each token independently with a probability proportional to its weight, scaled to the rate of the row.
 
     Sources of the weight: `table` = w[token]; `tf_idf` = (share of the token in the row) * table[token], the table
-    holding inverse document frequencies; `positions` = the batch's `select_weights`. With `scaled=False` the weights
-    are the probabilities themselves.
+    holding inverse document frequencies; `positions` = the batch's `select_weights`; `loss` = max(floor,
+    token_weights[token]), the running losses that a call gives. With `scaled=False` the weights are the probabilities
+    themselves.
     """
 
     rate: float
@@ -90,6 +91,7 @@ class Weighted:
     source: str
     table: np.ndarray | None = None
     scaled: bool = True
+    floor: float = 0.0
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -102,7 +104,7 @@ class Weighted:
         if self.source == "positions":
             return row.weights
         table = jnp.asarray(self.table if token_weights is None else token_weights, jnp.float32)
-        weights = table[row.tokens]
+        weights = jnp.maximum(table[row.tokens], self.floor)
         if self.source == "tf_idf":
             same = (row.tokens[:, None] == row.tokens[None, :]) & row.valid[None, :]
             weights = weights * jnp.sum(same, axis=1) / jnp.maximum(row.size, 1)

@@ -338,3 +338,37 @@ def test_schedules_refuse_rates_outside_the_unit_interval():
         schedules.linear(0.1, 1.5, 10)
     with pytest.raises(ValueError, match="entry for step 0"):
         schedules.step({5: 0.1})
+
+
+def test_a_token_is_hidden_in_proportion_to_its_running_loss():
+    rows, length = 3000, 12
+    batch = make_batch(rows, length)
+    batch["tokens"][:, 1:-1] = np.arange(20, 30)
+    losses = np.full(VOCABULARY.size, 4.0)
+    losses[20:30] = [0.0, 0.01, 0.5, 1.0, 1.0, 2.0, 2.0, 3.0, 4.0, 5.0]
+    objective = objectives.create("conditional_mlm", VOCABULARY, length, weights="loss", rate=0.2, floor=0.25)
+    assert objective.token_loss_decay == 0.99
+    assert np.allclose(objective.initial_token_losses(), np.log(VOCABULARY.size))
+    chosen = np.asarray(objective(jax.random.key(0), batch, token_weights=jnp.asarray(losses)).selected)[:, 1:-1]
+    weights = np.maximum(losses[20:30], 0.25)
+    chance = 0.2 * length * weights / weights.sum()
+    assert chance.max() < 1
+    score = (chosen.sum(0) - rows * chance) ** 2 / (rows * chance * (1 - chance))
+    assert stats.chi2(10).sf(score.sum()) > 1e-3
+    # Without losses, as in evaluation, all alike.
+    even = np.asarray(objective(jax.random.key(0), batch).selected)[:, 1:-1].mean(0)
+    assert np.abs(even - 0.24).max() < 5 * np.sqrt(0.24 * 0.76 / rows)
+
+
+@pytest.mark.parametrize(
+    "params, message",
+    [
+        (dict(decay=0.5), "decay=0.5: only weights='loss' keeps a running mean"),
+        (dict(weights="loss", table=[1.0]), "table: weights='loss' makes its own"),
+        (dict(weights="loss", floor=0.0), "floor=0.0: expected a loss above 0"),
+        (dict(weights="loss", decay=1.5), "decay=1.5: expected a fraction"),
+    ],
+)
+def test_a_running_loss_is_refused_where_it_means_nothing(params, message):
+    with pytest.raises(ValueError, match=message):
+        objectives.create("conditional_mlm", VOCABULARY, 32, **params)
