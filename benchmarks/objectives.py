@@ -40,7 +40,7 @@ def measure(parameters: dict[str, Any], length: int, rounds: int) -> tuple[float
     shape = {"vocab_size": VOCABULARY.size, "max_length": length, "layers": 4, "width": 256, "heads": 4}
     model = models.create(models.EncoderConfig(**shape))
     optimizer = create_optimizer(OptimizerConfig(), lambda step: 1e-4, model.logical_axes())
-    state = jax.jit(lambda key: create_state(key, model.init, optimizer, ema=False))(jax.random.key(0))
+    state = jax.jit(lambda key: create_state(key, model.init, optimizer, objective))(jax.random.key(0))
     step = jax.jit(create_train_step(model, objective, optimizer, lambda step: 1e-4, seed=0), donate_argnums=0)
     alone = jax.jit(lambda batch, number: objective(masking_key(0), batch, step=number))
     on_device = jax.tree.map(jax.numpy.asarray, batch)

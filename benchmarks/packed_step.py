@@ -61,7 +61,7 @@ def create_update(implementation: str | None, length: int) -> Callable[[dict[str
     model = models.create(config)
     objective = objectives.create("mlm", VOCABULARY, length, rate=0.15)
     optimizer = create_optimizer(OptimizerConfig(), lambda step: 1e-4, model.logical_axes())
-    state = jax.jit(lambda key: create_state(key, model.init, optimizer, ema=False))(jax.random.key(0))
+    state = jax.jit(lambda key: create_state(key, model.init, optimizer, objective))(jax.random.key(0))
     step = jax.jit(create_train_step(model, objective, optimizer, lambda step: 1e-4, seed=0), donate_argnums=0)
 
     def update(batch: dict[str, np.ndarray]) -> float:

@@ -22,8 +22,13 @@ SIZES = {
 }
 
 
+def structure(arg=None):
+    """The size and the options that an argument such as "mini,seq=256" picks."""
+    return parse_arg(arg, choices=tuple(SIZES), default="mini", seq=128, vocab=8192, data="austen")
+
+
 def get_config(arg=None):
-    size, options = parse_arg(arg, choices=tuple(SIZES), default="mini", seq=128, vocab=8192, data="austen")
+    size, options = structure(arg)
 
     config = default_config()
     config.data.name = options.data

@@ -1,6 +1,6 @@
 """From a config to a trained model: state, step, loop, checkpoints, records."""
 
-from maskformer.training.config import default_config, objectives_section, resolve
+from maskformer.training.config import default_config, generator_section, objectives_section, resolve
 from maskformer.training.loop import NonFiniteError, train_and_evaluate
 from maskformer.training.preemption import EX_TEMPFAIL, Preempted
 from maskformer.training.recipes import load_config, parse_arg
@@ -10,6 +10,7 @@ __all__ = [
     "NonFiniteError",
     "Preempted",
     "default_config",
+    "generator_section",
     "load_config",
     "objectives_section",
     "parse_arg",

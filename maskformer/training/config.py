@@ -18,7 +18,7 @@ from ml_collections import config_dict
 
 from maskformer import masks, objectives
 from maskformer.data import DEFAULT_VOCABULARY_SIZE, DataConfig, load_tokenizer
-from maskformer.models import EncoderConfig
+from maskformer.models import ElectraConfig, EncoderConfig, GeneratorConfig
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")
@@ -241,7 +241,11 @@ class WriterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-    """A whole experiment. `objective` holds `name` and the parameters of that objective."""
+    """A whole experiment.
+
+    `objective` holds `name` and the parameters of that objective. `model` holds the fields of an `EncoderConfig`, and
+    in `generator` those of a `GeneratorConfig`, empty unless the objective trains two networks.
+    """
 
     seed: int
     data: DataConfig
@@ -258,7 +262,7 @@ class ExperimentConfig:
         """The training objective over rows of `data.length` tokens, with some parameters changed, or another one."""
         return _create_objective(change_objective(self.objective, changes), vocabulary, self.data.length)
 
-    def create_encoder_config(self, vocabulary: objectives.Vocabulary) -> EncoderConfig:
+    def create_model_config(self, vocabulary: objectives.Vocabulary) -> EncoderConfig | ElectraConfig:
         """The model's shape; its vocabulary comes from the tokenizer and its positions from the row length."""
         # Mode tokens and the like make a row longer than the text it came from.
         longest = max(self.data.length, self.create_objective(vocabulary).output_length)
@@ -287,6 +291,8 @@ def default_config() -> ml_collections.ConfigDict:
     for name, section in _SECTIONS.items():
         config[name] = _defaults(section)
     config.model = _defaults(EncoderConfig, skip=_DERIVED_MODEL_FIELDS)
+    # Filled in by `generator_section` where the objective trains two networks.
+    config.model.generator = ml_collections.ConfigDict()
     config.objective = objectives_section("mlm")
     # Fields of the objective that evaluation changes; a recipe pins the rate here.
     config.evaluation.objective = ml_collections.ConfigDict()
@@ -303,6 +309,14 @@ def objectives_section(name: str, **changes: Any) -> ml_collections.ConfigDict:
         # Listing every parameter lets `--config.objective.KEY=` know it.
         section[key] = _leaf(parameter.default, object)
     for key, value in {**(convention.params if convention else {}), **changes}.items():
+        section[key] = value
+    return section
+
+
+def generator_section(**changes: Any) -> ml_collections.ConfigDict:
+    """The `model.generator` section of an ELECTRA recipe: every field of `GeneratorConfig`, some of them changed."""
+    section = _defaults(GeneratorConfig)
+    for key, value in changes.items():
         section[key] = value
     return section
 
@@ -326,11 +340,13 @@ def resolve(config: Mapping[str, Any]) -> ExperimentConfig:
     if "name" not in config["objective"]:
         raise ValueError("objective.name is missing: expected the name of an objective, such as 'mlm'")
     evaluated = change_objective(config["objective"], sections["evaluation"].objective)
-    for section in (config["objective"], evaluated):
-        _create_objective(section, _vocabulary_to_be(sections["data"]), sections["data"].length)
+    vocabulary = _vocabulary_to_be(sections["data"])
+    objective = _create_objective(config["objective"], vocabulary, sections["data"].length)
+    _create_objective(evaluated, vocabulary, sections["data"].length)
     names = {field.name for field in dataclasses.fields(EncoderConfig)} - set(_DERIVED_MODEL_FIELDS)
-    _check_keys("model", config["model"], names)
-    _check_types(EncoderConfig, config["model"], "model")
+    _check_keys("model", config["model"], names | {"generator"})
+    _check_types(EncoderConfig, {name: config["model"][name] for name in config["model"].keys() & names}, "model")
+    _check_generator(config["model"].get("generator"), objective)
     for text in _model_config(config["model"], sections["data"].length, vocab_size=1).mask_pattern:
         try:
             masks.parse(text)
@@ -344,7 +360,8 @@ def plain(config: Any) -> Any:
     if isinstance(config, ml_collections.ConfigDict):
         config = config.to_dict()
     if isinstance(config, Mapping):
-        return {key: plain(value) for key, value in config.items()}
+        # As JSON has them: a schedule written as {0: 0.3, 1000: 0.15} must equal itself when read back.
+        return {str(key): plain(value) for key, value in config.items()}
     if isinstance(config, list | tuple):
         return [plain(value) for value in config]
     return config
@@ -374,12 +391,23 @@ def _create_objective(section: Mapping[str, Any], vocabulary: objectives.Vocabul
             f"objective.name={name!r}: makes pairs for an encoder and a decoder, and maskformer trains single stacks; "
             "set objective.layout='prefix' where it has one, or use one such as 'mlm', 'prefix_lm' or 'diffusion'"
         )
-    if isinstance(objective, objectives.Electra):
-        raise ValueError(
-            f"objective.name={name!r}: trains two networks, and the training loop one; its parts are "
-            "maskformer.objectives.electra and its discriminate()"
-        )
     return objective
+
+
+def _check_generator(section: Mapping[str, Any] | None, objective: Any) -> None:
+    if isinstance(objective, objectives.Electra) and not section:
+        raise ValueError(
+            f"model.generator is empty: objective.name={objective.name!r} trains a generator beside the model; start "
+            "from configs/electra.py, or set it to maskformer.training.generator_section()"
+        )
+    if section and not isinstance(objective, objectives.Electra):
+        raise ValueError(
+            f"model.generator={dict(section)}: only objective.name='electra' trains a generator, and here it is "
+            f"{objective.name!r}; set it to {{}}"
+        )
+    if section:
+        _check_keys("model.generator", section, {field.name for field in dataclasses.fields(GeneratorConfig)})
+        _check_types(GeneratorConfig, section, "model.generator")
 
 
 def _vocabulary_to_be(config: DataConfig) -> objectives.Vocabulary:
@@ -391,9 +419,14 @@ def _vocabulary_to_be(config: DataConfig) -> objectives.Vocabulary:
     return objectives.Vocabulary(size=size, pad=0, unk=1, cls=2, sep=3, mask=4, sentinels=sentinels)
 
 
-def _model_config(model: Mapping[str, Any], length: int, vocab_size: int) -> EncoderConfig:
+def _model_config(model: Mapping[str, Any], length: int, vocab_size: int) -> EncoderConfig | ElectraConfig:
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in model.items()}
-    return EncoderConfig(vocab_size=vocab_size, max_length=length, **values)
+    generator = values.pop("generator", None)
+    encoder = EncoderConfig(vocab_size=vocab_size, max_length=length, **values)
+    if not generator:
+        return encoder
+    shape = GeneratorConfig(**generator)
+    return ElectraConfig(encoder, shape.encoder(encoder), shape.share_embeddings)
 
 
 def _defaults(section: type, skip: tuple[str, ...] = ()) -> ml_collections.ConfigDict:

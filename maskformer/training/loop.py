@@ -18,6 +18,7 @@ from maskformer.training import sharding
 from maskformer.training.checkpoints import Checkpoints, RunRecord, restore, restore_params
 from maskformer.training.checkpoints import checkpoint_steps as saved_steps
 from maskformer.training.config import EvaluationConfig, plain, resolve
+from maskformer.training.losses import mean_names
 from maskformer.training.optimizer import create_optimizer, create_schedule
 from maskformer.training.preemption import Preempted, PreemptionGuard
 from maskformer.training.state import NEVER, TrainState, Window, create_state
@@ -62,7 +63,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
     dataset = data.load_dataset(experiment.data, "train", tokenizer)
     held_out = data.load_dataset(experiment.data, evaluate_config.split, tokenizer) if evaluate_config.every else None
     objective = experiment.create_objective(vocabulary)
-    model = models.create(experiment.create_encoder_config(vocabulary))
+    model = models.create(experiment.create_model_config(vocabulary))
 
     # Devices.
     mesh = sharding.create_mesh(experiment.mesh)
@@ -76,7 +77,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
     ema = experiment.optimizer.ema_decay is not None
 
     def init(key: jax.Array) -> TrainState:
-        return create_state(key, model.init, optimizer, ema)
+        return create_state(key, model.init, optimizer, objective, ema)
 
     root = jax.random.key(experiment.seed)
     shapes = jax.eval_shape(init, root)
@@ -91,6 +92,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
         opt_state=sharding.optimizer_shardings(mesh, optimizer, shapes.opt_state, shapes.params, params_at),
         ema=params_at if ema else None,
         window=jax.tree.map(lambda _: everywhere, shapes.window),
+        token_losses=None if shapes.token_losses is None else everywhere,
     )
     abstract = jax.tree.map(
         lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where), shapes, state_at
@@ -128,7 +130,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
         out_shardings=state_at,
         donate_argnums=0,
     )
-    empty_window = jax.jit(Window.empty, out_shardings=everywhere)
+    empty_window = jax.jit(functools.partial(Window.empty, mean_names(objective)), out_shardings=everywhere)
     unigram = evaluation.unigram_baseline(dataset)
     eval_step = jax.jit(
         create_eval_step(
@@ -163,7 +165,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
         tokens = int(host.counts["tokens"])
         record.tokens += tokens
         record.predicted += int(host.counts["predicted"])
-        metrics = {name: float(host.sums[name] / max(host.weights[name], 1.0)) for name in Window.MEANS}
+        metrics = {name: float(total / max(host.weights[name], 1.0)) for name, total in host.sums.items()}
         metrics |= {
             "learning_rate": float(host.learning_rate),
             "tokens_seen": record.tokens,
@@ -269,11 +271,19 @@ def check_same_run(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
     before = json.loads(record.read_text())
     for section in ("seed", "data", "objective", "model"):
         ours, theirs = config[section], before.get(section)
-        if ours == theirs:
-            continue
         if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            key = next(key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key))
-            section, ours, theirs = f"{section}.{key}", ours.get(key), theirs.get(key)
+            # A run from before a key existed lacks it, and had what is now its empty default.
+            unset = (None, {})
+            keys = [
+                key
+                for key in sorted(ours.keys() | theirs.keys())
+                if ours.get(key) != theirs.get(key) and not (ours.get(key) in unset and theirs.get(key) in unset)
+            ]
+            if not keys:
+                continue
+            section, ours, theirs = f"{section}.{keys[0]}", ours.get(keys[0]), theirs.get(keys[0])
+        elif ours == theirs:
+            continue
         raise ValueError(
             f"{section}={ours!r}: the run in {workdir} has {theirs!r}; use a new --workdir "
             "(train.init_from takes over its parameters)"
@@ -342,4 +352,11 @@ def evaluation_line(step: int, split: str, results: Mapping[str, float], improve
     )
     if "unigram_accuracy" in results:
         line += f"; unigram {results['unigram_accuracy']:.2%}"
-    return line + ")" + (", best so far" if improved else "")
+    line += ")"
+    if "discriminator_loss" in results:
+        line += (
+            f"; discriminator loss {results['discriminator_loss']:.4f}, "
+            f"accuracy {results['discriminator_accuracy']:.2%} with {results['replaced']:.2%} replaced, "
+            f"recall {results.get('discriminator_recall', 0.0):.2%}"
+        )
+    return line + (", best so far" if improved else "")

@@ -31,7 +31,7 @@ class Run:
 
     experiment: ExperimentConfig
     tokenizer: data.Tokenizer
-    model: models.Model
+    model: models.Model | models.ElectraModel
     mesh: jax.sharding.Mesh
     rules: Rules
     params: Any
@@ -225,10 +225,11 @@ class Run:
         return total_sums(compiled, self.params, dataset, config, self.mesh)
 
     def fill(self, text: str, top: int = 5) -> list[list[evaluation.Guess]]:
-        """Guesses for each [MASK] in `text`."""
+        """Guesses for each [MASK] in `text`, by the generator where there are two networks."""
         config = self.experiment.data
         objective = self.experiment.create_objective(self.tokenizer.vocabulary)
-        if not isinstance(objective, objectives.Masking | objectives.MaskedDiffusion):
+        # Of ELECTRA's two networks, the generator is the one that predicts tokens.
+        if not isinstance(objective, objectives.Masking | objectives.MaskedDiffusion | objectives.Electra):
             raise ValueError(
                 f"fill: this run's objective is {objective.name!r}, which never saw [MASK]; fill works after mlm and "
                 "its relatives, and after diffusion"
@@ -287,7 +288,7 @@ class Setup:
     experiment: ExperimentConfig
     tokenizer: data.Tokenizer
     objective: objectives.Objective
-    model: models.Model
+    model: models.Model | models.ElectraModel
 
     @property
     def objective_key(self) -> jax.Array:
@@ -306,7 +307,7 @@ def prepare(flags: Sequence[str]) -> Setup:
     experiment = resolve(config)
     tokenizer = data.load_tokenizer(experiment.data)
     objective = experiment.create_objective(tokenizer.vocabulary)
-    model = models.create(experiment.create_encoder_config(tokenizer.vocabulary))
+    model = models.create(experiment.create_model_config(tokenizer.vocabulary))
     return Setup(experiment, tokenizer, objective, model)
 
 
@@ -328,7 +329,7 @@ def load(workdir: str | os.PathLike[str], overrides: Sequence[str] = (), checkpo
     config = ml_collections.ConfigDict(json.loads((path / "config.json").read_text()))
     experiment = resolve(recipes.override(config, overrides))
     tokenizer = data.load_tokenizer(experiment.data)
-    model = models.create(experiment.create_encoder_config(tokenizer.vocabulary))
+    model = models.create(experiment.create_model_config(tokenizer.vocabulary))
     mesh = sharding.create_mesh(experiment.mesh)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     rules, _ = sharding.create_rules(mesh, model.config)

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from maskformer.objectives import Objective
+from maskformer.training.losses import mean_names
+
 NEVER = jnp.iinfo(jnp.int32).max
 
 
@@ -18,6 +21,7 @@ class Window:
 
     Every mean is a sum and a weight, divided once when the line is written. Counts are exact integers.
     `nonfinite` maps each watched metric to the first step at which it was NaN or infinite, or `NEVER`.
+    Which means there are depends on what is trained (`losses.mean_names`).
     """
 
     sums: dict[str, jax.Array]
@@ -26,15 +30,14 @@ class Window:
     nonfinite: dict[str, jax.Array]
     learning_rate: jax.Array  # of the last step
 
-    MEANS = ("loss", "accuracy", "grad_norm")
-    COUNTS = ("tokens", "predicted", "steps")
+    COUNTS = ("tokens", "predicted")
     WATCHED = ("loss", "grad_norm")
 
     @classmethod
-    def empty(cls) -> Window:
+    def empty(cls, means: tuple[str, ...]) -> Window:
         return cls(
-            sums={name: jnp.zeros((), jnp.float32) for name in cls.MEANS},
-            weights={name: jnp.zeros((), jnp.float32) for name in cls.MEANS},
+            sums={name: jnp.zeros((), jnp.float32) for name in means},
+            weights={name: jnp.zeros((), jnp.float32) for name in means},
             counts={name: jnp.zeros((), jnp.int32) for name in cls.COUNTS},
             nonfinite={name: jnp.full((), NEVER, jnp.int32) for name in cls.WATCHED},
             learning_rate=jnp.zeros((), jnp.float32),
@@ -53,8 +56,8 @@ class Window:
             return jnp.minimum(self.nonfinite[name], jnp.where(jnp.isfinite(means[name][0]), NEVER, step + 1))
 
         return Window(
-            sums={name: self.sums[name] + means[name][0] for name in self.MEANS},
-            weights={name: self.weights[name] + means[name][1] for name in self.MEANS},
+            sums={name: sum_ + means[name][0] for name, sum_ in self.sums.items()},
+            weights={name: weight + means[name][1] for name, weight in self.weights.items()},
             counts={name: self.counts[name] + counts[name] for name in self.COUNTS},
             nonfinite={name: first_bad(name) for name in self.WATCHED},
             learning_rate=jnp.asarray(learning_rate, jnp.float32),
@@ -65,6 +68,7 @@ class Window:
 class TrainState:
     """`step` counts finished updates. `ema` is None unless the optimizer's config asks for an average.
 
+    `token_losses`, float32 [vocabulary], are the running losses that adaptive masking selects by; None without it.
     The window is part of the state, so that a run resumed between two log lines writes the same second line.
     """
 
@@ -73,6 +77,7 @@ class TrainState:
     opt_state: optax.OptState
     ema: Any
     window: Window
+    token_losses: jax.Array | None = None
 
     @property
     def evaluation_params(self) -> Any:
@@ -80,7 +85,9 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
 
-def create_state(key: jax.Array, init: Any, optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
+def create_state(
+    key: jax.Array, init: Any, optimizer: optax.GradientTransformation, objective: Objective, ema: bool = False
+) -> TrainState:
     """A fresh state; call it under `jit` with output shardings, so that each device makes only its own part."""
     params = init(key)
     return TrainState(
@@ -89,5 +96,6 @@ def create_state(key: jax.Array, init: Any, optimizer: optax.GradientTransformat
         opt_state=optimizer.init(params),
         # A copy: the step donates its state, and two leaves may not share one buffer.
         ema=jax.tree.map(jnp.copy, params) if ema else None,
-        window=Window.empty(),
+        window=Window.empty(mean_names(objective)),
+        token_losses=objective.initial_token_losses(),
     )

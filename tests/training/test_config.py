@@ -83,7 +83,7 @@ def test_overrides_reach_the_config_with_their_types():
 
 def test_a_mask_may_be_a_pattern_over_the_layers():
     config, _ = load_config([f"--config={RECIPE}", "--config.model.mask=('causal & window(16)', 'causal')"])
-    assert resolve(config).create_encoder_config(VOCABULARY).mask_pattern == ("causal & window(16)", "causal")
+    assert resolve(config).create_model_config(VOCABULARY).mask_pattern == ("causal & window(16)", "causal")
     assert "causl" in error_of("--config.model.mask=('causal', 'causl')")
 
 
