@@ -191,16 +191,27 @@ def mask(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     """Draw a mask as text, and as a PNG if asked."""
     from maskformer import masks
 
-    _no_flags(config_flags)
-    print(
-        masks.picture(
+    has_recipe = any(flag.startswith("--config") for flag in config_flags)
+    if has_recipe:
+        from maskformer.training import recipes
+
+        # A recipe registers the masks of its own when it is read.
+        recipes.load_config(config_flags)
+    else:
+        _no_flags(config_flags)
+    try:
+        picture = masks.picture(
             arguments.expression,
             arguments.length,
             kv_length=arguments.kv_length,
             block=arguments.blocks,
             path=arguments.png,
         )
-    )
+    except ValueError as error:
+        if "unknown mask" in str(error) and not has_recipe:
+            raise ValueError(f"{error}; a mask that a recipe registers needs --config=RECIPE.py") from error
+        raise
+    print(picture)
     return 0
 
 
@@ -310,7 +321,7 @@ def create_parser() -> Parser:
     command.add_argument("--step", type=int, default=0, help="training step, for rates that follow a schedule")
     command.add_argument("--html", metavar="FILE", help="write the report as an HTML page too")
 
-    command = add(mask)
+    command = add(mask, "--config=RECIPE.py makes the masks known that the recipe registers")
     command.add_argument("expression", help="such as 'causal & window(8)'")
     command.add_argument("--length", type=int, default=32, help="query length (and key length)")
     command.add_argument("--kv-length", type=int, help="key length, when it differs")

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from maskformer import cli
+from maskformer.masks import registry
 from tests.training.tiny import tiny_config, write_corpus
 
 RECIPE = "configs/bert.py:tiny"
@@ -82,6 +83,24 @@ def test_mask_draws_text_and_picture(tmp_path, capsys):
     assert cli.main(["mask", "causal & window(2)", "--length=6", f"--png={tmp_path / 'mask.png'}"]) == 0
     assert len(capsys.readouterr().out.splitlines()) >= 6
     assert (tmp_path / "mask.png").exists()
+
+
+def test_mask_knows_the_masks_of_a_recipe(tmp_path, capsys, monkeypatch):
+    for table in (registry.BUILDERS, registry.NAMES):
+        monkeypatch.setitem(table, "checkers", None)  # so that it is forgotten afterwards
+        del table["checkers"]
+    recipe = tmp_path / "own.py"
+    recipe.write_text(
+        "from configs.bert import get_config\n"
+        "from maskformer import masks\n\n\n"
+        "@masks.builder()\n"
+        "def checkers(stride: int):\n"
+        "    return masks.predicate(lambda q, k: (q - k) % stride == 0)\n"
+    )
+    assert cli.main(["mask", "checkers(2)", "--length=4"]) == 2
+    assert "a mask that a recipe registers needs --config=RECIPE.py" in capsys.readouterr().err
+    assert cli.main(["mask", "checkers(2)", "--length=4", f"--config={recipe}"]) == 0
+    assert cli.main(["mask", "checkers(2)", "--length=4", f"--config={recipe}"]) == 0  # read twice, registered once
 
 
 @pytest.mark.parametrize(
