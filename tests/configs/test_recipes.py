@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import pytest
 
 from configs.bert import SIZES
@@ -25,6 +26,26 @@ def test_no_prediction_of_a_recipe_sees_its_answer(recipe):
     report = objectives.check_leaks(setup.objective, setup.first_batch(2), model=setup.model, step=0)
     assert report.ok, str(report)
     assert report.predictions > 0 and report.responsive > 0.5
+
+
+def test_nothing_leaks_after_a_swap_of_the_objective():
+    setup = runs.prepare(["--config=configs/swap.py:tiny,seq=32,vocab=1024", "--config.model.width=32"])
+    batch = setup.first_batch(2)
+    for step, source in ((0, 0), (10_000, 1)):
+        assert (setup.objective(setup.objective_key, batch, step=step).source == source).all()
+    report = objectives.check_leaks(setup.objective, batch, model=setup.model, step=10_000)
+    assert report.ok, str(report)
+
+
+def test_the_second_network_of_electra_sees_only_what_the_masks_allow():
+    setup = runs.prepare(["--config=configs/electra.py:tiny,seq=32,vocab=1024", "--config.model.width=32"])
+    params = setup.model.init(jax.random.key(0))
+
+    def discriminate(tokens, corrupted, mask):
+        return setup.model.discriminate(params, tokens, positions=corrupted.positions, mask=mask)[..., None]
+
+    report = objectives.check_leaks(setup.objective, setup.first_batch(1), apply=discriminate, rows=1)
+    assert report.ok and report.responsive > 0.5, str(report)
 
 
 @pytest.mark.parametrize("name", ["causal_lm", "diffusion", "span_mlm"])
