@@ -3,7 +3,7 @@
 from maskformer.evaluation.bound import create_bound_step, finish_bound, hide
 from maskformer.evaluation.fill import Guess, fill_masks
 from maskformer.evaluation.likelihood import create_nll_step, finish_nll
-from maskformer.evaluation.metrics import KINDS, Sums, finish, prediction_sums
+from maskformer.evaluation.metrics import KINDS, Sums, finish, objective_sums, prediction_sums
 from maskformer.evaluation.pseudo import create_pseudo_step, finish_pseudo
 from maskformer.evaluation.text_bytes import SplitBytes, bytes_of_tokens, split_bytes, token_bytes
 from maskformer.evaluation.unigram import unigram_baseline, unigram_log_probs
@@ -23,6 +23,7 @@ __all__ = [
     "finish_nll",
     "finish_pseudo",
     "hide",
+    "objective_sums",
     "prediction_sums",
     "split_bytes",
     "token_bytes",

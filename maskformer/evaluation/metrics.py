@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskformer.objectives import Corrupted, Objective
+from maskformer.objectives.loss import token_cross_entropy
+
 # metric name -> float32 [2]: sum, weight.
 Sums = dict[str, jax.Array]
 
@@ -61,18 +64,50 @@ def prediction_sums(
     return sums
 
 
+def objective_sums(
+    objective: Objective, logits: jax.Array, corrupted: Corrupted, *, unigram: jax.Array | None = None
+) -> Sums:
+    """`prediction_sums` with the loss as the objective itself defines it.
+
+    For most that is the mean over predicted tokens. Diffusion weighs its predictions by their rate, divides by all
+    tokens and rules [MASK] out: `loss` is then that, as in training, and `token_loss` the plain mean over predicted
+    tokens, in the place of a perplexity. `unigram_loss` is weighted and divided as `loss` is; the accuracies are means
+    over predictions under their weights.
+
+    Args:
+      logits: [batch, predicted, vocabulary], of the model that read `corrupted`.
+      unigram: as in `prediction_sums`.
+    """
+    targets, weights = corrupted.target_tokens, corrupted.loss_weights
+    if type(objective).loss is Objective.loss:
+        return prediction_sums(logits, targets, weights, corrupted.kinds, unigram=unigram)
+    sums = prediction_sums(logits, targets, weights, unigram=unigram)
+    loss, denominator = objective.loss(logits, corrupted)
+    used = weights > 0
+    sums["loss"] = jnp.stack([loss, denominator])
+    sums["token_loss"] = jnp.stack(
+        [jnp.sum(jnp.where(used, token_cross_entropy(logits, targets, used), 0.0)), jnp.sum(used).astype(jnp.float32)]
+    )
+    if unigram is not None:
+        sums["unigram_loss"] = sums["unigram_loss"].at[1].set(denominator)
+    return sums
+
+
 def finish(sums: Mapping[str, np.ndarray | jax.Array]) -> dict[str, float]:
     """Means from merged sums; a metric of zero weight (no token of that kind) is left out.
 
-    `perplexity` is the exponential of the mean loss.
+    `perplexity` is the exponential of the mean loss over predicted tokens; where the loss is something else
+    (`objective_sums`) there is none.
 
     Raises:
       ValueError: nothing was predicted at all.
     """
     pairs = {name: np.asarray(pair, np.float64) for name, pair in sums.items()}
-    if not pairs["loss"][1] > 0:
+    predicted = float(pairs.get("token_loss", pairs["loss"])[1])
+    if not predicted > 0:
         raise ValueError("evaluation predicted no token: the split is empty, or the objective's rate is too low")
     means = {name: float(total / weight) for name, (total, weight) in pairs.items() if weight > 0}
-    means["perplexity"] = math.exp(min(means["loss"], 700.0))
-    means["predicted"] = float(pairs["loss"][1])
+    if "token_loss" not in pairs:
+        means["perplexity"] = math.exp(min(means["loss"], 700.0))
+    means["predicted"] = predicted
     return means

@@ -346,10 +346,10 @@ def check_finite(window: Window, checkpoints: Checkpoints) -> None:
 
 
 def evaluation_line(step: int, split: str, results: Mapping[str, float], improved: bool) -> str:
-    line = (
-        f"{split} at step {step}: loss {results['loss']:.4f}, perplexity {results['perplexity']:.2f}, "
-        f"accuracy {results['accuracy']:.2%} (top 5 {results['accuracy_top5']:.2%}"
-    )
+    line = f"{split} at step {step}: loss {results['loss']:.4f}, "
+    if "perplexity" in results:  # not every loss has one, see `evaluation.objective_sums`
+        line += f"perplexity {results['perplexity']:.2f}, "
+    line += f"accuracy {results['accuracy']:.2%} (top 5 {results['accuracy_top5']:.2%}"
     if "unigram_accuracy" in results:
         line += f"; unigram {results['unigram_accuracy']:.2%}"
     line += ")"

@@ -154,9 +154,7 @@ def create_eval_step(
         corrupted = objective(key, batch, step=0)
         with placed():
             logits = predict(model, objective, params, corrupted)
-            sums = metrics.prediction_sums(
-                logits, corrupted.target_tokens, corrupted.loss_weights, corrupted.kinds, unigram=unigram
-            )
+            sums = metrics.objective_sums(objective, logits, corrupted, unigram=unigram)
             if isinstance(objective, objectives.Electra) and isinstance(model, ElectraModel):
                 pairs = detection_sums(model, objective, key, params, batch, corrupted, logits)
                 sums |= {name: jnp.stack(pair) for name, pair in pairs.items()}

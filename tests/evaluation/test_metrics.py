@@ -1,9 +1,12 @@
 """Metric sums against plain numpy in float64."""
 
+import jax
 import numpy as np
 import pytest
+from scipy import special
 
-from maskformer.evaluation import finish, prediction_sums, unigram_log_probs
+from maskformer import objectives
+from maskformer.evaluation import finish, objective_sums, prediction_sums, unigram_log_probs
 
 
 def example(seed=0, batch=3, slots=5, vocabulary=11):
@@ -70,3 +73,53 @@ def test_the_unigram_baseline_always_guesses_the_most_frequent_text_token():
     used = weights > 0
     np.testing.assert_allclose(result["unigram_accuracy"], (targets == 10)[used].mean(), rtol=1e-6)
     np.testing.assert_allclose(result["unigram_loss"], -baseline[targets][used].mean(), rtol=1e-5)
+
+
+def corrupted_by(name, key=0, **params):
+    """An objective, what it makes of two rows, and float32 logits for it."""
+    vocabulary = objectives.Vocabulary(size=11, pad=0, cls=1, sep=2, mask=3)
+    objective = objectives.create(name, vocabulary, 8, **params)
+    generator = np.random.default_rng(5)
+    batch = {
+        "tokens": generator.integers(4, 11, (2, 8)),
+        "segment_ids": np.array([[1] * 8, [1] * 5 + [0] * 3]),
+        "positions": np.tile(np.arange(8), (2, 1)),
+        "word_starts": np.ones((2, 8), bool),
+        "example_id": np.arange(2),
+        "epoch": np.zeros(2, int),
+    }
+    corrupted = objective(jax.random.key(key), batch)
+    return objective, corrupted, generator.normal(size=(*corrupted.target_tokens.shape, 11)).astype(np.float32)
+
+
+def test_diffusion_is_evaluated_by_its_own_loss_and_has_no_perplexity():
+    objective, corrupted, logits = corrupted_by("diffusion", key=1)
+    unigram = np.log(np.full(11, 1 / 11, np.float32))
+    found = finish(objective_sums(objective, logits, corrupted, unigram=unigram))
+    weights = np.asarray(corrupted.loss_weights, np.float64)
+    used = weights > 0
+    assert 0 < used.sum() < 13 and weights.max() > 1
+    exact = logits.astype(np.float64)
+    plain = (
+        special.logsumexp(exact, axis=-1)
+        - np.take_along_axis(exact, np.asarray(corrupted.target_tokens)[..., None], -1)[..., 0]
+    )
+    exact[..., 3] = -np.inf  # the mask token is no answer
+    own = (
+        special.logsumexp(exact, axis=-1)
+        - np.take_along_axis(exact, np.asarray(corrupted.target_tokens)[..., None], -1)[..., 0]
+    )
+    assert found["loss"] == pytest.approx((own * weights).sum() / 13, rel=1e-5)  # 13 tokens, hidden or not
+    assert found["token_loss"] == pytest.approx(plain[used].mean(), rel=1e-5)
+    assert found["unigram_loss"] == pytest.approx(np.log(11) * weights.sum() / 13, rel=1e-5)
+    assert found["predicted"] == used.sum() and not {"perplexity", "loss_mask"} & found.keys()
+
+
+@pytest.mark.parametrize("name", ["mlm", "causal_lm", "prefix_lm"])
+def test_an_objective_whose_loss_is_the_mean_over_its_predictions_has_a_perplexity(name):
+    objective, corrupted, logits = corrupted_by(name)
+    found = finish(objective_sums(objective, logits, corrupted))
+    loss, weight = objective.loss(logits, corrupted)
+    assert found["loss"] == pytest.approx(float(loss / weight), rel=1e-6)
+    assert found["perplexity"] == pytest.approx(np.exp(float(loss / weight)), rel=1e-6)
+    assert "token_loss" not in found and found["predicted"] == (corrupted.loss_weights > 0).sum()

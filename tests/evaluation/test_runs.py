@@ -75,6 +75,15 @@ def test_a_run_is_evaluated_under_another_objective_with_its_own_attention(load,
     assert masks and all(("causal" in mask) == (objective in ("causal_lm", "prefix_lm")) for mask in masks)
 
 
+def test_the_config_may_name_another_objective_for_evaluation(load):
+    run = load("mlm", evaluation__objective={"name": "causal_lm"})
+    asked = load("mlm").evaluate("test", {"name": "causal_lm"}, max_batches=1)
+    assert run.evaluate("test", max_batches=1) == asked
+    # A change at the call comes on top of the config's, and another name starts afresh.
+    assert run.evaluate("test", {"shift": "right"}, max_batches=1)["predicted"] > asked["predicted"]
+    assert "accuracy_mask" in run.evaluate("test", {"name": "mlm", "rate": 0.3}, max_batches=1)
+
+
 @pytest.mark.parametrize(
     "measure, name, said",
     [
