@@ -15,7 +15,6 @@ import numpy as np
 from experiments import cards
 from experiments.repeated_data.config import OBJECTIVES, get_config, sweep
 from maskformer import data
-from maskformer.training import runs
 from maskformer.training.sweeps import apply
 
 # Nats per token, about one part in a hundred of the loss: a smaller difference would be of no use to anyone.
@@ -51,11 +50,12 @@ def evaluate(workdir: pathlib.Path, seeds: Sequence[int]) -> dict[str, Any]:
         for o, name in enumerate(OBJECTIVES):
             steps, losses = curve(workdir / folder(name, seed))
             curves[-1].append(losses)
-            for checkpoint, values in (("best", best), ("latest", last)):
-                run = runs.load(workdir / folder(name, seed), checkpoint=checkpoint)
+            for step, values in ((steps[int(np.argmin(losses))], best), (steps[-1], last)):
+                run = cards.load_step(workdir / folder(name, seed), step)
                 if name == "diffusion":
                     bound = run.nll_bound("test", samples=SAMPLES)
-                    values[s, o], error[s, o] = bound["nll_bound"], bound["nll_bound_stderr"]
+                    values[s, o] = bound["nll_bound"]
+                    error[s, o] = max(error[s, o], bound["nll_bound_stderr"])
                 else:
                     values[s, o] = run.evaluate("test")["loss"]
             rows = len(data.load_dataset(run.experiment.data, "train", run.tokenizer))
