@@ -14,18 +14,28 @@ from maskformer.evaluation import create_pseudo_step, finish_pseudo
 from tests.models.test_bert_parity import bert, bert_params
 
 CLS, SEP, MASK, SIZE = 1, 2, 3, 9
-# Three segments in the first row, one of them without text; words of one to three pieces.
-TOKENS = np.array([[1, 4, 5, 6, 2, 1, 7, 8, 2, 1, 2, 0], [1, 8, 4, 4, 5, 6, 6, 7, 2, 0, 0, 0]])
-SEGMENTS = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0]])
-POSITIONS = np.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 0], [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0]])
-WORDS = np.array([[0, 1, 0, 1, 0, 0, 1, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 1, 0, 1, 0, 0, 0, 0]], bool)
+# Words of one to three pieces. In the first row a segment without text; in the last no special tokens, and a segment
+# that begins in the middle of a word, as a cut of a word longer than the row does.
+TOKENS = np.array(
+    [[1, 4, 5, 6, 2, 1, 7, 8, 2, 1, 2, 0], [1, 8, 4, 4, 5, 6, 6, 7, 2, 0, 0, 0], [4, 5, 6, 7, 8, 4, 5, 0, 0, 0, 0, 0]]
+)
+SEGMENTS = np.array(
+    [[1, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0]]
+)
+POSITIONS = np.array(
+    [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 0], [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0], [0, 1, 2, 3, 0, 1, 2, 0, 0, 0, 0, 0]]
+)
+WORDS = np.array(
+    [[0, 1, 0, 1, 0, 0, 1, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 1, 0, 1, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0]],
+    bool,
+)
 BATCH = {
     "tokens": TOKENS,
     "segment_ids": SEGMENTS,
     "positions": POSITIONS,
     "word_starts": WORDS,
-    "example_id": np.array([0, 1]),
-    "epoch": np.zeros(2, int),
+    "example_id": np.arange(3),
+    "epoch": np.zeros(3, int),
 }
 
 
@@ -92,7 +102,7 @@ def test_bits_per_byte_count_the_scored_tokens_only(table):
     sums = run(table, every=3, token_bytes=sizes)
     found = finish_pseudo(sums, evaluation.SplitBytes(sizes, text=300, decoded=100))
     place = np.cumsum(TOKENS > 3, axis=1) - 1
-    scored = (TOKENS > 3) & (place % 3 == np.arange(2)[:, None])
+    scored = (TOKENS > 3) & (place % 3 == np.arange(3)[:, None])
     assert found["bytes"] == 3 * TOKENS[scored].sum()
     assert found["pseudo_bits_per_byte"] == pytest.approx(sums["nats"][0] / math.log(2) / found["bytes"])
 
