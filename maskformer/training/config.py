@@ -308,6 +308,9 @@ def objectives_section(name: str, **changes: Any) -> ml_collections.ConfigDict:
     for key, parameter in objectives.parameters(builder).items():
         # Listing every parameter lets `--config.objective.KEY=` know it.
         section[key] = _leaf(parameter.default, object)
+        if parameter.annotation in (Any, "Any") and parameter.default is not None:
+            # A rate is a number or a schedule of the step; a ConfigDict would pin the type of the default.
+            section[key] = config_dict.FieldReference(parameter.default, field_type=object)
     for key, value in {**(convention.params if convention else {}), **changes}.items():
         section[key] = value
     return section

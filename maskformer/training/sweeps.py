@@ -83,7 +83,7 @@ def apply(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]) -> ml
         section = config
         for name in path:
             section = section[name]
-        if isinstance(section.get(last), ml_collections.ConfigDict):
+        if isinstance(section.get(last), ml_collections.ConfigDict) and kind is not None:
             raise ValueError(f"config.{key}={value!r}: a section; set one of {', '.join(section[last])}")
         try:
             section[last] = tuple(value) if isinstance(value, list) else value

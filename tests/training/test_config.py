@@ -81,6 +81,15 @@ def test_overrides_reach_the_config_with_their_types():
     assert experiment.model["mask"] == "causal & window(16)"
 
 
+def test_a_rate_may_be_a_schedule_and_a_number_again():
+    flag = "--config.objective.rate={'schedule': 'linear', 'start': 0.3, 'end': 0.15, 'steps': 100}"
+    config, _ = load_config([f"--config={RECIPE}", flag])
+    assert resolve(config).create_objective(VOCABULARY).rate.description == "linear 0.3 -> 0.15 over 100"
+    assert resolve(apply(config, {"objective.rate": 0.4})).objective["rate"] == 0.4
+    assert "rate.schedule='linaer'" in error_of(flag.replace("linear", "linaer"))
+    assert "rate='fast': expected a number" in error_of("--config.objective.rate=fast")
+
+
 def test_a_mask_may_be_a_pattern_over_the_layers():
     config, _ = load_config([f"--config={RECIPE}", "--config.model.mask=('causal & window(16)', 'causal')"])
     assert resolve(config).create_model_config(VOCABULARY).mask_pattern == ("causal & window(16)", "causal")

@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+from maskformer import objectives
 from maskformer.training import NonFiniteError, Preempted, loop, train_and_evaluate
 from maskformer.training.checkpoints import checkpoint_steps
+from maskformer.training.config import plain
 from tests.training.tiny import metric_lines, tiny_config
 
 # One run's sums on another layout differ by the order of additions only.
@@ -168,6 +170,20 @@ def test_a_workdir_is_not_continued_with_another_mask_objective_or_seed(referenc
         with pytest.raises(ValueError, match=named):
             train_and_evaluate(tiny_config(corpus, **change), workdir)
     assert (workdir / "config.json").read_text() == before
+
+
+def test_a_run_from_before_a_key_existed_and_a_schedule_by_step_are_continued(corpus, tmp_path):
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    config = tiny_config(corpus, objective__rate={"schedule": "step", "values": {0: 0.3, 10: 0.15}})
+    assert loop.resolve(config).create_objective(objectives.Vocabulary(100, pad=0, mask=4)).rate(10) == np.float32(0.15)
+    older = plain(config)
+    for key in ("embedding_width", "generator"):
+        del older["model"][key]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    loop.check_same_run(plain(config), tmp_path)
+    config = tiny_config(corpus, objective__rate={"schedule": "step", "values": {0: 0.3, 20: 0.15}})
+    with pytest.raises(ValueError, match="objective.rate=.*'20'.*: the run in .* has .*'10'"):
+        loop.check_same_run(plain(config), tmp_path)
 
 
 def test_a_complete_run_says_its_result_again_and_adds_nothing(reference, corpus, devices, tmp_path):
