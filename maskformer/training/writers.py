@@ -133,7 +133,9 @@ class Progress:
     def __init__(self, steps: int, start: int, live: bool):
         self._console = rich.console.Console(stderr=False, highlight=False, soft_wrap=True)
         self._live = live and self._console.is_terminal
-        self._steps, self._start, self._begun = steps, start, time.monotonic()
+        self._steps = steps
+        # Where the time left is counted from: the first line, as the steps before it hold the compilation.
+        self._from: tuple[int, float] | None = None
         if self._live:
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("step {task.completed}/{task.total}"),
@@ -162,9 +164,13 @@ class Progress:
         if self._live:
             self._bar.update(self._task, completed=step, metrics=text)
             return
-        elapsed = time.monotonic() - self._begun
-        left = elapsed / max(step - self._start, 1) * (self._steps - step)
-        self._console.print(f"step {step}/{self._steps}  {text}  eta {int(left // 60)}:{int(left % 60):02d}")
+        now = time.monotonic()
+        if self._from is None:
+            self._from = step, now
+        else:
+            left = (now - self._from[1]) / (step - self._from[0]) * (self._steps - step)
+            text += f"  eta {int(left // 60)}:{int(left % 60):02d}"
+        self._console.print(f"step {step}/{self._steps}  {text}")
 
     def line(self, text: str) -> None:
         """One line above the bar."""

@@ -33,10 +33,14 @@ def test_the_live_line_fits_eighty_columns_whole(metrics, shown, monkeypatch):
     assert last.rstrip().endswith("eta -:--:--"), last
 
 
-def test_a_line_that_is_not_on_a_terminal_says_the_speed_in_flops(capsys):
-    progress = writers.Progress(100, 0, live=True)
+def test_a_line_that_is_not_on_a_terminal_counts_the_time_left_from_the_first_line(capsys, monkeypatch):
+    # The first 50 steps hold the compilation: a minute that says nothing of the 100 after them.
+    times = iter([60.0, 70.0])
+    monkeypatch.setattr(writers.time, "monotonic", lambda: next(times))
+    progress = writers.Progress(200, 0, live=True)
     progress.train(50, SLOW)
+    progress.train(100, SLOW)
     progress.close()
-    assert capsys.readouterr().out.startswith(
-        "step 50/100  loss 10.1235 acc 12.35% 123,457 tok/s 123.400 TFLOP/s  eta 0:00"
-    )
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "step 50/200  loss 10.1235 acc 12.35% 123,457 tok/s 123.400 TFLOP/s"
+    assert second == first.replace("50/", "100/") + "  eta 0:20"
