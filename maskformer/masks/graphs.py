@@ -288,5 +288,6 @@ def longformer(window: int, global_count: int = 0, marked: Any = None, dilation:
     █ · · █ █ █
     █ · · · █ █
     """
+    global_count = whole_number("longformer", "global_count", global_count, 0)
     local = sliding_window(window, window) if dilation == 1 else dilated_window(window, window, dilation)
     return local | global_tokens(global_count or None, marked) if global_count or marked is not None else local
