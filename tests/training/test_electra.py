@@ -86,7 +86,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped_and_compiles_once(
     assert metric_lines(tmp_path) == [line for line in metric_lines(reference) if line["step"] <= 36]
 
 
-def test_a_loaded_run_evaluates_both_networks(reference, devices):
+def test_a_loaded_run_evaluates_both_networks_and_fills_with_the_generator(reference, devices):
     run = runs.load(reference)
     results = run.evaluate("validation")
     best = min(
@@ -96,6 +96,8 @@ def test_a_loaded_run_evaluates_both_networks(reference, devices):
     assert run.step == best["step"]
     for name in ("loss", "accuracy", "discriminator_loss", "discriminator_accuracy", "replaced"):
         assert results[name] == pytest.approx(best[f"validation/{name}"], rel=1e-6), name
+    (guesses,) = run.fill("the lady admired [MASK] garden.", top=3)
+    assert len(guesses) == 3 and guesses[0].probability > guesses[2].probability > 0
 
 
 @pytest.mark.parametrize(

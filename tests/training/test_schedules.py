@@ -39,6 +39,7 @@ def token_losses(workdir, step):
         return np.asarray(arrays.restore(workdir / "checkpoints" / str(step) / "state")["token_losses"])
 
 
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_running_losses_survive_a_restart_and_are_those_of_eight_devices(corpus, devices, tmp_path, compiled_steps):
     train_and_evaluate(adaptive_config(corpus, train__steps=8), tmp_path / "whole")
     for steps in (4, 8):
