@@ -67,7 +67,8 @@ def evaluate(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
         results = {**run, "split": arguments.split, **(cells if len(cells) > 1 else next(iter(cells.values())))}
         print(json.dumps(results, indent=2))
         for column, cell in compared.cells[run["workdir"]].items():
-            print(f"{column}: {cell if isinstance(cell, str) else comparison.summary(cell)}", file=sys.stderr)
+            said = cell if isinstance(cell, str) else comparison.summary(cell)
+            print(comparison.named(column, said), file=sys.stderr)
     if arguments.json:
         pathlib.Path(arguments.json).write_text(json.dumps(results, indent=2) + "\n")
     return 0

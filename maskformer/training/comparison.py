@@ -39,7 +39,7 @@ class Comparison:
             for column in self.columns:
                 cell = cells[column]
                 if isinstance(cell, str):
-                    notes.append(f"{name}, {column}: {cell}")
+                    notes.append(f"{name}, {named(column, cell)}")
                     row.append(f"n/a [{len(notes)}]")
                 else:
                     row.append(summary(cell))
@@ -115,6 +115,15 @@ def rate_columns(rates: Sequence[float], split: str, objective: Mapping[str, Any
         return lambda run: run.evaluate(split, {**(objective or {}), "rate": rate})
 
     return {f"rate {rate:g}": at(rate) for rate in rates}
+
+
+def named(column: str, text: str) -> str:
+    """`text` behind the name of its column, unless it begins with that name itself.
+
+    >>> named("nll", "nll: not defined"), named("rate 0.4", "not defined")
+    ('nll: not defined', 'rate 0.4: not defined')
+    """
+    return text if text.startswith(f"{column}:") else f"{column}: {text}"
 
 
 def summary(results: Mapping[str, float]) -> str:
