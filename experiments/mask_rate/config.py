@@ -4,7 +4,7 @@ from configs import bert
 from maskformer.training.sweeps import arms, product
 
 RATES = (0.15, 0.4, 0.8)
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 
 
 def get_config(arg=None):
