@@ -126,8 +126,9 @@ def main(
     if not set(seeds) <= set(known):
         parser.error(f"--seeds: {seeds}: expected some of {known}")
     workdir = pathlib.Path(arguments.workdir)
-    # Runs that differ in their seed only share their programs.
-    jax.config.update("jax_compilation_cache_dir", str((workdir / "xla").absolute()))
+    if jax.config.jax_compilation_cache_dir is None:
+        # Runs that differ in their seed only share their programs.
+        jax.config.update("jax_compilation_cache_dir", str((workdir / "xla").absolute()))
     for name, config in arms.items():
         if config.seed in seeds:
             train(config if arguments.steps is None else shortened(config, arguments.steps), workdir / name)
