@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -52,13 +54,14 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig, evaluation: EvaluationConfig):
         self.directory = workdir.resolve() / "checkpoints"
         self._sign = 1.0 if evaluation.mode == "max" else -1.0
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics["score"], n=1, keep_checkpoints_without_metrics=False
-        )
+        best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(config.keep), best]),
+                # What is kept is the policy's to say; but without this Orbax writes no metrics, and after a resume
+                # neither the policy nor `best_step` would know the scores of what is there.
+                best_fn=_score,
                 # What a killed run was writing is of no use to anyone.
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
@@ -66,13 +69,18 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: Any, record: RunRecord, metric: float | None) -> None:
-        """Begin to save `state`; `metric` is the evaluation at this very step, or None when there was none."""
+        """Begin to save `state`; `metric` is the evaluation at this very step, or None when there was none.
+
+        A metric that is not a number counts as none: it would compare as the best.
+        """
+        scored = metric is not None and math.isfinite(metric)
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(dataclasses.asdict(record))
             ),
-            metrics=None if metric is None else {"score": self._sign * metric},
+            # Empty rather than None, which Orbax would warn of at every save between two evaluations.
+            metrics={"score": self._sign * metric} if scored else {},
             force=True,
         )
 
@@ -199,13 +207,20 @@ def checkpoint_steps(directory: pathlib.Path) -> list[int]:
 
 
 def best_step(directory: pathlib.Path, steps: list[int]) -> int:
-    """The step with the highest score (the evaluation metric, negated where lower is better), or the newest."""
+    """The step with the highest score (the evaluation metric, negated where lower is better), or the newest.
+
+    Only checkpoints saved at a step that was evaluated have a score.
+    """
     scores = {}
     for step in steps:
         metrics = directory / str(step) / "metrics" / "metrics"
         if metrics.exists():
-            scores[step] = json.loads(metrics.read_text())["score"]
+            scores[step] = _score(json.loads(metrics.read_text()))
     return max(scores, key=lambda step: (scores[step], step)) if scores else steps[-1]
+
+
+def _score(metrics: Mapping[str, float]) -> float:
+    return metrics.get("score", -math.inf)
 
 
 def _check_structure(folder: pathlib.Path, abstract: Any, only: tuple[str, ...] | None = None) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from maskformer import objectives
 from maskformer.training import NonFiniteError, Preempted, loop, train_and_evaluate
-from maskformer.training.checkpoints import checkpoint_steps
-from maskformer.training.config import plain
+from maskformer.training.checkpoints import Checkpoints, RunRecord, best_step, checkpoint_steps, restore_params
+from maskformer.training.config import CheckpointConfig, EvaluationConfig, plain
 from tests.training.tiny import metric_lines, tiny_config
 
 # One run's sums on another layout differ by the order of additions only.
@@ -132,6 +132,44 @@ def test_sigterm_saves_at_the_step_boundary_and_the_same_command_goes_on(
 
 def test_the_newest_and_the_best_checkpoints_are_kept(reference):
     assert checkpoint_steps(reference[0] / "checkpoints") == [8, 12]
+
+
+def test_the_best_checkpoint_outlives_a_resume_and_is_the_one_loaded(corpus, devices, tmp_path):
+    """With the highest loss as the best, the first evaluation stays the best, and the newest never is."""
+    changes = dict(checkpoint__every=2, checkpoint__keep=1, evaluation__every=4, evaluation__mode="max")
+    checkpoints = tmp_path / "checkpoints"
+    for steps in (8, 10, 14):
+        train_and_evaluate(tiny_config(corpus, train__steps=steps, **changes), tmp_path)
+        # Step 10 and 14 end the run and are evaluated for that; 6 and 12 are saved without an evaluation.
+        assert checkpoint_steps(checkpoints) == [4, steps]
+    losses = {line["step"]: line["validation/loss"] for line in metric_lines(tmp_path) if "validation/loss" in line}
+    assert max(losses, key=losses.get) == 4 == best_step(checkpoints, [4, 14])
+
+
+@pytest.mark.parametrize("mode, best", [("min", 3), ("max", 2)])
+def test_the_best_of_both_modes_is_kept_beside_saves_without_a_metric_and_with_none_that_is_a_number(
+    tmp_path, mode, best
+):
+    state = {"weight": np.arange(4.0, dtype=np.float32)}
+    abstract = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, state))
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        ),
+        abstract,
+    )
+    metrics = {1: None, 2: 3.0, 3: 1.0, 4: 2.0, 5: float("nan"), 6: None}
+    for steps in ((1, 2, 3, 4), (5, 6)):
+        kept = Checkpoints(tmp_path, CheckpointConfig(keep=2), EvaluationConfig(mode=mode))
+        for step in steps:
+            saved = {"params": jax.tree.map(lambda leaf, step=step: jax.numpy.asarray(leaf) * step, state)}
+            kept.save(step, saved, RunRecord(), metrics[step])
+        kept.close()
+    assert checkpoint_steps(tmp_path / "checkpoints") == [best, 5, 6]
+    params, step = restore_params(tmp_path, abstract)
+    assert step == best
+    np.testing.assert_array_equal(params["weight"], best * state["weight"])
+    assert restore_params(tmp_path, abstract, "latest")[1] == 6
 
 
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(
@@ -283,7 +321,5 @@ def test_bad_workdirs_and_batches_are_one_line_errors(corpus, devices, tmp_path)
 
 
 def test_the_record_survives_json():
-    from maskformer.training.checkpoints import RunRecord
-
     record = RunRecord(next_example=7, best=0.5)
     assert RunRecord(**json.loads(json.dumps(dataclasses.asdict(record)))) == record
