@@ -66,6 +66,10 @@ def evaluate(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
         # One measure's results stand beside the run; several keep their names, which they share in part.
         results = {**run, "split": arguments.split, **(cells if len(cells) > 1 else next(iter(cells.values())))}
         print(json.dumps(results, indent=2))
+        if run["rows"] < run["split_rows"]:
+            print(
+                f"{run['rows']:,} of {run['split_rows']:,} rows: evaluation.max_batches (None for all)", file=sys.stderr
+            )
         for column, cell in compared.cells[run["workdir"]].items():
             said = cell if isinstance(cell, str) else comparison.summary(cell)
             print(comparison.named(column, said), file=sys.stderr)
@@ -116,8 +120,7 @@ def fill(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     """Predict the [MASK] tokens of a text, or of sentences from the test split."""
     from maskformer.training import runs
 
-    _no_flags(config_flags)
-    run = runs.load(arguments.workdir, checkpoint=arguments.checkpoint)
+    run = runs.load(arguments.workdir, overrides=config_flags, checkpoint=arguments.checkpoint)
     texts = arguments.text or run.example_texts(arguments.examples)
     for text in texts:
         _print_fill(run, text, arguments.top)
@@ -278,7 +281,8 @@ def create_parser() -> Parser:
     command.add_argument("--sweep", default="sweep", metavar="NAME", help="which sweep of the recipe (sweep_NAME)")
     command.add_argument("--sweep-index", type=int, help="train this run of the sweep, in WORKDIR/INDEX")
 
-    command = add(evaluate, "--config.evaluation.KEY=VALUE changes how it is evaluated")
+    registers = "--config=RECIPE.py makes the masks known that the run's recipe registers"
+    command = add(evaluate, f"--config.evaluation.KEY=VALUE changes how it is evaluated; {registers}")
     command.add_argument("--workdir", required=True, nargs="+", help="folder of a run; several make a table")
     command.add_argument("--split", default="test")
     command.add_argument("--checkpoint", default="best", choices=("best", "latest"))
@@ -292,7 +296,7 @@ def create_parser() -> Parser:
     )
     command.add_argument("--objective", metavar="NAME", help="evaluate under this objective (default: the run's own)")
     command.add_argument("--rates", nargs="+", type=float, metavar="RATE", help="evaluate at each corruption rate")
-    command.add_argument("--samples", type=int, help="nll_bound: maskings of each row (default 8)")
+    command.add_argument("--samples", type=int, help="nll_bound: maskings of each row, an even number (default 8)")
     command.add_argument("--estimator", choices=("count", "time"), help="nll_bound: what is drawn (default count)")
     command.add_argument("--every", type=int, metavar="K", help="pseudo_perplexity: score every K-th token")
     command.add_argument(
@@ -300,7 +304,7 @@ def create_parser() -> Parser:
     )
     command.add_argument("--json", metavar="FILE", help="write the results to a file too")
 
-    command = add(fill)
+    command = add(fill, registers)
     command.add_argument("text", nargs="*", help="text with [MASK] in it; default: masked sentences of the test split")
     command.add_argument("--workdir", required=True)
     command.add_argument("--checkpoint", default="best", choices=("best", "latest"))
@@ -371,7 +375,7 @@ def _hint(parser: Parser, argv: Sequence[str]) -> str:
 
 def _no_flags(rest: Sequence[str]) -> None:
     if rest:
-        raise ValueError(f"argument {rest[0]!r}: this command reads no recipe; see maskformer COMMAND --help")
+        raise ValueError(f"argument {rest[0]!r}: this command reads no recipe")
 
 
 def _print_fill(run, text: str, top: int) -> None:  # type: ignore[no-untyped-def]

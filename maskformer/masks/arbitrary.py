@@ -62,7 +62,14 @@ class Predicate(Mask):
     def attend(self, q: Any, k: Any) -> Any:
         # The function is written for one query and one key; broadcasting is ours to do.
         arrays = [jnp.asarray(array) for array in self.captured]
-        return jnp.vectorize(lambda q, k: self.fn(q, k, *arrays))(q, k)
+        try:
+            return jnp.vectorize(lambda q, k: self.fn(q, k, *arrays))(q, k)
+        except jax.errors.TracerBoolConversionError as error:
+            name = getattr(self.fn, "__name__", "fn")
+            raise ValueError(
+                f"predicate({name}): `and`, `or`, `not` and `if` ask for one answer, and q and k stand for all "
+                "positions at once; use &, |, ~ and jnp.where"
+            ) from error
 
 
 @builder(array="array")
@@ -91,8 +98,9 @@ def predicate(fn: Callable[..., Any], *arrays: Any, batch_dims: int = 0) -> Mask
     rather than a fresh lambda in each step.
 
     Args:
-      fn: the function. Its tiles are classified by interval analysis; ``block_map(...).widened`` names the
-        operations that the analysis knows nothing about, whose tiles are all visited.
+      fn: the function, with ``& | ~`` and ``jnp.where`` in the place of ``and or not if``. Its tiles are classified by
+        interval analysis; ``block_map(...).widened`` names the operations that the analysis knows nothing about,
+        whose tiles are all visited.
       *arrays: what ``fn`` reads.
       batch_dims: 0 if all arrays are shared; 1 if each has ``[batch]`` in front, 2 for ``[batch, heads]`` (size 1
         broadcasts). ``fn`` sees them without.

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from maskformer.masks.checks import whole_number
 from maskformer.masks.expression import Mask
 from maskformer.masks.parse import parse
 
@@ -128,6 +129,8 @@ def picture(
     0 full, 5 partial, 4 empty (44.4% skipped); 15 of 36 pairs attend
     """
     kv_length = length if kv_length is None else kv_length
+    for name, value in (("length", length), ("kv_length", kv_length)):
+        whole_number("picture", name, value, 1)
     mask = parse(text, **arrays)
     reach = max(length + q_offset, kv_length)
     examples = {}

@@ -267,7 +267,13 @@ def build(entry: Builder, positional: tuple[Any, ...], named: Mapping[str, Any])
     values = list(positional) + list(named.values())
     if any(True for value in values for _ in _references(value)):
         return Unbound(entry.name, positional, tuple(named.items()))
-    return entry.function(*positional, **named)
+    mask = entry.function(*positional, **named)
+    if not isinstance(mask, Mask):
+        raise TypeError(
+            f"the builder returned a {type(mask).__name__}, not a mask; a function of (q, k) becomes one by "
+            "masks.predicate(function)"
+        )
+    return mask
 
 
 def _references(value: Any) -> Iterator[str]:

@@ -21,7 +21,7 @@ from maskformer.objectives.mixture import mixture
 from maskformer.objectives.mlm import conditional_mlm, mlm, ngram_mlm, pmi_mlm, span_mlm
 from maskformer.objectives.objective import Masking, Objective, attend_within_segments
 from maskformer.objectives.pairs import CorruptedPair, Pair, PairMasks, PairObjective
-from maskformer.objectives.registry import BUILDERS, create, parameters
+from maskformer.objectives.registry import BUILDERS, builder, create, parameters
 from maskformer.objectives.report import MaskReport, mask_report
 from maskformer.objectives.rows import KEEP, MASK, RANDOM, Corrupted, Row, Selection
 from maskformer.objectives.select_weighted import frequency_weights, inverse_document_frequencies, tag_weights
@@ -56,6 +56,7 @@ __all__ = [
     "Vocabulary",
     "attend_within_segments",
     "augment",
+    "builder",
     "causal_lm",
     "check_leaks",
     "conditional_mlm",

@@ -59,6 +59,31 @@ BUILDERS: dict[str, Callable[..., Any]] = {
 }
 
 
+def builder(function: Callable[..., Objective]) -> Callable[..., Objective]:
+    """Registers an objective of one's own under its function's name, for configs: ``objective.name``.
+
+    Args:
+      function: ``(vocabulary, length, *, ...) -> Objective``; the further parameters are the config's keys.
+
+    Raises:
+      ValueError: the name is taken by one of ours, or the function takes no vocabulary and length.
+
+    >>> @builder
+    ... def light_mlm(vocabulary, length, *, rate=0.05):
+    ...     return mlm(vocabulary, length, rate=rate)
+    >>> create("light_mlm", Vocabulary(size=100, pad=0, mask=4), 128).budget
+    6
+    >>> del BUILDERS["light_mlm"]
+    """
+    name = function.__name__
+    if name in COMPAT or (name in BUILDERS and BUILDERS[name].__module__.startswith("maskformer.")):
+        raise ValueError(f"objective '{name}' is there already: give the function another name")
+    if list(inspect.signature(function).parameters)[:2] != ["vocabulary", "length"]:
+        raise ValueError(f"objective '{name}': its function's first parameters must be vocabulary and length")
+    BUILDERS[name] = function
+    return function
+
+
 def _nearest(word: str, known) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean '{close[0]}'?" if close else ""

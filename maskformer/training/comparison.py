@@ -22,12 +22,14 @@ class Comparison:
     Attributes:
       split: what was evaluated.
       steps: run -> the step of its checkpoint.
+      rows: run -> how many rows of the split were evaluated, and how many there are.
       columns: names of the ways.
       cells: run -> column -> results, or in one line why it is not defined.
     """
 
     split: str
     steps: dict[str, int]
+    rows: dict[str, tuple[int, int]]
     columns: tuple[str, ...]
     cells: dict[str, dict[str, Results | str]]
 
@@ -35,7 +37,8 @@ class Comparison:
         """Markdown, with the reasons for empty cells below."""
         rows, notes = [], []
         for name, cells in self.cells.items():
-            row = [name, str(self.steps[name])]
+            done, total = self.rows[name]
+            row = [name, str(self.steps[name]), f"{done:,}" if done == total else f"{done:,} of {total:,}"]
             for column in self.columns:
                 cell = cells[column]
                 if isinstance(cell, str):
@@ -44,7 +47,7 @@ class Comparison:
                 else:
                     row.append(summary(cell))
             rows.append(row)
-        table = markdown_table([f"run ({self.split})", "step", *self.columns], rows)
+        table = markdown_table([f"run ({self.split})", "step", "rows", *self.columns], rows)
         return "\n".join([table, *(f"[{number}] {note}" for number, note in enumerate(notes, start=1))])
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,6 +59,8 @@ class Comparison:
                 {
                     "workdir": name,
                     "step": self.steps[name],
+                    "rows": self.rows[name][0],
+                    "split_rows": self.rows[name][1],
                     "results": {c: {"undefined": r} if isinstance(r, str) else r for c, r in cells.items()},
                 }
                 for name, cells in self.cells.items()
@@ -80,15 +85,19 @@ def compare(
       overrides, checkpoint: as for `runs.load`.
 
     Raises:
-      ValueError: a run cannot be loaded, or no cell at all is defined.
+      ValueError: a run cannot be loaded (it is named), or no cell at all is defined.
     """
     steps: dict[str, int] = {}
+    rows: dict[str, tuple[int, int]] = {}
     cells: dict[str, dict[str, Results | str]] = {}
     reason = ""
     for workdir in workdirs:
-        run = runs.load(workdir, overrides=overrides, checkpoint=checkpoint)
         name = os.fspath(workdir)
-        steps[name], cells[name] = run.step, {}
+        try:
+            run = runs.load(workdir, overrides=overrides, checkpoint=checkpoint)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        steps[name], rows[name], cells[name] = run.step, run.rows(split), {}
         for column, measure in columns.items():
             try:
                 cells[name][column] = measure(run)
@@ -96,7 +105,7 @@ def compare(
                 cells[name][column] = reason = str(error)
     if all(isinstance(cell, str) for row in cells.values() for cell in row.values()):
         raise ValueError(reason)
-    return Comparison(split, steps, tuple(columns), cells)
+    return Comparison(split, steps, rows, tuple(columns), cells)
 
 
 def rate_columns(rates: Sequence[float], split: str, objective: Mapping[str, Any] | None = None) -> dict[str, Measure]:

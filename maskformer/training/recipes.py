@@ -56,7 +56,7 @@ def load_config(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, str]:
     Raises:
       ValueError: one line that names the flag, its value and the fix.
     """
-    recipes = [flag.partition("=")[2] for flag in argv if flag.startswith("--config=")]
+    recipes, changes = split_flags(argv)
     if not recipes:
         raise ValueError("--config is missing: expected a recipe, such as --config=configs/bert.py:mini")
     recipe = recipes[-1]
@@ -65,7 +65,22 @@ def load_config(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, str]:
     if get_config is None:
         raise ValueError(f"--config={recipe}: {path} has no get_config(arg=None)")
     config = get_config(arg if colon else None)
-    return override(config, [flag for flag in argv if not flag.startswith("--config=")]), recipe
+    return override(config, changes), recipe
+
+
+def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The recipes that `--config=` flags name, and the flags that change keys.
+
+    >>> split_flags(["--config=mine.py:tiny", "--config.seed=1"])
+    (['mine.py:tiny'], ['--config.seed=1'])
+    """
+    recipes = [flag.partition("=")[2] for flag in argv if flag.startswith("--config=")]
+    return recipes, [flag for flag in argv if not flag.startswith("--config=")]
+
+
+def register(recipe: str) -> None:
+    """Make known what a recipe registers when it is read, such as masks of its own; its config is not asked for."""
+    _load_recipe(recipe.partition(":")[0])
 
 
 def override(config: ml_collections.ConfigDict, flags: Sequence[str]) -> ml_collections.ConfigDict:
@@ -114,10 +129,20 @@ def _load_recipe(path: str) -> dict[str, Any]:
         close = difflib.get_close_matches(path, map(str, near), n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ", such as configs/bert.py:mini"
         raise ValueError(f"--config={path}: no such file; expected the path of a recipe{hint}")
-    # As with `python -m`: a recipe may import the project it lies in, from wherever the command was installed.
+    # As with `python -m`: a recipe may import the project it lies in, from wherever the command was installed; and its
+    # neighbours, as `configs/mine.py` imports `configs.bert`, from wherever the command is run.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    return runpy.run_path(path)
+    around = str(file.resolve().parent.parent)
+    if around not in sys.path:
+        sys.path.append(around)
+    try:
+        return runpy.run_path(path)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--config={path}: the recipe imports {error.name!r}, which is not found; run from the folder that holds "
+            "it, or put that folder on PYTHONPATH"
+        ) from error
 
 
 def _literal(text: str) -> Any:

@@ -224,6 +224,13 @@ class Run:
         dataset = data.load_dataset(self.experiment.data, split, self.tokenizer)
         return total_sums(compiled, self.params, dataset, config, self.mesh)
 
+    def rows(self, split: str = "test", *, max_batches: int | None = None) -> tuple[int, int]:
+        """How many rows of `split` are evaluated, and how many it has."""
+        config = self.experiment.evaluation
+        total = len(data.load_dataset(self.experiment.data, split, self.tokenizer))
+        batches = config.max_batches if max_batches is None else max_batches
+        return total if batches is None else min(total, batches * config.batch_size), total
+
     def fill(self, text: str, top: int = 5) -> list[list[evaluation.Guess]]:
         """Guesses for each [MASK] in `text`, by the generator where there are two networks."""
         config = self.experiment.data
@@ -316,18 +323,29 @@ def load(workdir: str | os.PathLike[str], overrides: Sequence[str] = (), checkpo
 
     Args:
       workdir: folder of a run.
-      overrides: flags such as `--config.evaluation.seed=1`.
+      overrides: flags such as `--config.evaluation.seed=1`; `--config=RECIPE.py` makes known the masks that the run's
+        recipe registers, and changes nothing else.
       checkpoint: "best" or "latest".
 
     Raises:
-      ValueError: no run there, or a bad override.
+      ValueError: no run there, a bad override, or a mask of the run's own that nobody has registered.
       CheckpointError: no checkpoint yet.
     """
     path = pathlib.Path(workdir)
     if not (path / "config.json").is_file():
         raise ValueError(f"workdir={os.fspath(workdir)!r}: no config.json there; expected the folder of a run")
     config = ml_collections.ConfigDict(json.loads((path / "config.json").read_text()))
-    experiment = resolve(recipes.override(config, overrides))
+    registering, changes = recipes.split_flags(overrides)
+    for recipe in registering:
+        recipes.register(recipe)
+    try:
+        experiment = resolve(recipes.override(config, changes))
+    except ValueError as error:
+        if not registering and ("unknown mask" in str(error) or "is unknown" in str(error)):
+            raise ValueError(
+                f"{error}; what a recipe registers needs --config=RECIPE.py (in Python: import the recipe first)"
+            ) from error
+        raise
     tokenizer = data.load_tokenizer(experiment.data)
     model = models.create(experiment.create_model_config(tokenizer.vocabulary))
     mesh = sharding.create_mesh(experiment.mesh)
