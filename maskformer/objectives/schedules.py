@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ class Schedule:
 
 
 def _steps(name: str, steps: Any) -> int:
+    steps = _whole(f"{name} schedule: steps", steps)
     if isinstance(steps, bool) or int(steps) != steps or steps < 1:
         raise ValueError(f"{name} schedule: steps={steps!r}, expected a whole number of at least 1")
     return int(steps)
@@ -87,11 +89,87 @@ def optax_schedule(function: Callable[[jax.Array], jax.Array], maximum: float) -
     return Schedule(function, check_fraction("schedule maximum", maximum), "function of the step")
 
 
+def in_steps(params: Any, steps: int) -> Any:
+    """The parameters of an objective with the shares of a run that its schedules name, such as "50%", as steps.
+
+    A share may stand where a schedule has a step: as a key of a step schedule's `values`, or as `steps`. Training
+    configs are read through this, so that a schedule follows the run's length.
+
+    Args:
+      params: mappings and lists as in a config.
+      steps: updates of the run; a share of them is rounded down.
+
+    Raises:
+      ValueError: not a share, or two values that begin at the same step.
+
+    >>> in_steps({"name": "mlm", "rate": {"schedule": "step", "values": {"0": 0.3, "50%": 0.15}}}, 1000)["rate"]
+    {'schedule': 'step', 'values': {'0': 0.3, '500': 0.15}}
+    >>> in_steps({"rate": {"schedule": "linear", "start": 0.3, "end": 0.15, "steps": "100%"}}, 1000)["rate"]["steps"]
+    1000
+    """
+    if isinstance(params, list | tuple):
+        return type(params)(in_steps(value, steps) for value in params)
+    if not isinstance(params, Mapping):
+        return params
+    if params.get("schedule") == "step":
+        values = step_values(params)
+        counted: dict[Any, Any] = {}
+        for key, value in values.items():
+            first = str(_share(key, steps)) if _is_share(key) else key
+            if first in counted:
+                raise ValueError(f"step schedule {dict(values)}: two values begin at step {first} of {steps} steps")
+            counted[first] = value
+        return {"schedule": "step", "values": counted}
+    if "schedule" in params and _is_share(params.get("steps")):
+        return {**params, "steps": max(_share(params["steps"], steps), 1)}
+    return {key: in_steps(value, steps) for key, value in params.items()}
+
+
+def step_values(params: Mapping[str, Any]) -> Mapping[Any, Any]:
+    """The `{first_step: rate}` of a step schedule in a config."""
+    return params.get("values", {key: value for key, value in params.items() if key != "schedule"})
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, str) and value.endswith("%")
+
+
+def _share(text: str, steps: int) -> int:
+    try:
+        share = Fraction(text[:-1].strip()) / 100
+    except ValueError:
+        share = Fraction(-1)
+    if not 0 <= share <= 1:
+        raise ValueError(f"schedule at {text!r}: expected a share of the run such as '50%'")
+    return int(share * steps)
+
+
+def _whole(name: str, value: Any) -> Any:
+    """`value`, or the whole number that it spells."""
+    if _is_share(value):
+        raise ValueError(
+            f"{name}={value!r} is a share of a run, whose length only a training config knows; give a number of "
+            "steps, or read the parameters through schedules.in_steps(params, steps)"
+        )
+    if not isinstance(value, str):
+        return value
+    if not value.isdecimal():
+        raise ValueError(f"{name}={value!r}: expected a number of steps, or a share of the run such as '50%'")
+    return int(value)
+
+
 _NAMED = {"linear": linear, "cosine": cosine, "step": step}
 
 
 def as_rate(name: str, value: Any) -> float | Schedule:
-    """A constant rate, a `Schedule`, or a mapping from a config such as `{"schedule": "linear", "start": .3, ...}`."""
+    """A constant rate, a `Schedule`, or a mapping from a config such as `{"schedule": "linear", "start": .3, ...}`.
+
+    Raises:
+      ValueError: names `name`, the value and what was expected.
+
+    >>> as_rate("rate", {"schedule": "step", "values": {"0": 0.3, "500": 0.15}}).description
+    'step {0: 0.3, 500: 0.15}'
+    """
     if isinstance(value, Schedule):
         return value
     if isinstance(value, Mapping):
@@ -100,8 +178,7 @@ def as_rate(name: str, value: Any) -> float | Schedule:
         if kind not in _NAMED:
             raise ValueError(f"{name}.schedule={kind!r}: expected one of {', '.join(_NAMED)}")
         if kind == "step":
-            options = options.get("values", options)
-            return step({int(k): v for k, v in options.items()})
+            return step({_whole(f"{name}: schedule at", k): v for k, v in step_values(options).items()})
         try:
             return _NAMED[kind](**options)
         except TypeError as error:

@@ -243,7 +243,8 @@ class WriterConfig:
 class ExperimentConfig:
     """A whole experiment.
 
-    `objective` holds `name` and the parameters of that objective. `model` holds the fields of an `EncoderConfig`, and
+    `objective` holds `name` and the parameters of that objective; a share of the run in its schedules, such as "50%",
+    becomes steps in `create_objective`. `model` holds the fields of an `EncoderConfig`, and
     in `generator` those of a `GeneratorConfig`, empty unless the objective trains two networks.
     """
 
@@ -260,7 +261,8 @@ class ExperimentConfig:
 
     def create_objective(self, vocabulary: objectives.Vocabulary, **changes: Any) -> Any:
         """The training objective over rows of `data.length` tokens, with some parameters changed, or another one."""
-        return _create_objective(change_objective(self.objective, changes), vocabulary, self.data.length)
+        section = objectives.schedules.in_steps(change_objective(self.objective, changes), self.train.steps)
+        return _create_objective(section, vocabulary, self.data.length)
 
     def create_model_config(self, vocabulary: objectives.Vocabulary) -> EncoderConfig | ElectraConfig:
         """The model's shape; its vocabulary comes from the tokenizer and its positions from the row length."""
@@ -344,8 +346,11 @@ def resolve(config: Mapping[str, Any]) -> ExperimentConfig:
         raise ValueError("objective.name is missing: expected the name of an objective, such as 'mlm'")
     evaluated = change_objective(config["objective"], sections["evaluation"].objective)
     vocabulary = _vocabulary_to_be(sections["data"])
-    objective = _create_objective(config["objective"], vocabulary, sections["data"].length)
-    _create_objective(evaluated, vocabulary, sections["data"].length)
+    steps, length = sections["train"].steps, sections["data"].length
+    check_warmup(sections["optimizer"], steps)
+    _check_schedules("objective", config["objective"], steps)
+    objective = _create_objective(objectives.schedules.in_steps(config["objective"], steps), vocabulary, length)
+    _create_objective(objectives.schedules.in_steps(evaluated, steps), vocabulary, length)
     names = {field.name for field in dataclasses.fields(EncoderConfig)} - set(_DERIVED_MODEL_FIELDS)
     _check_keys("model", config["model"], names | {"generator"})
     _check_types(EncoderConfig, {name: config["model"][name] for name in config["model"].keys() & names}, "model")
@@ -380,6 +385,37 @@ def change_objective(section: Mapping[str, Any], changes: Mapping[str, Any]) -> 
     """
     kept = section if changes.get("name", section["name"]) == section["name"] else {}
     return {**kept, **changes}
+
+
+def check_warmup(optimizer: OptimizerConfig, steps: int) -> None:
+    """Raise the one-line `ValueError` of a warm-up that is not shorter than the run."""
+    warmup = optimizer.warmup_steps
+    if warmup >= steps:
+        shorter = max(steps // 10, int(optimizer.schedule == "inverse_sqrt"))
+        fixes = [f"--config.optimizer.warmup_steps={shorter}"] if shorter < steps else []
+        raise ValueError(
+            f"optimizer.warmup_steps={warmup}: expected fewer than train.steps={steps}, or the run ends before it "
+            f"reaches its learning rate; set {' or '.join([*fixes, f'--config.train.steps above {warmup}'])}"
+        )
+
+
+def _check_schedules(path: str, value: Any, steps: int) -> None:
+    """Raise for a step schedule whose last value the run would never reach."""
+    if isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check_schedules(f"{path}[{index}]", item, steps)
+    elif isinstance(value, Mapping) and value.get("schedule") == "step":
+        starts = objectives.schedules.step_values(objectives.schedules.in_steps(value, steps))
+        last = max((int(key) for key in starts if str(key).isdecimal()), default=0)
+        if last >= steps:
+            raise ValueError(
+                f"{path}={dict(objectives.schedules.step_values(value))!r}: its last value begins at step {last}, and "
+                f"the run ends at train.steps={steps}; give a share of the run, such as '50%', or set "
+                f"--config.train.steps above {last}"
+            )
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_schedules(f"{path}.{key}", item, steps)
 
 
 def _create_objective(section: Mapping[str, Any], vocabulary: objectives.Vocabulary, length: int) -> Any:

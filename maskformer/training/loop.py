@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from maskformer import data, evaluation, models
+from maskformer.objectives.schedules import in_steps
 from maskformer.training import sharding
 from maskformer.training.checkpoints import Checkpoints, RunRecord, restore, restore_params
 from maskformer.training.checkpoints import checkpoint_steps as saved_steps
@@ -271,6 +272,10 @@ def check_same_run(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
     before = json.loads(record.read_text())
     for section in ("seed", "data", "objective", "model"):
         ours, theirs = config[section], before.get(section)
+        if section == "objective":
+            # A share of the run is another step in a run of another length.
+            ours = in_steps(ours, config["train"]["steps"])
+            theirs = in_steps(theirs, before["train"]["steps"])
         if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
             # A run from before a key existed lacks it, and had what is now its empty default.
             unset = (None, {})

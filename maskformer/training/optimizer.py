@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maskformer.training.config import OptimizerConfig
+from maskformer.training.config import OptimizerConfig, check_warmup
 
 
 def create_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -23,11 +23,7 @@ def create_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
     peak, warmup = config.learning_rate, config.warmup_steps
-    if warmup >= steps:
-        raise ValueError(
-            f"optimizer.warmup_steps={warmup}: expected fewer than train.steps={steps}, "
-            "or the run ends before it reaches its learning rate"
-        )
+    check_warmup(config, steps)
     remaining, final = steps - warmup, peak * config.final_fraction
     if config.schedule == "constant":
         body = optax.constant_schedule(peak)

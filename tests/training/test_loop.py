@@ -219,8 +219,8 @@ def test_a_run_from_before_a_key_existed_and_a_schedule_by_step_are_continued(co
         del older["model"][key]
     (tmp_path / "config.json").write_text(json.dumps(older))
     loop.check_same_run(plain(config), tmp_path)
-    config = tiny_config(corpus, objective__rate={"schedule": "step", "values": {0: 0.3, 20: 0.15}})
-    with pytest.raises(ValueError, match="objective.rate=.*'20'.*: the run in .* has .*'10'"):
+    config = tiny_config(corpus, objective__rate={"schedule": "step", "values": {0: 0.3, 11: 0.15}})
+    with pytest.raises(ValueError, match="objective.rate=.*'11'.*: the run in .* has .*'10'"):
         loop.check_same_run(plain(config), tmp_path)
 
 

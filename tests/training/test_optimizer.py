@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from maskformer import cli
 from maskformer.training.config import OptimizerConfig
 from maskformer.training.optimizer import create_optimizer, create_schedule, decay_mask
 
@@ -48,9 +49,20 @@ def test_each_schedule_follows_its_formula_after_the_warmup():
     np.testing.assert_allclose(wsd[75:], 2 * (1 - np.arange(25) / 25), atol=1e-6)
 
 
-def test_a_warmup_as_long_as_the_run_is_refused():
+def test_a_warmup_as_long_as_the_run_is_refused_with_a_fix_that_works():
     with pytest.raises(ValueError, match="warmup_steps=100: expected fewer than train.steps=100"):
         create_schedule(OptimizerConfig(warmup_steps=100), 100)
+    for name, steps, fixed in (("cosine", 30, 3), ("inverse_sqrt", 5, 1)):
+        with pytest.raises(ValueError, match=f"set --config.optimizer.warmup_steps={fixed} or --config.train.steps"):
+            create_schedule(OptimizerConfig(warmup_steps=70, schedule=name), steps)
+        create_schedule(OptimizerConfig(warmup_steps=fixed, schedule=name), steps)
+
+
+def test_a_wrong_config_leaves_no_workdir_behind(tmp_path, capsys):
+    flags = ["--config=configs/bert.py:tiny", "--config.train.steps=30", "--config.optimizer.warmup_steps=70"]
+    assert cli.main(["train", *flags, f"--workdir={tmp_path / 'run'}"]) == cli.EX_USAGE
+    assert "set --config.optimizer.warmup_steps=3" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_decay_leaves_vectors_alone_and_kernels_leaves_tables_alone_too():
