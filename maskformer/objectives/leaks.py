@@ -23,6 +23,7 @@ import numpy as np
 
 from maskformer import masks
 from maskformer.masks import Mask
+from maskformer.objectives.mixture import Mixture
 from maskformer.objectives.objective import Objective
 from maskformer.objectives.pairs import CorruptedPair
 from maskformer.objectives.reachability import (
@@ -33,6 +34,7 @@ from maskformer.objectives.reachability import (
     single_stack,
 )
 from maskformer.objectives.rows import KEEP, Corrupted
+from maskformer.objectives.schedules import maximum
 
 # Relabellings of the text: a replacement that equals the hidden token by chance does so in one of them, not in all.
 _RELABELLINGS = 3
@@ -67,6 +69,7 @@ class Leak:
 class LeakReport:
     """What `check_leaks` found: the first leak of each kind in each row, and how much was looked at.
 
+    `parts` are those of a mixture, each looked at in `rows / len(parts)` rows that all follow it; empty otherwise.
     `responsive` is the share of the (output, input) pairs allowed by the masks to which the model responds: where
     it is small, that nothing else responds says little. None where no model was run.
     """
@@ -77,6 +80,7 @@ class LeakReport:
     predictions: int
     influences: int
     responsive: float | None = None
+    parts: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -84,6 +88,9 @@ class LeakReport:
 
     def __str__(self) -> str:
         looked = f"{self.rows} rows, {self.predictions} predictions"
+        if self.parts:
+            each = f"{self.rows // len(self.parts)} rows of each part, {' and '.join(self.parts)}"
+            looked = f"{each}: {self.predictions} predictions"
         if self.responsive is not None:
             looked += f", {self.influences} (output, input) pairs, {self.responsive:.0%} of the allowed ones respond"
         if self.ok:
@@ -113,6 +120,8 @@ def check_leaks(
 ) -> LeakReport:
     """Looks for leaks in the first `rows` rows of `batch` (see the module's three questions).
 
+    Of a mixture, every part that has weight at any step is looked at in all these rows, whatever the step draws.
+
     Args:
       objective: what is checked; its `attend` is the declared mask of every layer.
       batch: rows as the pipeline gives them. Their text is relabelled; lengths, segments and words are kept.
@@ -135,6 +144,26 @@ def check_leaks(
     Returns:
       a `LeakReport`; `report.raise_if_leaking()` makes an error of it.
     """
+    settings: dict[str, Any] = dict(
+        key=key, model=model, params=params, apply=apply, embed=embed, layer_masks=layer_masks, layers=layers,
+        rows=rows, cross_segments=cross_segments, **call,
+    )
+    if not isinstance(objective, Mixture):
+        return _check_rows(objective, batch, **settings)
+    names = [part.name for part in objective.parts]
+    reports = {}
+    for index, name in enumerate(names):
+        if maximum(objective.weights[index]) > 0:
+            told_apart = name if names.count(name) == 1 else f"{name} [{index}]"
+            reports[told_apart] = _check_rows(_only(objective, index), batch, **settings)
+    return _joined(objective.name, reports)
+
+
+def _check_rows(
+    objective: Objective, batch: Mapping[str, Any], *, key, model, params, apply, embed, layer_masks, layers, rows,
+    cross_segments, **call: Any,
+) -> LeakReport:
+    """`check_leaks` of the rows as the objective makes them."""
     check_tokens(objective, batch)
     key = jax.random.key(0) if key is None else key
     rows = min(rows, batch["tokens"].shape[0])
@@ -167,6 +196,31 @@ def check_leaks(
             leaks += _influence_leaks(found, row, stack, reached, declared(made[0]))
     responsive = float(np.mean(responses)) if responses else None
     return LeakReport(objective.name, tuple(leaks), rows * copies, predictions, influences, responsive)
+
+
+def _only(mixture: Mixture, index: int) -> Mixture:
+    """The mixture with all its weight on one part: its rows and masks are as they are in the mixture."""
+    return dataclasses.replace(mixture, weights=tuple(float(i == index) for i in range(len(mixture.parts))))
+
+
+def _joined(name: str, reports: Mapping[str, LeakReport]) -> LeakReport:
+    """One report of a mixture's parts."""
+    found = tuple(
+        dataclasses.replace(leak, message=f"part '{part}': {leak.message}")
+        for part, report in reports.items()
+        for leak in report.leaks
+    )
+    shares = [report.responsive for report in reports.values() if report.responsive is not None]
+    return LeakReport(
+        objective=name,
+        leaks=found,
+        rows=sum(report.rows for report in reports.values()),
+        predictions=sum(report.predictions for report in reports.values()),
+        influences=sum(report.influences for report in reports.values()),
+        # The least: a part that hardly responds is not to hide behind one that does.
+        responsive=min(shares) if shares else None,
+        parts=tuple(reports),
+    )
 
 
 def check_tokens(objective: Objective, batch: Mapping[str, Any]) -> None:

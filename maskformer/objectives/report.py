@@ -36,6 +36,7 @@ class MaskReport:
 
     Attributes:
       objective: its description. rows, tokens: how much was looked at (tokens without padding).
+      step: the training step whose rates and weights were looked at; None where none was given.
       corrupted_rate: share of the tokens that the input hides or changes.
       predicted_per_batch: (least, mean, most) predicted tokens in a batch.
       predicted_rate: predicted tokens over tokens.
@@ -69,6 +70,7 @@ class MaskReport:
     attended_fraction: float
     flops_per_token: tuple[float, float] | None
     samples: tuple[SampleRow, ...]
+    step: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the sample rows, in plain Python types, for JSON."""
@@ -130,7 +132,8 @@ def mask_report(
             shown.append(_sample(objective, batch["tokens"][row], made, hidden[row], row, decode))
     if not counts.rows:
         raise ValueError("mask_report: no batches given")
-    return counts.finish(tuple(shown), model)
+    step = call.get("step")
+    return counts.finish(tuple(shown), model, None if step is None else int(step))
 
 
 def _hidden(objective: Objective, made: Any, marked: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -200,7 +203,7 @@ class _Counts:
             self.objective.select.in_words
         )
 
-    def finish(self, samples: tuple[SampleRow, ...], model: Any) -> MaskReport:
+    def finish(self, samples: tuple[SampleRow, ...], model: Any, step: int | None) -> MaskReport:
         predicted, kinds = np.array(self.predicted), self.kinds.tolist()
         total = sum(kinds)
         longest = int(np.flatnonzero(self.spans).max(initial=0))
@@ -234,6 +237,7 @@ class _Counts:
             attended_fraction=fraction,
             flops_per_token=flops,
             samples=samples,
+            step=step,
         )
 
 

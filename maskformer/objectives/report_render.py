@@ -23,9 +23,10 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 def facts(report: MaskReport) -> list[tuple[str, str]]:
     """(name, value) lines that both forms share."""
     least, mean, most = report.predicted_per_batch
+    at = "" if report.step is None else f", as at training step {report.step}"
     lines = [
         ("objective", report.objective),
-        ("looked at", f"{report.rows} rows, {report.tokens} tokens"),
+        ("looked at", f"{report.rows} rows, {report.tokens} tokens" + at),
         ("corrupted", f"{report.corrupted_rate:.2%} of the tokens"),
         ("predicted", f"{report.predicted_rate:.2%} of the tokens; per batch {least} to {most}, mean {mean:.1f}"),
         ("slots", f"{report.slots} per row, {report.slots_used:.1%} in use, full in {report.slots_full:.1%} of rows"),

@@ -79,13 +79,37 @@ def test_an_encoder_under_the_mlm_mask_responds_to_nothing_else():
 # --- the six faults ---------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_shift_is_caught():
-    @dataclasses.dataclass(frozen=True, eq=False)
-    class Unshifted(type(objectives.create("causal_lm", VOCABULARY, LENGTH))):
-        def row(self, key, row, rate, token_weights):
-            made = super().row(key, row, rate, token_weights)
-            return dataclasses.replace(made, target_tokens=row.tokens, loss_weights=row.valid.astype(jnp.float32))
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unshifted(type(objectives.create("causal_lm", VOCABULARY, LENGTH))):
+    def row(self, key, row, rate, token_weights):
+        made = super().row(key, row, rate, token_weights)
+        return dataclasses.replace(made, target_tokens=row.tokens, loss_weights=row.valid.astype(jnp.float32))
 
+
+def swap_parts():
+    def weight(*values):
+        return {"schedule": "step", "values": dict(zip(("0", "500"), values))}
+
+    return [
+        {"name": "mlm", "weight": weight(1.0, 0.0)},
+        {"name": "causal_lm", "weight": weight(0.0, 1.0)},
+        {"name": "diffusion", "weight": 0.0},
+    ]
+
+
+def test_a_part_of_a_mixture_that_only_later_steps_follow_is_checked_too():
+    swap = objectives.create("mixture", VOCABULARY, LENGTH, parts=swap_parts())
+    report = objectives.check_leaks(swap, packed_batch(), step=0)
+    assert report.ok and report.parts == ("mlm", "causal_lm") and report.rows == 4
+    assert "2 rows of each part, mlm and causal_lm: " in str(report)
+    # At step 0 no row follows the second part.
+    late = Unshifted("unshifted", VOCABULARY, LENGTH, LENGTH)
+    broken = dataclasses.replace(swap, parts=(swap.parts[0], late, swap.parts[2]))
+    report = objectives.check_leaks(broken, packed_batch(), step=0)
+    assert not report.ok and all(leak.message.startswith("part 'unshifted'") for leak in report.leaks)
+
+
+def test_a_missing_shift_is_caught():
     report = leaks_of(Unshifted("unshifted", VOCABULARY, LENGTH, LENGTH))
     leak = report.leaks[0]
     assert (leak.kind, leak.query, leak.key) == ("target", 1, 1)

@@ -103,6 +103,14 @@ def test_report_is_written_as_text_html_and_json(bert):
     assert json.loads(json.dumps(bert.to_dict()))["slots"] == 6
 
 
+def test_a_report_says_at_which_step_it_looked(bert):
+    rate = {"schedule": "step", "values": {"0": 0.3, "100": 0.15}}
+    objective = objectives.create("mlm", VOCABULARY, LENGTH, rate=rate)
+    report = objectives.mask_report(objective, batches(1, rows=2), step=100)
+    assert "as at training step 100" in report.to_text() and "as at training step 100" in report.to_html()
+    assert report.to_dict()["step"] == 100 and "training step" not in bert.to_text()
+
+
 def test_text_of_tokens_is_escaped_in_html():
     report = objectives.mask_report(
         objectives.create("mlm", VOCABULARY, LENGTH), batches(1, rows=2), decode=lambda token: "<b>&"
