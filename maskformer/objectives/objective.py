@@ -47,7 +47,11 @@ class Objective:
       description: one line for logs.
       token_loss_decay: not None where the weight of a token is to be a running mean of its loss (adaptive masking): the
         share of the old mean that stays. Training keeps the mean; without it, tokens weigh the same.
+      copies: rows that it makes of each row of the batch; what a step costs grows with them.
     """
+
+    # No annotation, and so no field: it is 1 unless `finish` changes the number of rows.
+    copies = 1
 
     name: str
     vocabulary: Vocabulary

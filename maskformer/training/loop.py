@@ -151,7 +151,8 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
     writers = create_writers(workdir, experiment.writers, plain(config), start) if leader else []
     progress = Progress(train.steps, start, experiment.writers.progress) if leader else None
     predicted_share = objective.budget / objective.output_length
-    flops_per_token = model.flops_per_token(objective.output_length, predicted_share)
+    # Of a token of the text: its row may be run in several copies, under other masks.
+    flops_per_token = model.flops_per_token(objective.output_length, predicted_share) * objective.copies
     clock = Clock(flops_per_token, list(mesh.devices.flat))
     if progress is not None:
         progress.line(

@@ -48,6 +48,19 @@ def test_a_run_learns_and_leaves_its_records(reference):
     assert 0 < lines[-2]["train/tokens_predicted"] < lines[-2]["train/tokens_seen"]
 
 
+def test_flops_count_every_copy_of_a_row_and_tokens_seen_count_the_text(corpus, devices, tmp_path):
+    last = []
+    for copies in (1, 2):
+        config = tiny_config(
+            corpus, objective__predict_rate=0.2 * copies, train__steps=3, evaluation__every=0, checkpoint__every=0
+        )
+        train_and_evaluate(config, tmp_path / str(copies))
+        last.append(metric_lines(tmp_path / str(copies))[-1])
+    assert last[1]["train/tokens_seen"] == last[0]["train/tokens_seen"]
+    assert last[1]["train/tokens_predicted"] > 1.9 * last[0]["train/tokens_predicted"]
+    assert last[1]["train/flops"] == pytest.approx(2 * last[0]["train/flops"], rel=1e-6)
+
+
 @pytest.mark.parametrize("kill_at", [5, 10])
 def test_a_run_cut_off_without_warning_resumes_to_the_same_bits(
     reference, corpus, devices, tmp_path, monkeypatch, kill_at
