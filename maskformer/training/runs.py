@@ -258,7 +258,8 @@ class Run:
                 continue
             place = int(generator.choice(whole))
             tokens[place] = self.tokenizer.vocabulary.require("mask", "fill")
-            first, last = max(place - 16, 1), place + 12
+            # From the beginning of a word.
+            first, last = int(words[words >= max(place - 16, 1)][0]), place + 12
             text = self.tokenizer.decode([t for t in tokens[first:last] if not self._is_frame(t)], skip_special=False)
             texts.append(text)
         return texts

@@ -63,6 +63,10 @@ def test_evaluate_and_fill_know_the_recipe_that_they_are_given(recipe, capsys):
     assert results["loss"] > 0 and results["rows"] == 8 < results["split_rows"] and "8 of " in err
     assert cli.main(["fill", workdir, f"--config={recipe}", "the lady [MASK] the garden."]) == 0
     assert "[MASK] 1:" in capsys.readouterr().out
+    # Without a text, passages of the test split are shown, from the beginning of a word.
+    assert cli.main(["fill", workdir, f"--config={recipe}", "--examples=3"]) == 0
+    passages = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("  ")]
+    assert passages and all("[MASK]" in line and not line.startswith("##") for line in passages)
 
 
 def test_an_objective_of_ones_own_must_not_take_a_name_of_ours():
