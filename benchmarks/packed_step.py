@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 from maskformer import models, objectives
-from maskformer.training.config import OptimizerConfig
 from maskformer.training.optimizer import create_optimizer
+from maskformer.training.sections import OptimizerConfig
 from maskformer.training.state import create_state
 from maskformer.training.step import create_train_step
 

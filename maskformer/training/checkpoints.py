@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from maskformer.training.config import CheckpointConfig, EvaluationConfig
+from maskformer.training.sections import CheckpointConfig, EvaluationConfig
 
 logger = logging.getLogger(__name__)
 

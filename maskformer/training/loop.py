@@ -18,10 +18,11 @@ from maskformer.objectives.schedules import in_steps
 from maskformer.training import sharding
 from maskformer.training.checkpoints import Checkpoints, RunRecord, restore, restore_params
 from maskformer.training.checkpoints import checkpoint_steps as saved_steps
-from maskformer.training.config import EvaluationConfig, plain, resolve
+from maskformer.training.config import plain, resolve
 from maskformer.training.losses import mean_names
 from maskformer.training.optimizer import create_optimizer, create_schedule
 from maskformer.training.preemption import Preempted, PreemptionGuard
+from maskformer.training.sections import EvaluationConfig
 from maskformer.training.state import NEVER, TrainState, Window, create_state
 from maskformer.training.step import create_eval_step, create_train_step
 from maskformer.training.throughput import Clock

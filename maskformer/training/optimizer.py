@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maskformer.training.config import OptimizerConfig, check_warmup
+from maskformer.training.sections import OptimizerConfig, check_warmup
 
 
 def create_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

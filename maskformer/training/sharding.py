@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from maskformer import attention
 from maskformer.models import ElectraConfig, EncoderConfig
 from maskformer.models.partitioning import Rules, logical_rules, partition_spec
-from maskformer.training.config import MeshConfig
+from maskformer.training.sections import MeshConfig
 
 # Rows of a batch are split over both: fsdp shards parameters, and each shard still sees rows of its own.
 BATCH_AXES = ("data", "fsdp")

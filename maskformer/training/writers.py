@@ -15,7 +15,7 @@ import rich.console
 import rich.progress
 import rich.table
 
-from maskformer.training.config import WriterConfig
+from maskformer.training.sections import WriterConfig
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from maskformer import cli
-from maskformer.training.config import OptimizerConfig
 from maskformer.training.optimizer import create_optimizer, create_schedule, decay_mask
+from maskformer.training.sections import OptimizerConfig
 
 AXES = {
     "embedding": ("vocab", "embed"),

@@ -1,0 +1,238 @@
+"""The sections of an experiment's config beside data, objective and model, each one validated value."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
+SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")
+DECAYED = ("matrices", "kernels", "all")
+MODES = ("min", "max")
+
+
+def require(ok: bool, field: str, value: Any, expected: str) -> None:
+    """Raise the one-line `ValueError` of a config field unless `ok`."""
+    if not ok:
+        raise ValueError(f"{field}={value!r}: expected {expected}")
+
+
+def choose(field: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of `allowed`, naming the nearest."""
+    close = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    require(value in allowed, field, value, f"one of {', '.join(allowed)}{hint}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer, schedule and weight averaging.
+
+    Attributes:
+      name: "adamw", "sgd", "lion" or "adafactor", each Optax's own.
+      learning_rate: peak rate, reached after the warm-up.
+      schedule: shape after the warm-up: "constant", "linear", "cosine" (both to `final_fraction` of the peak at
+        the last step), "inverse_sqrt" (peak * sqrt(warmup / step)), "wsd" (warm-up, stable, then linear decay over
+        the last `decay_fraction` of the steps; Hu et al. 2024).
+      warmup_steps: linear from 0 to the peak.
+      weight_decay: decoupled (Loshchilov & Hutter 2019), multiplied by the learning rate.
+      decay: which parameters decay: "matrices" (two or more dimensions beside the layer axis), "kernels"
+        (matrices without the embedding tables), "all".
+      clip_norm: global gradient norm above which gradients are scaled down; None for no clipping.
+      b1, b2, epsilon: moment decays and denominator of adamw and lion (b1, b2).
+      momentum, nesterov: of sgd.
+      ema_decay: decay of an exponential moving average of the parameters, used for evaluation; None for none.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    final_fraction: float = 0.0
+    decay_fraction: float = 0.2
+    weight_decay: float = 0.01
+    decay: str = "matrices"
+    clip_norm: float | None = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+    epsilon: float = 1e-8
+    momentum: float = 0.9
+    nesterov: bool = False
+    ema_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        choose("optimizer.name", self.name, OPTIMIZERS)
+        choose("optimizer.schedule", self.schedule, SCHEDULES)
+        choose("optimizer.decay", self.decay, DECAYED)
+        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a number above 0")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more steps")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        for field in ("final_fraction", "decay_fraction"):
+            require(0 <= getattr(self, field) <= 1, f"optimizer.{field}", getattr(self, field), "a share in [0, 1]")
+        for field in ("b1", "b2", "momentum"):
+            require(0 <= getattr(self, field) < 1, f"optimizer.{field}", getattr(self, field), "a decay in [0, 1)")
+        require(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "a number above 0")
+        if self.clip_norm is not None:
+            require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "a norm above 0, or None")
+        if self.ema_decay is not None:
+            require(0 < self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "a decay in (0, 1), or None")
+        if self.schedule == "inverse_sqrt":
+            require(
+                self.warmup_steps > 0, "optimizer.warmup_steps", self.warmup_steps,
+                "at least 1 with schedule 'inverse_sqrt', whose curve starts at the end of the warm-up",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch and rhythm of a run.
+
+    Attributes:
+      steps: optimizer updates.
+      batch_size: rows per update, over all devices and accumulation steps.
+      accumulation_steps: the batch is run in this many parts whose gradients are summed, then normalised once.
+      label_smoothing: share of the target's probability spread evenly over the vocabulary.
+      log_every: steps between log lines, each an average over the window.
+      init_from: workdir whose parameters (best checkpoint, or the newest) start a new run; None for none.
+      resume: workdir whose whole state is continued when this workdir has no checkpoint; None for none.
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    accumulation_steps: int = 1
+    label_smoothing: float = 0.0
+    log_every: int = 10
+    init_from: str | None = None
+    resume: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "batch_size", "accumulation_steps", "log_every"):
+            require(getattr(self, field) >= 1, f"train.{field}", getattr(self, field), "an integer of at least 1")
+        require(
+            self.batch_size % self.accumulation_steps == 0, "train.accumulation_steps", self.accumulation_steps,
+            f"a divisor of train.batch_size={self.batch_size}",
+        )
+        require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "a share in [0, 1)")
+        require(
+            self.init_from is None or self.resume is None, "train.init_from", self.init_from,
+            "None beside train.resume, which already brings the parameters",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation during and after training, under masks that no training setting moves.
+
+    Attributes:
+      every: steps between evaluations; one more follows the last step. 0 for none.
+      batch_size: rows per evaluation batch, over all devices.
+      max_batches: batches per evaluation; None for the whole split.
+      split: the split to evaluate.
+      seed: of the evaluation masks.
+      objective: changes to the training objective's parameters when evaluating, such as a fixed `rate`.
+      metric, mode: what "best" means, for the kept checkpoint and early stopping.
+      patience: evaluations without improvement after which training stops; None never stops early.
+      min_improvement: a smaller change does not count as improvement.
+    """
+
+    every: int = 100
+    batch_size: int = 32
+    max_batches: int | None = None
+    split: str = "validation"
+    seed: int = 0
+    objective: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    metric: str = "loss"
+    mode: str = "min"
+    patience: int | None = None
+    min_improvement: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "evaluation.every", self.every, "0 (never) or a number of steps")
+        require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "at least 1 row")
+        choose("evaluation.mode", self.mode, MODES)
+        for field in ("max_batches", "patience"):
+            value = getattr(self, field)
+            require(value is None or value >= 1, f"evaluation.{field}", value, "at least 1, or None")
+        require(self.min_improvement >= 0, "evaluation.min_improvement", self.min_improvement, "0 or more")
+        if self.patience is not None:
+            require(self.every > 0, "evaluation.every", self.every, "at least 1 when evaluation.patience is set")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and what to keep.
+
+    Attributes:
+      every: steps between checkpoints; one more follows the last step. 0 saves only there.
+      keep: how many of the newest to keep, beside the best by `evaluation.metric`.
+    """
+
+    every: int = 100
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "checkpoint.every", self.every, "0 (only at the end) or a number of steps")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; at most one may be -1, "all that remain".
+
+    Attributes:
+      data: replicas of the parameters; each sees its own rows of the batch.
+      fsdp: shards of the parameters; each also sees its own rows.
+      tensor: shards of the heads, the feed-forward width and the vocabulary.
+      context: parts of the sequence, for rows too long for one device.
+      context_method: how attention reaches the other parts: "all_gather" collects the keys and values, "ring" passes
+        them around, with memory that falls with the axis.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+    context_method: str = "all_gather"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis name -> devices, in the order of the mesh."""
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "context": self.context}
+
+    def __post_init__(self) -> None:
+        choose("mesh.context_method", self.context_method, ("all_gather", "ring"))
+        sizes = self.sizes
+        for axis, size in sizes.items():
+            require(size >= 1 or size == -1, f"mesh.{axis}", size, "at least 1, or -1 for all remaining devices")
+        require(
+            list(sizes.values()).count(-1) <= 1, "mesh", sizes, "at most one axis of -1, since only one can be inferred"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class WriterConfig:
+    """Where metrics go beside `metrics.jsonl`, which is always written.
+
+    Attributes:
+      progress: draw a live progress bar on a terminal; plain lines elsewhere.
+      tensorboard: write TensorBoard events to the workdir.
+      wandb_project: Weights & Biases project (extra `[wandb]`); None for none.
+    """
+
+    progress: bool = True
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+
+def check_warmup(optimizer: OptimizerConfig, steps: int) -> None:
+    """Raise the one-line `ValueError` of a warm-up that is not shorter than the run."""
+    warmup = optimizer.warmup_steps
+    if warmup >= steps:
+        shorter = max(steps // 10, int(optimizer.schedule == "inverse_sqrt"))
+        fixes = [f"--config.optimizer.warmup_steps={shorter}"] if shorter < steps else []
+        raise ValueError(
+            f"optimizer.warmup_steps={warmup}: expected fewer than train.steps={steps}, or the run ends before it "
+            f"reaches its learning rate; set {' or '.join([*fixes, f'--config.train.steps above {warmup}'])}"
+        )
