@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import pathlib
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from scipy import stats
 
-from maskformer.training import runs, train_and_evaluate
+from maskformer.training import train_and_evaluate
 from maskformer.training.checkpoints import checkpoint_steps
 from maskformer.training.config import plain
 from maskformer.training.sweeps import apply
@@ -174,20 +173,3 @@ def _agrees(record: Any, ours: Any) -> bool:
     if isinstance(record, Mapping) and isinstance(ours, Mapping):
         return all(key in ours and _agrees(value, ours[key]) for key, value in record.items())
     return record == ours
-
-
-def load_step(folder: pathlib.Path, step: int) -> runs.Run:
-    """The run in `folder` as it was at `step`, one of its checkpoints.
-
-    A card takes the best step from the curve that it shows, not from the record of another evaluation.
-    """
-    kept = checkpoint_steps(folder / "checkpoints")
-    if step not in kept:
-        raise ValueError(f"step={step}: {folder} keeps checkpoints of {', '.join(map(str, kept)) or 'no step'}")
-    # A folder in which this checkpoint is the only one, and so the latest.
-    with tempfile.TemporaryDirectory() as name:
-        view = pathlib.Path(name)
-        (view / "checkpoints").mkdir()
-        (view / "checkpoints" / str(step)).symlink_to((folder / "checkpoints" / str(step)).resolve())
-        (view / "config.json").symlink_to((folder / "config.json").resolve())
-        return runs.load(view, checkpoint="latest")

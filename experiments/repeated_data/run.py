@@ -15,6 +15,7 @@ import numpy as np
 from experiments import cards
 from experiments.repeated_data.config import OBJECTIVES, get_config, sweep
 from maskformer import data
+from maskformer.training import runs
 from maskformer.training.sweeps import apply
 
 # Nats per token, about one part in a hundred of the loss: a smaller difference would be of no use to anyone.
@@ -50,8 +51,8 @@ def evaluate(workdir: pathlib.Path, seeds: Sequence[int]) -> dict[str, Any]:
         for o, name in enumerate(OBJECTIVES):
             steps, losses = curve(workdir / folder(name, seed))
             curves[-1].append(losses)
-            for step, values in ((steps[int(np.argmin(losses))], best), (steps[-1], last)):
-                run = cards.load_step(workdir / folder(name, seed), step)
+            for checkpoint, values in (("best", best), ("latest", last)):
+                run = runs.load(workdir / folder(name, seed), checkpoint=checkpoint)
                 if name == "diffusion":
                     bound = run.nll_bound("test", samples=SAMPLES)
                     values[s, o] = bound["nll_bound"]
