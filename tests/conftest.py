@@ -4,6 +4,8 @@ import os
 import pathlib
 import tempfile
 
+import pytest
+
 # Before anything imports jax: the number of devices is fixed when the backend starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
 _flags = os.environ.get("XLA_FLAGS", "")
@@ -20,3 +22,14 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # Scripts that make golden files need the peer they are made from.
 collect_ignore_glob = ["golden/make_*.py"]
+
+
+@pytest.fixture
+def quick_compilation():
+    """For programs that run once or twice: less optimisation is a quarter of the time."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

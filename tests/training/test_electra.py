@@ -1,6 +1,5 @@
 """Runs that train ELECTRA's two networks: on several devices, cut in two, learning, and evaluated afterwards."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,14 +16,10 @@ def electra_config(corpus, **overrides):
 
 
 @pytest.fixture(scope="module")
-def reference(corpus, tmp_path_factory):
+def reference(corpus, first_device, tmp_path_factory):
     """A run of two halves on one device: the second half resumes from the checkpoint of the first."""
-    from maskformer.training import sharding
-
     workdir = tmp_path_factory.mktemp("reference")
-    with pytest.MonkeyPatch.context() as patch:
-        create = sharding.create_mesh
-        patch.setattr(sharding, "create_mesh", lambda config: create(config, jax.devices()[:1]))
+    with first_device():
         for steps in (24, 48):
             train_and_evaluate(electra_config(corpus, **LEARNING, train__steps=steps), workdir)
     return workdir
@@ -67,21 +62,10 @@ def test_eight_devices_in_two_parts_give_the_numbers_of_one(reference, corpus, d
 
 
 def test_a_run_goes_on_as_if_it_had_not_stopped_and_compiles_once(
-    reference, corpus, devices, tmp_path, monkeypatch
+    reference, corpus, devices, tmp_path, compiled_steps
 ):
-    from maskformer.training import loop
-
-    steps, jit = [], jax.jit
-
-    def recording(function, **options):
-        compiled = jit(function, **options)
-        if getattr(function, "__name__", "") == "train_step":
-            steps.append(compiled)
-        return compiled
-
-    monkeypatch.setattr(loop.jax, "jit", recording)
     train_and_evaluate(electra_config(corpus, **LEARNING, train__steps=36), tmp_path)
-    assert [step._cache_size() for step in steps] == [1]
+    assert [step._cache_size() for step in compiled_steps] == [1]
     # The shorter run evaluates at its last step too, which is one that both evaluate at anyway.
     assert metric_lines(tmp_path) == [line for line in metric_lines(reference) if line["step"] <= 36]
 

@@ -12,7 +12,8 @@ import pytest
 from maskformer import objectives
 from maskformer.training import NonFiniteError, Preempted, loop, train_and_evaluate
 from maskformer.training.checkpoints import Checkpoints, RunRecord, best_step, checkpoint_steps, restore_params
-from maskformer.training.config import CheckpointConfig, EvaluationConfig, plain
+from maskformer.training.config import plain
+from maskformer.training.sections import CheckpointConfig, EvaluationConfig
 from tests.training.tiny import metric_lines, tiny_config
 
 # One run's sums on another layout differ by the order of additions only.
@@ -20,14 +21,10 @@ CLOSE = dict(rtol=2e-4, atol=2e-5)
 
 
 @pytest.fixture(scope="module")
-def reference(corpus, tmp_path_factory):
+def reference(corpus, first_device, tmp_path_factory):
     """An uninterrupted run on one device."""
-    from maskformer.training import sharding
-
     workdir = tmp_path_factory.mktemp("reference")
-    with pytest.MonkeyPatch.context() as patch:
-        create = sharding.create_mesh
-        patch.setattr(sharding, "create_mesh", lambda config: create(config, jax.devices()[:1]))
+    with first_device():
         results = train_and_evaluate(tiny_config(corpus), workdir)
     return workdir, results
 
@@ -285,19 +282,9 @@ def test_the_moving_average_is_evaluated_and_survives_a_restart(corpus, devices,
     assert last == [line for line in metric_lines(tmp_path / "b") if line["step"] == 12]
 
 
-def test_one_run_compiles_its_step_once(corpus, devices, tmp_path, monkeypatch):
-    steps = []
-    jit = jax.jit
-
-    def recording(function, **options):
-        compiled = jit(function, **options)
-        if getattr(function, "__name__", "") == "train_step":
-            steps.append(compiled)
-        return compiled
-
-    monkeypatch.setattr(loop.jax, "jit", recording)
+def test_one_run_compiles_its_step_once(corpus, devices, tmp_path, compiled_steps):
     train_and_evaluate(tiny_config(corpus), tmp_path)
-    assert [step._cache_size() for step in steps] == [1]
+    assert [step._cache_size() for step in compiled_steps] == [1]
 
 
 def test_nothing_is_read_back_from_the_device_between_log_lines(corpus, devices, tmp_path, monkeypatch):

@@ -14,20 +14,12 @@ from maskformer.training.state import create_state
 from maskformer.training.step import create_train_step, masking_key
 from tests.objectives.examples import make_batch, make_vocabulary
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 VOCABULARY = make_vocabulary()
 # Rows of very different lengths: a mean of means would be far off.
 BATCH = make_batch(8, 16, lengths=[16, 4, 0, 16, 5, 9, 16, 3])
 WEIGHT = 50.0
 STILL = dict(hidden_dropout=0.0, attention_dropout=0.0)
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Each program runs once: less optimisation is a quarter of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @functools.cache

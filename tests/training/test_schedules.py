@@ -3,7 +3,6 @@
 import json
 import signal
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -16,21 +15,6 @@ from maskformer.training.config import plain
 from tests.training.tiny import metric_lines, tiny_config
 
 SWAP = 5
-
-
-@pytest.fixture
-def compiled_steps(monkeypatch):
-    """The jitted train steps of all runs in a test."""
-    steps, jit = [], jax.jit
-
-    def recording(function, **options):
-        compiled = jit(function, **options)
-        if getattr(function, "__name__", "") == "train_step":
-            steps.append(compiled)
-        return compiled
-
-    monkeypatch.setattr(loop.jax, "jit", recording)
-    return steps
 
 
 def adaptive_config(corpus, **overrides):
