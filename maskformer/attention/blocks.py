@@ -8,10 +8,16 @@ import numpy as np
 
 from maskformer import masks
 from maskformer.attention.arguments import Call
+from maskformer.attention.blockwise_layout import BAND, band_blocks
 
-# Edge of a tile -> time per query-key pair on a CPU (8 heads of 64, either pass), relative to the largest: small tiles
-# leave the matrix products short of work, and every tile costs its dispatch.
-COST = {512: 1.0, 256: 1.5, 128: 1.65}
+# Edge of a tile -> time per query-key pair on a CPU, forward and backward, relative to the largest tiles visited one
+# by one (`benchmarks/tiles.py` measures it). Small ones leave the products short of work, and each costs its dispatch.
+LIST_COST = {512: 1.0, 256: 1.5, 128: 1.6}
+# The same where a row's band of tiles is visited at once.
+BAND_COST = {512: 0.9, 256: 1.0, 128: 1.2, 64: 1.6}
+
+# Tiles that are classified at run time, at most: their lists take some tens of MB. A million tokens get tiles of 512.
+GRID = 2**22
 
 
 def refuses(call: Call) -> str | None:
@@ -24,28 +30,35 @@ def refuses(call: Call) -> str | None:
 def choose(call: Call) -> tuple[int, int]:
     """``(block_q, block_kv)``: what makes the visited tiles cheapest, large on a dense area and small on a narrow one.
 
-    A mask known only at run time (packed segments, say) gets small tiles, which skip most.
+    A mask known only at run time (packed segments, say) gets small tiles, which skip most; or one that holds all.
     """
     mask = masks.everything() if call.mask is None else call.mask
     best, least = smallest(call), math.inf
-    for size, cost in COST.items():
+    for size in BAND_COST:
         block = fit(call, size)
         block_map = mask.block_map(call.q_len, call.kv_len, block, q_offset=call.q_offset)
         if not isinstance(block_map.partial.count, np.ndarray):
-            break
-        area = block[0] * block[1]
+            return block if block_map.grid == (1, 1) else smallest(call)
+        area, reach = block[0] * block[1], block_map.band.reach
         partial, full = (float(lists.count.sum()) * area for lists in (block_map.partial, block_map.full))
-        if cost * (partial + full) < least:
-            best, least = block, cost * (partial + full)
-        # Smaller tiles can only save on partial ones: where few are, their maps need not be made.
-        if min((COST[smaller] for smaller in COST if smaller < size), default=math.inf) * full >= least:
+        if band_blocks(block_map, transposed=False) == reach:
+            cost = BAND_COST[size] * reach * area * block_map.band.first.size
+        else:
+            cost = LIST_COST.get(size, math.inf) * (partial + full)
+        if cost < least:
+            best, least = block, cost
+        # Where no smaller tiles make a band, they can only save on partial ones: where few are, they need not be made.
+        wide = (reach - 2) * block[1] > BAND
+        if wide and min((LIST_COST[other] for other in LIST_COST if other < size), default=math.inf) * full >= least:
             break
     return best
 
 
 def smallest(call: Call) -> tuple[int, int]:
-    """The smallest tiles, for masks of which nothing is known."""
-    return fit(call, min(COST))
+    """The smallest tiles that are not too many, for masks of which nothing is known."""
+    blocks = [fit(call, size) for size in sorted(LIST_COST)]
+    few = [block for block in blocks if math.ceil(call.q_len / block[0]) * math.ceil(call.kv_len / block[1]) <= GRID]
+    return (few or blocks[-1:])[0]
 
 
 def fit(call: Call, size: int) -> tuple[int, int]:

@@ -1,16 +1,24 @@
-"""How blockwise attention cuts a call: chunks of heads that share tile lists, and blocks of the sequence.
+"""How blockwise attention cuts a call: chunks of heads that share tiles, and visits to parts of the logits.
 
 A chunk is ``batch_chunk`` batch entries by ``head_chunk`` key heads whose tiles are computed together; it is one batch
-entry or whole batch entries, so that chunks are contiguous. Within a chunk, arrays are heads-first
-``[batch_chunk, head_chunk, (groups,) length, dim]`` with the length padded to whole blocks.
+entry or whole batch entries. A pass walks the rows of tiles (forward) or the columns (backward). In each it visits the
+tiles that the block map lists one by one, or, where all of them lie in a narrow band, the whole band at once: small
+products and short loops cost a CPU more than a few masked keys.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from maskformer import masks
+
+# Keys (or queries) of the widest band that is visited at once.
+BAND = 768
 
 # Logits held at once. Smaller tiles leave the CPU's matmul short of work, larger ones leave its caches.
 TILE_LOGITS = 8 * 256 * 512
@@ -18,7 +26,7 @@ TILE_LOGITS = 8 * 256 * 512
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Static sizes of one blockwise call. ``groups`` is query heads per key head."""
+    """Static sizes of one pass. ``groups`` is query heads per key head, ``visit`` the (queries, keys) seen at once."""
 
     batch: int
     kv_heads: int
@@ -27,6 +35,7 @@ class Layout:
     kv_len: int
     block_q: int
     block_kv: int
+    visit: tuple[int, int]
     batch_chunk: int
     head_chunk: int
 
@@ -55,33 +64,11 @@ class Layout:
         """[batch, kv_len, ...] padded to whole blocks."""
         return _pad(x, 1, self.kv_blocks * self.block_kv)
 
-    def split_queries(self, x: jax.Array) -> jax.Array:
-        """[batch, q_len, heads, dim] -> [chunks, batch_chunk, head_chunk, groups, q_blocks * block_q, dim]."""
-        x = x.reshape(self.batch, self.q_len, self.kv_heads, self.groups, x.shape[-1]).transpose(0, 2, 3, 1, 4)
-        return self._split(_pad(x, 3, self.q_blocks * self.block_q))
-
-    def split_keys(self, x: jax.Array) -> jax.Array:
-        """[batch, kv_len, kv_heads, dim] -> [chunks, batch_chunk, head_chunk, kv_blocks * block_kv, dim]."""
-        return self._split(_pad(x.transpose(0, 2, 1, 3), 2, self.kv_blocks * self.block_kv))
-
-    def join_queries(self, x: jax.Array) -> jax.Array:
-        """The inverse of `split_queries`."""
-        x = self._join(x)[:, :, :, : self.q_len].transpose(0, 3, 1, 2, 4)
-        return x.reshape(self.batch, self.q_len, self.kv_heads * self.groups, x.shape[-1])
-
-    def join_keys(self, x: jax.Array) -> jax.Array:
-        """The inverse of `split_keys`."""
-        return self._join(x)[:, :, : self.kv_len].transpose(0, 2, 1, 3)
-
-    def _split(self, x: jax.Array) -> jax.Array:
-        b, h = self.batch_chunk, self.head_chunk
-        x = x.reshape(self.batch // b, b, self.kv_heads // h, h, *x.shape[2:]).swapaxes(1, 2)
-        return x.reshape(self.chunks, b, h, *x.shape[4:])
-
-    def _join(self, x: jax.Array) -> jax.Array:
-        b, h = self.batch_chunk, self.head_chunk
-        x = x.reshape(self.batch // b, self.kv_heads // h, b, h, *x.shape[3:]).swapaxes(1, 2)
-        return x.reshape(self.batch, self.kv_heads, *x.shape[4:])
+    def pad_bias(self, bias: jax.Array) -> jax.Array:
+        """Pads the q and k axes that a bias has to whole blocks."""
+        for axis, size in ((2, self.q_blocks * self.block_q), (3, self.kv_blocks * self.block_kv)):
+            bias = _pad(bias, axis, size) if bias.shape[axis] > 1 else bias
+        return bias
 
 
 def plan(
@@ -89,15 +76,75 @@ def plan(
     kv_heads: int,
     groups: int,
     lengths: tuple[int, int],
-    block: tuple[int, int],
-    mask_shape: tuple[int, int],
+    block_map: masks.BlockMap,
+    *,
+    transposed: bool,
 ) -> Layout:
-    """Chunks as large as shared tile lists (``mask_shape`` of 1) and `TILE_LOGITS` allow."""
-    room = max(1, TILE_LOGITS // (groups * block[0] * block[1]))
-    head_chunk = _divisor(kv_heads, room) if mask_shape[1] == 1 else 1
-    whole_entries = head_chunk == kv_heads and mask_shape == (1, 1)
+    """Chunks as large as shared tiles (a map of shape 1) and `TILE_LOGITS` allow."""
+    block = (block_map.block_q, block_map.block_kv)
+    visit = list(block)
+    visit[not transposed] *= band_blocks(block_map, transposed=transposed)
+    room = max(1, TILE_LOGITS // (groups * visit[0] * visit[1]))
+    head_chunk = _divisor(kv_heads, room) if block_map.shape[1] == 1 else 1
+    whole_entries = head_chunk == kv_heads and block_map.shape == (1, 1)
     batch_chunk = _divisor(batch, room // kv_heads) if whole_entries else 1
-    return Layout(batch, kv_heads, groups, *lengths, *block, batch_chunk, head_chunk)
+    return Layout(batch, kv_heads, groups, *lengths, *block, (visit[0], visit[1]), batch_chunk, head_chunk)
+
+
+def band_blocks(block_map: masks.BlockMap, *, transposed: bool) -> int:
+    """Blocks of a band that is visited at once, or 1."""
+    band = block_map.band_t if transposed else block_map.band
+    size = block_map.block_q if transposed else block_map.block_kv
+    return band.reach if band.reach * size <= BAND else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """The visits of each row of tiles of one batch entry and head; of each column, if transposed.
+
+    Attributes:
+      full, partial: ``(start, count, index)`` of the block map's lists.
+      first: [rows], where the band begins; None where tiles are visited one by one.
+      size: of a block in the direction of the visits.
+      every_row: no row is empty, so none is asked.
+    """
+
+    full: tuple[jax.Array, jax.Array, jax.Array]
+    partial: tuple[jax.Array, jax.Array, jax.Array]
+    first: jax.Array | None
+    size: int
+    every_row: bool
+
+    @property
+    def alone(self) -> bool:
+        """Whether a row has one visit, or none."""
+        return self.first is not None
+
+    @classmethod
+    def of(cls, block_map: masks.BlockMap, entry: tuple[Any, Any], *, transposed: bool) -> Walk:
+        lists = (block_map.full_t, block_map.partial_t) if transposed else (block_map.full, block_map.partial)
+        band = block_map.band_t if transposed else block_map.band
+        size = block_map.block_q if transposed else block_map.block_kv
+        full, partial = (tuple(jnp.asarray(x)[entry] for x in (kind.start, kind.count, kind.index)) for kind in lists)
+        banded = band.reach * size <= BAND
+        return cls(full, partial, jnp.asarray(band.first)[entry] if banded else None, size, band.every_row)
+
+    def fold(self, row: jax.Array, visit: Callable[..., Any], carry: Any) -> Any:
+        """``carry`` after ``visit(start, carry, masked)`` of all that the row has to visit."""
+        if self.first is not None:
+            start = self.first[row] * self.size
+            if self.every_row:
+                return visit(start, carry, masked=True)
+            busy = (self.full[1][row] + self.partial[1][row] > 0).astype(jnp.int32)
+            return jax.lax.fori_loop(0, busy, lambda _, carry: visit(start, carry, masked=True), carry)
+        for (start, count, index), masked in ((self.full, False), (self.partial, True)):
+            carry = jax.lax.fori_loop(
+                start[row],
+                start[row] + count[row],
+                lambda i, carry, index=index, masked=masked: visit(index[i] * self.size, carry, masked=masked),
+                carry,
+            )
+        return carry
 
 
 def cut(array: jax.Array, starts, sizes) -> jax.Array:
@@ -114,15 +161,6 @@ def add_cut(array: jax.Array, tile: jax.Array, starts) -> jax.Array:
     starts = [jnp.int32(0) if size == 1 else start for size, start in zip(array.shape, starts, strict=True)]
     old = jax.lax.dynamic_slice(array, starts, tile.shape)
     return jax.lax.dynamic_update_slice(array, old + tile, starts)
-
-
-def pad_bias(bias: jax.Array, layout: Layout) -> jax.Array:
-    """Pads the q and k axes that a bias has to whole blocks."""
-    if bias.shape[2] > 1:
-        bias = _pad(bias, 2, layout.q_blocks * layout.block_q)
-    if bias.shape[3] > 1:
-        bias = _pad(bias, 3, layout.kv_blocks * layout.block_kv)
-    return bias
 
 
 def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:

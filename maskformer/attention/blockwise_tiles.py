@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from maskformer import masks
 from maskformer.attention import logits, platform
-from maskformer.attention.blockwise_layout import Layout, add_cut, cut, pad_bias, plan
+from maskformer.attention.blockwise_layout import Layout, Walk, add_cut, cut, plan
 from maskformer.attention.score_mods import Lifted
 
 
@@ -71,10 +72,15 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
 
 
 class _Chunk:
-    """One chunk of heads: its mask and tile lists, and the logits of any of its tiles."""
+    """One chunk of heads: its mask and its visits, and the logits of any of them.
+
+    A visit is ``q_size`` queries by ``kv_size`` keys: one tile, or one in each row and its whole band in each column
+    (or the other way about). It is named by its first query and first key.
+    """
 
     def __init__(self, options: Options, layout: Layout, inputs: Inputs, fixed: Fixed, index: jax.Array):
         self.options, self.layout, self.inputs, self.fixed = options, layout, inputs, fixed
+        self.q_size, self.kv_size = layout.visit
         self.batch_start, self.head_start = layout.origin(index)
         self.batches = self.batch_start + jnp.arange(layout.batch_chunk)
         self.heads = self.head_start + jnp.arange(layout.head_chunk * layout.groups)
@@ -82,56 +88,61 @@ class _Chunk:
         self.entry = (self.batch_start if shape[0] > 1 else 0, self.head_start if shape[1] > 1 else 0)
         self.mask = fixed.mask.select(*self.entry)
 
-    def lists(self, name: str) -> tuple[jax.Array, jax.Array]:
-        """Counts [rows] and indices [rows, width] of this chunk's tile lists."""
-        tiles = getattr(self.fixed.block_map, name)
-        return jnp.asarray(tiles.count)[self.entry], jnp.asarray(tiles.index)[self.entry]
+    def bias_corner(self, q_start: jax.Array, kv_start: jax.Array):
+        return self.batch_start, self.head_start, q_start, kv_start
 
-    def bias_corner(self, row: jax.Array, column: jax.Array):
-        return (self.batch_start, self.head_start, row * self.layout.block_q, column * self.layout.block_kv)
-
-    def bias(self, row: jax.Array, column: jax.Array) -> jax.Array | None:
-        """The tile of the bias, broadcastable to [batch_chunk, heads of the chunk, block_q, block_kv]."""
+    def bias(self, q_start: jax.Array, kv_start: jax.Array) -> jax.Array | None:
+        """The bias of a visit, broadcastable to [batch_chunk, heads of the chunk, q_size, kv_size]."""
         if self.inputs.bias is None:
             return None
-        sizes = (self.batches.size, self.heads.size, self.layout.block_q, self.layout.block_kv)
-        return cut(self.inputs.bias, self.bias_corner(row, column), sizes)
+        sizes = (self.batches.size, self.heads.size, self.q_size, self.kv_size)
+        return cut(self.inputs.bias, self.bias_corner(q_start, kv_start), sizes)
 
-    def places(self, row: jax.Array, column: jax.Array):
-        layout, fixed = self.layout, self.fixed
-        q = fixed.q_offset + row * layout.block_q + jnp.arange(layout.block_q)
-        k = fixed.kv_offset + column * layout.block_kv + jnp.arange(layout.block_kv)
+    def places(self, q_start: jax.Array, kv_start: jax.Array):
+        fixed = self.fixed
+        q = fixed.q_offset + q_start + jnp.arange(self.q_size)
+        k = fixed.kv_offset + kv_start + jnp.arange(self.kv_size)
         return fixed.batch_start + self.batches, fixed.head_start + self.heads, q, k
 
-    def query_tile(self, queries: jax.Array, row: jax.Array) -> jax.Array:
-        """Block ``row`` of [batch, length, heads, dim], the heads of a key head stacked: [b, h, groups * block, d]."""
-        layout = self.layout
-        start = (self.batch_start, row * layout.block_q, self.head_start, 0)
-        sizes = (self.batches.size, layout.block_q, self.heads.size, queries.shape[3])
-        tile = jax.lax.dynamic_slice(queries, start, sizes)
-        tile = tile.astype(_working_dtype(self.inputs))
-        if _scales_queries(self.inputs):
-            tile = tile * self.inputs.scale.astype(tile.dtype)
-        return tile.swapaxes(1, 2).reshape(tile.shape[0], layout.head_chunk, -1, tile.shape[3])
+    def of_queries(self, x: jax.Array, q_start: jax.Array) -> jax.Array:
+        """A visit's part of [batch, length, heads, d], the heads of a key head stacked: [b, h, groups * q_size, d]."""
+        x = self._slice(x, q_start, self.q_size, self.head_start, self.heads.size)
+        return x.swapaxes(1, 2).reshape(x.shape[0], self.layout.head_chunk, -1, x.shape[3])
 
-    def key_tile(self, keys: jax.Array, column: jax.Array) -> jax.Array:
-        """Block ``column`` of [batch, length, kv_heads, dim]: [b, h, block, d]."""
-        layout = self.layout
-        start = (self.batch_start, column * layout.block_kv, self.head_start // layout.groups, 0)
-        sizes = (self.batches.size, layout.block_kv, layout.head_chunk, keys.shape[3])
-        return jax.lax.dynamic_slice(keys, start, sizes).astype(_working_dtype(self.inputs)).swapaxes(1, 2)
+    def of_queries_turned(self, x: jax.Array, q_start: jax.Array) -> jax.Array:
+        """`of_queries` transposed: [b, h, d, groups * q_size]."""
+        x = self._slice(x, q_start, self.q_size, self.head_start, self.heads.size)
+        x = x.reshape(*x.shape[:2], self.layout.head_chunk, -1, x.shape[3]).transpose(0, 2, 4, 3, 1)
+        return x.reshape(*x.shape[:3], -1)
 
-    def put(self, results: jax.Array, tile: jax.Array, row: jax.Array) -> jax.Array:
-        """Writes [b, heads of the chunk, block_q, d] into block ``row`` of [batch, length, heads, d]."""
-        start = (self.batch_start, row * self.layout.block_q, self.head_start, 0)
-        return jax.lax.dynamic_update_slice(results, tile.swapaxes(1, 2).astype(results.dtype), start)
+    def of_keys(self, x: jax.Array, kv_start: jax.Array) -> jax.Array:
+        """A visit's part of [batch, length, kv_heads, d]: [b, h, kv_size, d]."""
+        kv_head = self.head_start // self.layout.groups
+        return self._slice(x, kv_start, self.kv_size, kv_head, self.layout.head_chunk).swapaxes(1, 2)
 
-    def products(self, q_tile: jax.Array, k_tile: jax.Array) -> jax.Array:
-        """Scaled ``QK^T``, [batch_chunk, heads of the chunk, block_q, block_kv]."""
-        scores = _dot(q_tile, k_tile, (3, 3))
+    def _slice(self, x: jax.Array, start: jax.Array, size: int, head: jax.Array, heads: int) -> jax.Array:
+        sizes = (self.batches.size, size, heads, x.shape[3])
+        return jax.lax.dynamic_slice(x, (self.batch_start, start, head, 0), sizes)
+
+    def scaled(self, queries: jax.Array) -> jax.Array:
+        return queries * self.inputs.scale.astype(queries.dtype) if _scales_queries(self.inputs) else queries
+
+    def put_queries(self, results: jax.Array, part: jax.Array, q_start: jax.Array) -> jax.Array:
+        """Writes [b, heads of the chunk, q_size, d] where `of_queries` reads."""
+        start = (self.batch_start, q_start, self.head_start, 0)
+        return jax.lax.dynamic_update_slice(results, part.swapaxes(1, 2).astype(results.dtype), start)
+
+    def put_keys(self, results: jax.Array, part: jax.Array, kv_start: jax.Array) -> jax.Array:
+        """Writes the transpose [b, h, d, kv_size] of what `of_keys` reads."""
+        start = (self.batch_start, kv_start, self.head_start // self.layout.groups, 0)
+        return jax.lax.dynamic_update_slice(results, part.transpose(0, 3, 1, 2).astype(results.dtype), start)
+
+    def products(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """Scaled ``QK^T``, [batch_chunk, heads of the chunk, q_size, kv_size]."""
+        scores = _dot(queries, keys, (3, 3))
         if not _scales_queries(self.inputs):
             scores = scores * self.inputs.scale
-        return scores.reshape(self.batches.size, self.heads.size, self.layout.block_q, self.layout.block_kv)
+        return scores.reshape(self.batches.size, self.heads.size, self.q_size, self.kv_size)
 
     def transform(self, scores, bias, captured, places) -> jax.Array:
         return logits.transform(
@@ -143,28 +154,34 @@ class _Chunk:
             places=places,
         )
 
-    def visible(self, places, column: jax.Array) -> jax.Array:
-        """The mask of a partial tile, bool [block_q, block_kv]; keys past the end are not there."""
+    def visible(self, places, kv_start: jax.Array, then: Callable[[jax.Array], Any] = lambda attends: attends) -> Any:
+        """``then`` of the mask of a visit, bool [q_size, kv_size]; keys past the end are not there."""
         _, _, q, k = places
-        inside = column * self.layout.block_kv + jnp.arange(self.layout.block_kv) < self.layout.kv_len
-
-        def evaluate():
-            return self.mask(q[:, None], k[None, :]) & inside
-
+        inside = kv_start + jnp.arange(self.kv_size) < self.layout.kv_len
         # XLA would merge the mask into every use of the logits and evaluate it anew for each head. It does not look
         # into a conditional, whose condition it cannot know.
-        return jax.lax.cond(column >= 0, evaluate, lambda: jnp.zeros((q.size, k.size), bool))
+        return jax.lax.cond(
+            kv_start >= 0,
+            lambda: then(self.mask(q[:, None], k[None, :]) & inside),
+            lambda: then(jnp.zeros((q.size, k.size), bool)),
+        )
+
+    def capped(self, scores: jax.Array, places, kv_start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The logits of a visit, -inf where the mask says no; and which queries have a key, bool [q_size, 1].
+
+        A minimum does it where no logit is NaN. XLA's CPU library fuses that, and not a select, with the product before
+        it and the softmax after it.
+        """
+
+        def evaluate(attends):
+            ceiling = jnp.where(attends, jnp.inf, -jnp.inf).astype(scores.dtype)
+            return ceiling, jnp.any(attends, axis=-1, keepdims=True)
+
+        ceiling, seen = self.visible(places, kv_start, evaluate)
+        return jnp.minimum(scores, ceiling), seen
 
     def keep(self, places) -> jax.Array:
         return logits.keep(self.fixed.seed, self.options.dropout_rate, places)
-
-
-def _layout(inputs: Inputs, fixed: Fixed) -> Layout:
-    batch, q_len, heads, _ = inputs.query.shape
-    kv_len, kv_heads = inputs.key.shape[1:3]
-    block_map = fixed.block_map
-    block = (block_map.block_q, block_map.block_kv)
-    return plan(batch, kv_heads, heads // kv_heads, (q_len, kv_len), block, block_map.shape)
 
 
 def _working_dtype(inputs: Inputs) -> jnp.dtype:
@@ -178,94 +195,98 @@ def _scales_queries(inputs: Inputs) -> bool:
     return _working_dtype(inputs).itemsize >= 4
 
 
-def _prepare(inputs: Inputs, layout: Layout) -> tuple[Inputs, jax.Array, jax.Array, jax.Array]:
-    """Inputs with a padded bias, and query, key and value split into chunks."""
-    work = _working_dtype(inputs)
-    query, key, value = (x.astype(work) for x in (inputs.query, inputs.key, inputs.value))
-    if _scales_queries(inputs):
-        query = query * inputs.scale.astype(work)
-    if inputs.bias is not None:
-        inputs = dataclasses.replace(inputs, bias=pad_bias(inputs.bias, layout))
-    return inputs, layout.split_queries(query), layout.split_keys(key), layout.split_keys(value)
+def _plan(inputs: Inputs, fixed: Fixed, *, transposed: bool) -> Layout:
+    batch, q_len, heads, _ = inputs.query.shape
+    kv_len, kv_heads = inputs.key.shape[1:3]
+    return plan(batch, kv_heads, heads // kv_heads, (q_len, kv_len), fixed.block_map, transposed=transposed)
 
 
-def _rows(x: jax.Array, index: jax.Array, block: int) -> jax.Array:
-    """Block ``index`` of the queries of a chunk, the query heads of a key head stacked: [b, h, groups * block, d]."""
-    tile = jax.lax.dynamic_slice_in_dim(x, index * block, block, axis=3)
-    return tile.reshape(*tile.shape[:2], -1, tile.shape[4])
-
-
-def _columns(x: jax.Array, index: jax.Array, block: int) -> jax.Array:
-    """The transpose of `_rows` from transposed queries [b, h, d, groups, length]: [b, h, d, groups * block]."""
-    tile = jax.lax.dynamic_slice_in_dim(x, index * block, block, axis=4)
-    return tile.reshape(*tile.shape[:3], -1)
+def _padded(inputs: Inputs, layout: Layout) -> Inputs:
+    """Lengths of whole tiles. Kept in their own layout and dtype: each visit copies its part anyway."""
+    return dataclasses.replace(
+        inputs,
+        query=layout.pad_queries(inputs.query),
+        key=layout.pad_keys(inputs.key),
+        value=layout.pad_keys(inputs.value),
+        bias=None if inputs.bias is None else layout.pad_bias(inputs.bias),
+    )
 
 
 def forward(options: Options, inputs: Inputs, fixed: Fixed) -> tuple[jax.Array, jax.Array]:
     """Output [batch, q_len, heads, value_dim] and logsumexp [batch, q_len, heads]."""
-    layout = _layout(inputs, fixed)
-    block_q, block_kv = layout.block_q, layout.block_kv
+    layout = _plan(inputs, fixed, transposed=False)
     value_dim = inputs.value.shape[-1]
-    precise = jnp.promote_types(inputs.query.dtype, jnp.float32)
-    query, key, value = layout.pad_queries(inputs.query), layout.pad_keys(inputs.key), layout.pad_keys(inputs.value)
-    if inputs.bias is not None:
-        inputs = dataclasses.replace(inputs, bias=pad_bias(inputs.bias, layout))
+    work, precise = _working_dtype(inputs), jnp.promote_types(inputs.query.dtype, jnp.float32)
+    inputs = _padded(inputs, layout)
 
     def chunk_pass(results, index):
         chunk = _Chunk(options, layout, inputs, fixed, index)
-        shape = (chunk.batches.size, chunk.heads.size, block_q)
-        partial_count, partial_index = chunk.lists("partial")
-        full_count, full_index = chunk.lists("full")
+        walk = Walk.of(fixed.block_map, chunk.entry, transposed=False)
+        shape = (chunk.batches.size, chunk.heads.size, chunk.q_size)
 
         def row_pass(results, row):
-            q_tile = chunk.query_tile(query, row)
+            q_start = row * layout.block_q
+            queries = chunk.scaled(chunk.of_queries(inputs.query, q_start).astype(work))
 
-            def visit(column, carry, masked: bool):
+            def scores_of(kv_start, places):
+                scores = chunk.products(queries, chunk.of_keys(inputs.key, kv_start).astype(work))
+                return chunk.transform(scores, chunk.bias(q_start, kv_start), inputs.captured, places)
+
+            def values_of(weights, kv_start, places):
+                if fixed.seed is not None:
+                    weights = jnp.where(chunk.keep(places), weights, 0.0)
+                weights = weights.astype(work).reshape(*queries.shape[:3], chunk.kv_size)
+                values = chunk.of_keys(inputs.value, kv_start).astype(work)
+                return _dot(weights, values, (3, 2)).reshape(*shape, value_dim)
+
+            def visit(kv_start, carry, masked: bool):
+                """Online softmax: the row's weights are kept relative to its maximum so far."""
                 top, total, output = carry
-                k_tile, v_tile = chunk.key_tile(key, column), chunk.key_tile(value, column)
-                places = chunk.places(row, column)
-                scores = chunk.products(q_tile, k_tile)
-                scores = chunk.transform(scores, chunk.bias(row, column), inputs.captured, places)
+                places = chunk.places(q_start, kv_start)
+                scores = scores_of(kv_start, places)
                 if masked:
-                    scores = jnp.where(chunk.visible(places, column), scores, -jnp.inf)
+                    scores = jnp.where(chunk.visible(places, kv_start), scores, -jnp.inf)
                 new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
                 # While a row has seen nothing its maximum is -inf, which must not meet itself in a difference.
                 finite = jnp.where(new_top == -jnp.inf, 0.0, new_top)
                 weights = jnp.exp(scores - finite[..., None])
                 shrink = jnp.exp(top - finite)
                 total = total * shrink + jnp.sum(weights, axis=-1)
-                if fixed.seed is not None:
-                    weights = jnp.where(chunk.keep(places), weights, 0.0)
-                weights = weights.astype(q_tile.dtype).reshape(*q_tile.shape[:3], block_kv)
-                added = _dot(weights, v_tile, (3, 2)).reshape(*shape, value_dim)
-                return new_top, total, output * shrink[..., None] + added
+                return new_top, total, output * shrink[..., None] + values_of(weights, kv_start, places)
 
+            def only_visit(kv_start, _, masked: bool):
+                """Softmax of a row that is whole. One without keys is NaN until it is set to 0."""
+                places = chunk.places(q_start, kv_start)
+                scores, seen = chunk.capped(scores_of(kv_start, places), places, kv_start)
+                top = jnp.max(scores, axis=-1)
+                weights = jnp.exp(scores - top[..., None])
+                total, output = jnp.sum(weights, axis=-1), values_of(weights, kv_start, places)
+                return top, jnp.where(seen[:, 0], total, 0.0), jnp.where(seen, output, 0.0)
+
+            # Where a bias or a score_mod makes -inf or NaN of its own, only the online softmax tells them apart.
+            plain = inputs.bias is None and options.score_mod is None
             carry = (
                 jnp.full(shape, -jnp.inf, precise),
                 jnp.zeros(shape, precise),
                 jnp.zeros((*shape, value_dim), precise),
             )
-            carry = jax.lax.fori_loop(
-                0, full_count[row], lambda i, c: visit(full_index[row, i], c, masked=False), carry
-            )
-            carry = jax.lax.fori_loop(
-                0, partial_count[row], lambda i, c: visit(partial_index[row, i], c, masked=True), carry
-            )
-            output, residual = _finish(chunk, *carry)
+            output, residual = _finish(chunk, *walk.fold(row, only_visit if plain and walk.alone else visit, carry))
             new = output, residual[..., None]
-            return tuple(chunk.put(old, tile, row) for old, tile in zip(results, new, strict=True)), None
+            return tuple(chunk.put_queries(old, part, q_start) for old, part in zip(results, new, strict=True)), None
 
         return jax.lax.scan(row_pass, results, jnp.arange(layout.q_blocks))[0], None
 
     # Written where they belong, tile by tile: stacking them would cost a transposed copy.
-    results = jnp.zeros((*query.shape[:3], value_dim), inputs.query.dtype), jnp.zeros((*query.shape[:3], 1), precise)
+    shape = inputs.query.shape[:3]
+    results = jnp.zeros((*shape, value_dim), inputs.query.dtype), jnp.zeros((*shape, 1), precise)
     (output, residual), _ = jax.lax.scan(chunk_pass, results, jnp.arange(layout.chunks))
     return output[:, : layout.q_len], residual[:, : layout.q_len, :, 0]
 
 
 def _finish(chunk: _Chunk, top: jax.Array, total: jax.Array, output: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Adds the sinks to the denominator, divides, and takes the logarithm."""
-    empty = top == -jnp.inf
+    # The maximum itself weighs 1. Not asked of it, since a use of it keeps XLA's CPU library from fusing the softmax.
+    empty = total == 0
     if chunk.inputs.sinks is not None:
         sink = chunk.inputs.sinks.astype(top.dtype)[chunk.heads][:, None]
         new_top = jnp.where(empty, top, jnp.maximum(top, sink))
@@ -281,13 +302,10 @@ def backward(
     options: Options, residuals: Residuals, d_output: jax.Array, d_residual: jax.Array | None, wanted: Inputs
 ) -> Inputs:
     """Gradients of all inputs; None for those nobody wants."""
-    inputs, fixed = residuals.inputs, residuals.fixed
-    layout = _layout(inputs, fixed)
-    block_q, block_kv = layout.block_q, layout.block_kv
-    dtype = inputs.query.dtype
-    precise = jnp.promote_types(dtype, jnp.float32)
-    original = inputs
-    inputs, queries, keys, values = _prepare(inputs, layout)
+    original, fixed = residuals.inputs, residuals.fixed
+    layout = _plan(original, fixed, transposed=True)
+    dtype = original.query.dtype
+    work, precise = _working_dtype(original), jnp.promote_types(dtype, jnp.float32)
 
     # d logits = p * (dp - delta), with delta = rowsum(dO * O) - d logsumexp.
     delta = jnp.sum(d_output.astype(precise) * residuals.output.astype(precise), axis=-1)
@@ -297,37 +315,37 @@ def backward(
     # exp(logit - inf) = 0: empty rows, and the padding below, weigh nothing.
     log_total = jnp.where(residuals.residual == -jnp.inf, jnp.inf, residuals.residual)
     d_sinks = None
-    if inputs.sinks is not None and wanted.sinks:
-        d_sinks = -jnp.sum(jnp.exp(inputs.sinks.astype(precise) - log_total) * delta, axis=(0, 1))
-        d_sinks = d_sinks.astype(inputs.sinks.dtype)
-    d_outputs = layout.split_queries(d_output.astype(queries.dtype))
-    # dK = dS^T Q and dV = P^T dO as (Q^T dS)^T and (dO^T P)^T: transposing the narrow operand once is free, while a
-    # product that reads a tile of logits by columns runs at a quarter of the speed on a CPU.
-    turned = tuple(jnp.moveaxis(x, 5, 3) for x in (queries, d_outputs))
-    rows = layout.split_queries(jnp.stack([log_total, delta], axis=-1))
-    rows = rows.at[..., layout.q_len :, 0].set(jnp.inf)
+    if original.sinks is not None and wanted.sinks:
+        d_sinks = -jnp.sum(jnp.exp(original.sinks.astype(precise) - log_total) * delta, axis=(0, 1))
+        d_sinks = d_sinks.astype(original.sinks.dtype)
+    inputs = _padded(original, layout)
+    d_output = layout.pad_queries(d_output)
+    numbers = layout.pad_queries(jnp.stack([log_total, delta], axis=-1)).at[:, layout.q_len :, :, 0].set(jnp.inf)
 
     want_bias = inputs.bias is not None and wanted.bias
     captured_wanted = [i for i, flag in enumerate(wanted.captured) if flag]
     d_bias = jnp.zeros(inputs.bias.shape, precise) if want_bias and inputs.bias is not None else None
     d_captured = [jnp.zeros(inputs.captured[i].shape, precise) for i in captured_wanted]
 
-    def chunk_pass(carry, xs):
-        index, query, key, value, d_out, turned, row_numbers = xs
+    def chunk_pass(carry, index):
         chunk = _Chunk(options, layout, inputs, fixed, index)
-        partial_count, partial_index = chunk.lists("partial_t")
-        full_count, full_index = chunk.lists("full_t")
+        walk = Walk.of(fixed.block_map, chunk.entry, transposed=True)
 
         def column_pass(carry, column):
-            k_tile = jax.lax.dynamic_slice_in_dim(key, column * block_kv, block_kv, axis=2)
-            v_tile = jax.lax.dynamic_slice_in_dim(value, column * block_kv, block_kv, axis=2)
+            kv_start = column * layout.block_kv
+            keys, values = (chunk.of_keys(x, kv_start).astype(work) for x in (inputs.key, inputs.value))
 
-            def visit(row, carry, masked: bool):
+            def visit(q_start, carry, masked: bool):
                 d_key, d_value, (d_query, d_bias, d_captured) = carry
-                q_tile, do_tile = _rows(query, row, block_q), _rows(d_out, row, block_q)
-                q_turned, do_turned = (_columns(x, row, block_q) for x in turned)
-                numbers = _rows(row_numbers, row, block_q).reshape(chunk.batches.size, chunk.heads.size, block_q, 2)
-                places = chunk.places(row, column)
+                queries = chunk.scaled(chunk.of_queries(inputs.query, q_start).astype(work))
+                d_out = chunk.of_queries(d_output, q_start).astype(work)
+                # dK = dS^T Q and dV = P^T dO as (Q^T dS)^T and (dO^T P)^T: turning the narrow operand is cheap, while a
+                # product that reads a tile of logits by columns runs at a quarter of the speed on a CPU.
+                queries_turned = chunk.scaled(chunk.of_queries_turned(inputs.query, q_start).astype(work))
+                d_out_turned = chunk.of_queries_turned(d_output, q_start).astype(work)
+                shape = (chunk.batches.size, chunk.heads.size, chunk.q_size)
+                row_numbers = chunk.of_queries(numbers, q_start).reshape(*shape, 2)
+                places = chunk.places(q_start, kv_start)
 
                 def transform(scores, bias, wanted_captured):
                     captured = list(inputs.captured)
@@ -336,50 +354,44 @@ def backward(
                     return chunk.transform(scores, bias, tuple(captured), places)
 
                 arguments = (
-                    chunk.products(q_tile, k_tile),
-                    chunk.bias(row, column),
+                    chunk.products(queries, keys),
+                    chunk.bias(q_start, kv_start),
                     [inputs.captured[i] for i in captured_wanted],
                 )
                 scores, pull_back = jax.vjp(transform, *arguments)
-                weights = jnp.exp(scores - numbers[..., :1])
+                weights = jnp.exp(scores - row_numbers[..., :1])
                 if masked:
-                    weights = jnp.where(chunk.visible(places, column), weights, 0.0)
-                flat = (*q_tile.shape[:3], block_kv)
-                d_weights = _dot(do_tile, v_tile, (3, 3)).reshape(weights.shape)
+                    weights = jnp.where(chunk.visible(places, kv_start), weights, 0.0)
+                flat = (*queries.shape[:3], chunk.kv_size)
+                d_weights = _dot(d_out, values, (3, 3)).reshape(weights.shape)
                 dropped = weights
                 if fixed.seed is not None:
                     grown = jnp.where(chunk.keep(places), 1.0 / (1.0 - options.dropout_rate), 0.0)
                     dropped, d_weights = weights * grown, d_weights * grown
-                d_value = d_value + _dot(do_turned, dropped.astype(q_tile.dtype).reshape(flat), (3, 2))
-                d_logits = weights * (d_weights - numbers[..., 1:])
-                d_scores, d_bias_tile, d_captured_tile = pull_back(d_logits)
+                d_value = d_value + _dot(d_out_turned, dropped.astype(work).reshape(flat), (3, 2))
+                d_logits = weights * (d_weights - row_numbers[..., 1:])
+                d_scores, d_bias_part, d_captured_part = pull_back(d_logits)
                 if want_bias:
-                    d_bias = add_cut(d_bias, d_bias_tile, chunk.bias_corner(row, column))
-                d_captured = [old + new for old, new in zip(d_captured, d_captured_tile, strict=True)]
-                d_scores = d_scores.astype(q_tile.dtype).reshape(flat)
-                d_key = d_key + _dot(q_turned, d_scores, (3, 2))
-                added = _dot(d_scores, k_tile, (3, 2)).reshape(*d_query.shape[:3], block_q, -1)
-                old = jax.lax.dynamic_slice_in_dim(d_query, row * block_q, block_q, axis=3)
-                d_query = jax.lax.dynamic_update_slice_in_dim(d_query, old + added, row * block_q, axis=3)
+                    d_bias = add_cut(d_bias, d_bias_part, chunk.bias_corner(q_start, kv_start))
+                d_captured = [old + new for old, new in zip(d_captured, d_captured_part, strict=True)]
+                d_scores = d_scores.astype(work).reshape(flat)
+                d_key = d_key + _dot(queries_turned, d_scores, (3, 2))
+                added = chunk.of_queries(d_query, q_start) + _dot(d_scores, keys, (3, 2))
+                d_query = chunk.put_queries(d_query, added.reshape(*shape, -1), q_start)
                 return d_key, d_value, (d_query, d_bias, d_captured)
 
-            carry = (*(jnp.zeros(x.swapaxes(2, 3).shape, precise) for x in (k_tile, v_tile)), carry)
-            carry = jax.lax.fori_loop(
-                0, full_count[column], lambda i, c: visit(full_index[column, i], c, masked=False), carry
-            )
-            carry = jax.lax.fori_loop(
-                0, partial_count[column], lambda i, c: visit(partial_index[column, i], c, masked=True), carry
-            )
-            d_key, d_value, carry = carry
-            return carry, (d_key, d_value)
+            d_inputs, d_keys, d_values = carry
+            tiles = (jnp.zeros(x.swapaxes(2, 3).shape, precise) for x in (keys, values))
+            d_key, d_value, d_inputs = walk.fold(column, visit, (*tiles, d_inputs))
+            d_keys, d_values = chunk.put_keys(d_keys, d_key, kv_start), chunk.put_keys(d_values, d_value, kv_start)
+            return (d_inputs, d_keys, d_values), None
 
-        carry = (jnp.zeros(query.shape, precise), *carry)
-        (d_query, *carry), (d_key, d_value) = jax.lax.scan(column_pass, carry, jnp.arange(layout.kv_blocks))
-        return tuple(carry), (d_query, _stack_columns(d_key), _stack_columns(d_value))
+        return jax.lax.scan(column_pass, carry, jnp.arange(layout.kv_blocks))[0], None
 
-    xs = (jnp.arange(layout.chunks), queries, keys, values, d_outputs, turned, rows)
-    (d_bias, d_captured), (d_query, d_key, d_value) = jax.lax.scan(chunk_pass, (d_bias, d_captured), xs)
-    d_query, d_key, d_value = layout.join_queries(d_query), layout.join_keys(d_key), layout.join_keys(d_value)
+    d_query, d_key, d_value = (jnp.zeros(x.shape, precise) for x in (inputs.query, inputs.key, inputs.value))
+    carry = ((d_query, d_bias, d_captured), d_key, d_value)
+    ((d_query, d_bias, d_captured), d_key, d_value), _ = jax.lax.scan(chunk_pass, carry, jnp.arange(layout.chunks))
+    d_query, d_key, d_value = d_query[:, : layout.q_len], d_key[:, : layout.kv_len], d_value[:, : layout.kv_len]
 
     # d_query lacks the scale; so does d_key, unless the queries carried it.
     scale = inputs.scale
@@ -400,9 +412,3 @@ def backward(
         sinks=d_sinks,
         scale=d_scale,
     )
-
-
-def _stack_columns(x: jax.Array) -> jax.Array:
-    """[kv_blocks, b, h, d, block_kv] -> [b, h, kv_blocks * block_kv, d]."""
-    x = x.transpose(1, 2, 0, 4, 3)
-    return x.reshape(*x.shape[:2], -1, x.shape[-1])

@@ -99,7 +99,7 @@ class Grid:
     Attributes:
       block: int32 [..., rows, width], the tile to load.
       kind: int32 [..., rows, width]; 0 skip, 1 partial, 2 full.
-      stored: int32 [..., rows, width], where the tile's mask is stored: ``row * partial width + slot``.
+      stored: int32 [..., rows, width], the tile's place in the partial list, where its mask is stored.
     """
 
     block: Any
@@ -112,13 +112,13 @@ def grid(partial: masks.TileLists, full: masks.TileLists, columns: int) -> Grid:
     concrete = all(isinstance(x.count, np.ndarray) for x in (partial, full))
     xp = np if concrete else jnp
     end = np.int32(np.iinfo(np.int32).max)
-    keys, slots = [], []
+    keys, places = [], []
     for kind, lists in ((1, partial), (2, full)):
-        slot = np.arange(lists.index.shape[-1], dtype=np.int32)
-        valid = slot < xp.asarray(lists.count)[..., None]
-        keys.append(xp.where(valid, xp.asarray(lists.index) * 4 + kind, end))
-        slots.append(xp.broadcast_to(xp.asarray(slot if kind == 1 else 0 * slot), lists.index.shape))
-    keys, slots = xp.concatenate(keys, -1), xp.concatenate(slots, -1)
+        index = xp.asarray(lists.padded())
+        slot = np.arange(index.shape[-1], dtype=np.int32)
+        keys.append(xp.where(slot < xp.asarray(lists.count)[..., None], index * 4 + kind, end))
+        places.append(xp.asarray(lists.start)[..., None] + slot)
+    keys, places = xp.concatenate(keys, -1), xp.concatenate(places, -1)
     width = min(keys.shape[-1], columns)
     if concrete:
         width = max(1, int((np.asarray(partial.count) + np.asarray(full.count)).max(initial=0)))
@@ -127,18 +127,16 @@ def grid(partial: masks.TileLists, full: masks.TileLists, columns: int) -> Grid:
     valid = keys != end
     # A step that is skipped names the tile already loaded, so that nothing is fetched for it.
     last = xp.max(xp.where(valid, keys // 4, 0), axis=-1, keepdims=True)
-    rows = xp.arange(keys.shape[-2], dtype=np.int32)[:, None] * np.int32(partial.index.shape[-1])
-    stored = xp.where(valid & (keys % 4 == 1), rows + xp.take_along_axis(slots, order, -1), 0)
+    stored = xp.where(valid & (keys % 4 == 1), xp.take_along_axis(places, order, -1), 0)
     block = xp.where(valid, keys // 4, last)
     kind = xp.where(valid, keys % 4, 0)
     return Grid(*(x.astype(np.int32) for x in (block, kind, stored)))
 
 
 def stored_tiles(mask: masks.Mask, block_map: masks.BlockMap, q_offset: Any, transposed: bool) -> jax.Array:
-    """The masks of the partial tiles: bool [batch|1, heads|1, rows * width, block_q, block_kv] (or its transpose)."""
+    """The masks of the partial tiles: bool [batch|1, heads|1, size, block_q, block_kv] (or the tiles transposed)."""
     lists = block_map.partial_t if transposed else block_map.partial
-    index = jnp.asarray(lists.index)
-    rows = jnp.broadcast_to(jnp.arange(index.shape[2])[:, None], index.shape[2:])
+    starts, index = jnp.asarray(lists.start), jnp.asarray(lists.index)
     block_q, block_kv = block_map.block_q, block_map.block_kv
 
     def tile(b, h, row, column):
@@ -149,10 +147,9 @@ def stored_tiles(mask: masks.Mask, block_map: masks.BlockMap, q_offset: Any, tra
         attends = mask.select(b, h)(q[:, None], k[None]) & (k < block_map.kv_len)
         return attends.T if transposed else attends
 
-    def entry(b, h, index):
-        return jax.vmap(lambda row, column: tile(b, h, row, column))(rows.reshape(-1), index.reshape(-1))
+    def entry(b, h):
+        rows = jnp.searchsorted(starts[b, h], jnp.arange(index.shape[2]), side="right") - 1
+        return jax.vmap(lambda row, column: tile(b, h, row, column))(rows, index[b, h])
 
-    over_heads = jax.vmap(entry, (None, 0, 0))
-    return jax.vmap(lambda b, index: over_heads(b, jnp.arange(index.shape[0]), index))(
-        jnp.arange(index.shape[0]), index
-    )
+    over_heads = jax.vmap(entry, (None, 0))
+    return jax.vmap(over_heads, (0, None))(jnp.arange(index.shape[0]), jnp.arange(index.shape[1]))

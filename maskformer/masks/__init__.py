@@ -9,7 +9,7 @@ True
 """
 
 from maskformer.masks.arbitrary import Dense, Predicate, dense, predicate
-from maskformer.masks.block_map import BlockMap, TileLists, block_map
+from maskformer.masks.block_map import BlockMap, block_map
 from maskformer.masks.composites import Choice, PerHead, Shift, per_head, shift
 from maskformer.masks.draw import draw, picture
 from maskformer.masks.expression import And, Mask, Not, Or
@@ -61,9 +61,11 @@ from maskformer.masks.sequences import (
     shared_prefix,
     to_last_image,
 )
+from maskformer.masks.tile_lists import Band, TileLists
 
 __all__ = [
     "And",
+    "Band",
     "BlockDiagonal",
     "BlockDiffusion",
     "BlockMap",

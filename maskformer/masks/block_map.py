@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,22 +12,8 @@ import numpy as np
 from maskformer.masks.composites import PerHead, Shift
 from maskformer.masks.expression import Mask
 from maskformer.masks.intervals import BOTH, Analysis
+from maskformer.masks.tile_lists import Band, TileLists, band, compacted, listed, stacked, stacked_bands
 from maskformer.masks.tiles import Found, Programs, bounds, search, tile_set
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TileLists:
-    """For each row of tiles, the columns to visit, ascending.
-
-    Attributes:
-      count: int32 ``[batch | 1, heads | 1, rows]``, how many entries of ``index`` are valid.
-      index: int32 ``[batch | 1, heads | 1, rows, width]``, width >= 1; entries past ``count`` repeat the last
-        valid one (or are 0), so that a loop over the whole width reads nothing new.
-    """
-
-    count: Any
-    index: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +27,7 @@ class BlockMap:
     Attributes:
       partial, full: rows are q-blocks, entries kv-blocks (the forward pass and dQ).
       partial_t, full_t: the same tiles with rows kv-blocks and entries q-blocks (dK and dV).
+      band, band_t: the consecutive blocks among which a row's tiles lie; of a traced map, all that it might have.
       q_len, kv_len, block_q, block_kv: static ints.
       q_offset: the position of query 0; static where it was given as an int.
       widened: what the analysis had no rule for, e.g. ``"sort in predicate(fn)"``; such tiles are partial.
@@ -51,6 +37,8 @@ class BlockMap:
     full: TileLists
     partial_t: TileLists
     full_t: TileLists
+    band: Band
+    band_t: Band
     q_len: int
     kv_len: int
     block_q: int
@@ -79,15 +67,17 @@ class BlockMap:
     def active_area(self) -> Any:
         """Query-key pairs in visited tiles, ``[batch | 1, heads | 1]``; overhang is not counted."""
         xp = _namespace(self)
-        widths = np.full(self.grid[1], self.block_kv, np.float64 if xp is np else np.float32)
-        widths[-1] = self.kv_len - self.block_kv * (self.grid[1] - 1)
-        heights = np.full(self.grid[0], self.block_q, widths.dtype)
-        heights[-1] = self.q_len - self.block_q * (self.grid[0] - 1)
+        rows, columns = self.grid
+        heights = np.full(rows, self.block_q, np.float64 if xp is np else np.float32)
+        heights[-1] = self.q_len - self.block_q * (rows - 1)
+        overhang = columns * self.block_kv - self.kv_len
         area = 0.0
         for lists in (self.partial, self.full):
-            valid = xp.arange(lists.index.shape[-1]) < lists.count[..., None]
-            width = xp.where(valid, xp.asarray(widths)[lists.index], 0.0).sum(-1)
-            area = area + (width * heights).sum(-1)
+            # Columns ascend: only a row's last one can be the one that hangs over.
+            place = xp.clip(lists.start + lists.count - 1, 0, lists.index.shape[-1] - 1)
+            last = xp.take_along_axis(xp.asarray(lists.index), xp.asarray(place), axis=-1)
+            cut = xp.where((lists.count > 0) & (last == columns - 1), overhang, 0)
+            area = area + ((lists.count * self.block_kv - cut) * heights).sum(-1)
         return area
 
     def active_flops(
@@ -118,10 +108,9 @@ class BlockMap:
     def kinds(self) -> np.ndarray:
         """int8 ``[batch | 1, heads | 1, q_blocks, kv_blocks]``: 0 empty, 1 partial, 2 full. For concrete maps."""
         kinds = np.zeros(self.shape + self.grid, np.int8)
-        for value, lists in ((1, self.partial), (2, self.full)):
-            index, count = np.asarray(lists.index), np.asarray(lists.count)
-            *where, slot = np.nonzero(np.arange(index.shape[-1]) < count[..., None])
-            kinds[(*where, index[(*where, slot)])] = value
+        for b, h in np.ndindex(*self.shape):
+            for value, lists in ((1, self.partial), (2, self.full)):
+                kinds[(b, h, *lists.pairs(b, h))] = value
         return kinds
 
     def to_string(self, batch: int = 0, head: int = 0) -> str:
@@ -141,14 +130,14 @@ def _flatten(block_map: BlockMap) -> tuple[Any, Any]:
     # An offset that is traced travels as data, one that is an int stays static.
     static_offset = block_map.q_offset if isinstance(block_map.q_offset, int) else None
     lists = (block_map.partial, block_map.full, block_map.partial_t, block_map.full_t)
-    children = lists + (() if static_offset is not None else (block_map.q_offset,))
+    children = (*lists, block_map.band, block_map.band_t) + (() if static_offset is not None else (block_map.q_offset,))
     sizes = (block_map.q_len, block_map.kv_len, block_map.block_q, block_map.block_kv)
     return children, (sizes, static_offset, block_map.widened)
 
 
 def _unflatten(static: Any, children: Any) -> BlockMap:
     sizes, offset, widened = static
-    return BlockMap(*children[:4], *sizes, q_offset=children[4] if offset is None else offset, widened=widened)
+    return BlockMap(*children[:6], *sizes, q_offset=children[6] if offset is None else offset, widened=widened)
 
 
 jax.tree_util.register_pytree_node(BlockMap, _flatten, _unflatten)
@@ -185,11 +174,9 @@ def block_map(mask: Mask, q_len: int, kv_len: int, block: int | tuple[int, int],
 
     programs = Programs()
     build = _Builder(q_len, kv_len, (block_q, block_kv), programs)
-    lists = build.static(shifted) if _is_static(shifted, programs) else build.traced(shifted)
-    partial, full, partial_t, full_t = lists
-    sizes = dict(q_len=q_len, kv_len=kv_len, block_q=block_q, block_kv=block_kv)
+    found = build.static(shifted) if _is_static(shifted, programs) else build.traced(shifted)
     widened = tuple(sorted(build.widened))
-    return BlockMap(partial, full, partial_t, full_t, **sizes, q_offset=q_offset, widened=widened)
+    return BlockMap(*found, q_len, kv_len, block_q, block_kv, q_offset=q_offset, widened=widened)
 
 
 def _is_static(mask: Mask, programs: Programs) -> bool:
@@ -198,6 +185,10 @@ def _is_static(mask: Mask, programs: Programs) -> bool:
         return False
     leaves = mask.select(0, 0).leaves()
     return not any(isinstance(const, jax.core.Tracer) for leaf in leaves for const in programs.of(leaf)[0].consts)
+
+
+_Tiles = tuple[TileLists, TileLists, TileLists, TileLists, Band, Band]
+"""partial, full, and both transposed; then the band of the rows, and of the columns."""
 
 
 class _Builder:
@@ -213,125 +204,71 @@ class _Builder:
 
     # --- arrays known: all on the host ----------------------------------------------------------------------
 
-    def static(self, mask: Mask) -> list[TileLists]:
+    def static(self, mask: Mask) -> _Tiles:
         batch, heads = mask.shape
         mask = jax.tree.map(np.asarray, mask)
         found = [[self.search(mask.select(b, h).sharpen()) for h in range(heads)] for b in range(batch)]
-        lists = []
-        for transposed in (False, True):
-            for kind in ("partial", "full"):
-                pairs = [[getattr(entry, kind) for entry in row] for row in found]
-                if transposed:
-                    pairs = [[(columns, rows) for rows, columns in row] for row in pairs]
-                host = _host_lists(pairs, self.grid[::-1] if transposed else self.grid)
-                lists.append(TileLists(host.count, host.index))
-        return lists
+        kinds = [[[getattr(entry, kind) for entry in row] for row in found] for kind in ("partial", "full")]
+        turned = [[[pair[::-1] for pair in row] for row in kind] for kind in kinds]
+        partial, full = (listed(kind, self.grid) for kind in kinds)
+        partial_t, full_t = (listed(kind, self.grid[::-1]) for kind in turned)
+        bands = band([partial, full], self.grid[1]), band([partial_t, full_t], self.grid[0])
+        return partial, full, partial_t, full_t, *bands
 
     # --- arrays traced --------------------------------------------------------------------------------------
 
-    def traced(self, mask: Mask) -> list[TileLists]:
+    def traced(self, mask: Mask) -> _Tiles:
         batch, heads = mask.shape
-        if _has_per_head(mask):
-            per_head = [self.over_batch(mask, batch, h) for h in range(heads)]
-            return [_stack_heads(lists) for lists in zip(*per_head)]
-        if heads == 1:
-            per_head = [self.over_batch(mask, batch, 0)]
-            return [_stack_heads(lists) for lists in zip(*per_head)]
-        over_heads = jax.vmap(lambda h: self.over_batch(mask, batch, h), out_axes=1)
-        return over_heads(jnp.arange(heads))
+        if heads > 1 and not _has_per_head(mask):
+            over_heads = jax.vmap(lambda h: self.over_batch(mask, batch, h), out_axes=1)
+            return over_heads(jnp.arange(heads))
+        # Heads of different kinds have lists of different sizes.
+        partial, full, partial_t, full_t, bands, bands_t = zip(*(self.over_batch(mask, batch, h) for h in range(heads)))
+        rows, columns = self.grid
+        lists = stacked(partial), stacked(full), stacked(partial_t), stacked(full_t)
+        return *lists, stacked_bands(bands, columns), stacked_bands(bands_t, rows)
 
-    def over_batch(self, mask: Mask, batch: int, h: Any) -> list[TileLists]:
-        """``[batch, ...]`` lists of one head."""
+    def over_batch(self, mask: Mask, batch: int, h: Any) -> _Tiles:
+        """The tiles of one head, ``[batch, ...]``."""
         if batch == 1:
-            return jax.tree.map(lambda x: x[None], self.one(mask.select(0, h)))
+            return jax.tree.map(lambda x: jnp.asarray(x)[None], self.one(mask.select(0, h)))
         return jax.vmap(lambda b: self.one(mask.select(b, h)))(jnp.arange(batch))
 
-    def one(self, mask: Mask) -> list[TileLists]:
-        """The lists of a mask of shape ``(1, 1)``: candidates on the host, then their class as traced values."""
+    def one(self, mask: Mask) -> _Tiles:
+        """The tiles of a mask of shape ``(1, 1)``: candidates on the host, then their class as traced values."""
         mask = mask.sharpen()
         found = self.search(mask)
-        rows = np.concatenate([found.partial[0], found.full[0]])
-        columns = np.concatenate([found.partial[1], found.full[1]])
-        dense = rows.size * 2 > self.grid[0] * self.grid[1]
-        if dense:
-            shape = np.arange(self.grid[0])[:, None], np.arange(self.grid[1])[None, :]
-            wanted = np.zeros(self.grid, bool)
-            wanted[rows, columns] = True
+        rows, columns = (np.concatenate(both) for both in zip(found.partial, found.full))
+        by_row, by_column = listed([[(rows, columns)]], self.grid), listed([[(columns, rows)]], self.grid[::-1])
+        rows, columns = by_row.pairs()
+        if 2 * rows.size > self.grid[0] * self.grid[1]:
+            # Most of the grid: bounds of whole rows and columns of tiles are cheaper than those of each tile.
+            where = np.arange(self.grid[0])[:, None], np.arange(self.grid[1])[None, :]
         else:
-            candidates = _host_lists([[(rows, columns)]], self.grid)
-            index, count = candidates.index[0, 0], candidates.count[0, 0]
-            shape = np.arange(self.grid[0])[:, None], index
-            wanted = np.arange(index.shape[1]) < count[:, None]
-        tiles = tile_set(jnp, (self.q_len, self.kv_len), self.block, *shape)
+            where = rows, columns
+        tiles = tile_set(jnp, (self.q_len, self.kv_len), self.block, *where)
         result = Analysis(tiles).expand(bounds(mask, tiles, self.programs, self.widened), BOTH)
-        inside = wanted & self.inside(*shape)
-        full = jnp.broadcast_to(result.lo, wanted.shape) & inside
-        partial = jnp.broadcast_to(result.hi, wanted.shape) & wanted & ~full
-        columns_of = np.broadcast_to(shape[1], wanted.shape).astype(np.int32)
-        if dense:
-            rows_of = np.broadcast_to(np.arange(self.grid[0], dtype=np.int32)[None, :], self.grid[::-1])
-            turned = [partial.T, full.T]
-        else:
-            # The candidates by column: for each, its row and its slot in that row's list.
-            slots = np.broadcast_to(np.arange(wanted.shape[1]), wanted.shape)[wanted]
-            row_ids = np.broadcast_to(shape[0], wanted.shape)[wanted]
-            turned_lists = _host_lists([[(columns_of[wanted], row_ids)]], self.grid[::-1], extra=slots)
-            rows_of, slot_of = turned_lists.index[0, 0], turned_lists.extra[0, 0]
-            valid = np.arange(rows_of.shape[1]) < turned_lists.count[0, 0][:, None]
-            turned = [flags[rows_of, slot_of] & valid for flags in (partial, full)]
-        return [
-            _compact(partial, columns_of),
-            _compact(full, columns_of),
-            _compact(turned[0], rows_of),
-            _compact(turned[1], rows_of),
-        ]
+        shape = np.broadcast_shapes(*(axis.shape for axis in where))
+        low, high = (jnp.broadcast_to(end, shape) for end in (result.lo, result.hi))
+        if where[0] is not rows:
+            low, high = low[rows, columns], high[rows, columns]
+        full = low & self.inside(rows, columns)
+        partial = high & ~full
+        order = np.lexsort((rows, columns))
+        bands = (band([by_row], self.grid[1]), band([by_column], self.grid[0]))
+        rows_band, columns_band = (dataclasses.replace(x, first=x.first[0, 0], every_row=False) for x in bands)
+        return (
+            compacted(partial, by_row),
+            compacted(full, by_row),
+            compacted(partial[order], by_column),
+            compacted(full[order], by_column),
+            rows_band,
+            columns_band,
+        )
 
     def inside(self, rows: Any, columns: Any) -> np.ndarray:
         """Tiles that do not hang over an end."""
         return ((rows + 1) * self.block[0] <= self.q_len) & ((columns + 1) * self.block[1] <= self.kv_len)
-
-
-@dataclasses.dataclass(frozen=True)
-class _HostLists(TileLists):
-    extra: Any = None
-
-
-def _host_lists(pairs: Sequence[Sequence[tuple[Any, Any]]], grid: tuple[int, int], extra: Any = None) -> _HostLists:
-    """Padded lists from ``(rows, columns)`` for each batch entry and head; ``extra`` rides along with the columns."""
-    counts = np.array([[np.bincount(rows, minlength=grid[0]) for rows, _ in row] for row in pairs], np.int32)
-    width = max(1, int(counts.max(initial=0)))
-    index = np.zeros(counts.shape + (width,), np.int32)
-    riding = np.zeros_like(index) if extra is not None else None
-    for b, row in enumerate(pairs):
-        for h, (rows, columns) in enumerate(row):
-            order = np.argsort(rows.astype(np.int64) * grid[1] + columns)
-            rows, columns = rows[order], columns[order]
-            count = counts[b, h]
-            slot = np.arange(rows.size) - np.repeat(np.cumsum(count) - count, count)
-            index[b, h, rows, slot] = columns
-            if riding is not None:
-                riding[b, h, rows, slot] = extra[order]
-    last = np.take_along_axis(index, np.maximum(counts - 1, 0)[..., None], axis=-1)
-    index = np.where(np.arange(width) < counts[..., None], index, last)
-    return _HostLists(counts, index, riding)
-
-
-def _compact(flags: jax.Array, values: np.ndarray) -> TileLists:
-    """The flagged values of each row, ascending as they come, moved to the front."""
-    end = np.int32(np.iinfo(np.int32).max)
-    count = flags.sum(-1, dtype=jnp.int32)
-    index = jnp.sort(jnp.where(flags, values, end), axis=-1)
-    last = jnp.max(jnp.where(flags, values, 0), axis=-1, keepdims=True)
-    return TileLists(count, jnp.where(index == end, last, index))
-
-
-def _stack_heads(lists: Sequence[TileLists]) -> TileLists:
-    """``[batch, heads, ...]`` from lists of each head, whose widths may differ."""
-    width = max(entry.index.shape[-1] for entry in lists)
-    index = [
-        jnp.pad(entry.index, [(0, 0), (0, 0), (0, width - entry.index.shape[-1])], mode="edge") for entry in lists
-    ]
-    return TileLists(jnp.stack([entry.count for entry in lists], axis=1), jnp.stack(index, axis=1))
 
 
 def _has_per_head(mask: Mask) -> bool:

@@ -1,6 +1,7 @@
 """The tile sizes that a blockwise call chooses for itself."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,7 +20,13 @@ def chosen(mask, length):
 
 @pytest.mark.parametrize(
     "mask, expected",
-    [(None, 512), (CAUSAL, 512), (CAUSAL & masks.sliding_window(1024), 512), (CAUSAL & masks.sliding_window(256), 128)],
+    [
+        (None, 512),
+        (CAUSAL, 512),
+        (CAUSAL & masks.sliding_window(1024), 512),
+        (CAUSAL & masks.sliding_window(256), 128),
+        (masks.sliding_window(64, 64), 64),
+    ],
     ids=str,
 )
 def test_dense_areas_get_large_tiles_and_narrow_ones_small(mask, expected):
@@ -30,14 +37,30 @@ def test_dense_areas_get_large_tiles_and_narrow_ones_small(mask, expected):
 @pytest.mark.parametrize("mask", [CAUSAL, CAUSAL & masks.sliding_window(64), TREE, ~CAUSAL, masks.nothing()], ids=str)
 def test_no_other_size_is_cheaper(mask, length):
     def cost(size, block):
-        return blocks.COST[size] * np.sum(mask.block_map(length, length, block).kinds() > 0) * block[0] * block[1]
+        visited = mask.block_map(length, length, block).kinds()[0, 0] > 0
+        spans = [np.ptp(np.flatnonzero(row)) + 1 for row in visited if row.any()]
+        reach = max(spans, default=1)
+        if reach * block[1] <= blocks.BAND:
+            return blocks.BAND_COST[size] * reach * len(visited) * block[0] * block[1]
+        return blocks.LIST_COST.get(size, np.inf) * visited.sum() * block[0] * block[1]
 
     def tiles(size):
         edge = -(-length // (8 * -(-length // size))) * 8
         return edge, edge
 
-    costs = {tiles(size): cost(size, tiles(size)) for size in sorted(blocks.COST)}
+    costs = {tiles(size): cost(size, tiles(size)) for size in sorted(blocks.BAND_COST)}
     assert costs[chosen(mask, length)] == min(costs.values())
+
+
+def test_a_mask_known_at_run_time_gets_small_tiles_unless_one_holds_it_or_they_are_too_many():
+    def at_run_time(length):
+        found = []
+        jax.eval_shape(lambda ids: found.append(chosen(masks.segments(ids), length)), jnp.zeros(length, jnp.int32))
+        return found[0]
+
+    assert at_run_time(512) == (512, 512)
+    assert at_run_time(1024) == (128, 128)
+    assert at_run_time(1 << 20) == (512, 512)
 
 
 def test_tiles_cut_an_odd_length_evenly():

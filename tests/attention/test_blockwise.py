@@ -95,7 +95,8 @@ def test_dropout_does_not_depend_on_tiles_chunks_or_backend(tiny_tiles, monkeypa
 
     small = attend("blockwise")
     chunks = [attend("blockwise", q[:, :20]), attend("blockwise", q[:, 20:], 20)]
-    monkeypatch.setattr(blocks, "COST", {24: 1.0})
+    monkeypatch.setattr(blocks, "LIST_COST", {24: 1.0})
+    monkeypatch.setattr(blocks, "BAND_COST", {24: 1.0})
     large, dense = attend("blockwise"), attend("reference")
     for other in (large, dense, jnp.concatenate(chunks, axis=1)):
         np.testing.assert_allclose(small, other, atol=2e-6)

@@ -381,22 +381,29 @@ problems = st.tuples(
 def broken_tiles(block_map: masks.BlockMap, matrix: np.ndarray) -> list[str]:
     """What a block map gets wrong about the matrix of one batch entry and head; empty if it is sound."""
     complaints = []
-    for turned, partial, full in (
-        (False, block_map.partial, block_map.full), (True, block_map.partial_t, block_map.full_t)
+    for turned, partial, full, band in (
+        (False, block_map.partial, block_map.full, block_map.band),
+        (True, block_map.partial_t, block_map.full_t, block_map.band_t),
     ):
         view = matrix.T if turned else matrix
         rows, columns = (block_map.block_q, block_map.block_kv)[:: -1 if turned else 1]
+        if not (0 <= band.first).all() or (band.first + band.reach > -(-view.shape[1] // columns)).any():
+            complaints.append(f"the band {band} leaves the grid")
         for i in range(-(-view.shape[0] // rows)):
             listed = {}
             for name, lists in (("partial", partial), ("full", full)):
-                count, index = int(lists.count[0, 0, i]), np.asarray(lists.index[0, 0, i])
-                entries = index[:count].tolist()
+                start, count = int(lists.start[0, 0, i]), int(lists.count[0, 0, i])
+                entries = np.asarray(lists.index[0, 0, start : start + count]).tolist()
+                if count > lists.width or len(entries) != count:
+                    complaints.append(f"{name} row {i} has {count} of {lists.width} columns: {entries}")
                 if entries != sorted(set(entries)):
                     complaints.append(f"{name} row {i} is not ascending: {entries}")
-                filler = entries[-1] if entries else 0
-                if (index[count:] != filler).any():
-                    complaints.append(f"{name} row {i} is not padded with {filler}: {index.tolist()}")
+                padded = np.asarray(lists.padded()[0, 0, i]).tolist()
+                if padded != entries + [entries[-1] if entries else 0] * (len(padded) - count):
+                    complaints.append(f"{name} row {i} is {entries}, and padded {padded}")
                 for entry in entries:
+                    if not band.first[0, 0, i] <= entry < band.first[0, 0, i] + band.reach:
+                        complaints.append(f"tile {i},{entry} lies outside the band")
                     if entry in listed:
                         complaints.append(f"tile {i},{entry} is listed twice")
                     listed[entry] = name

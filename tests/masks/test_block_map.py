@@ -129,8 +129,10 @@ def test_one_compilation_serves_a_thousand_packings():
 def test_a_window_bounds_the_width_of_traced_lists():
     mask = masks.causal() & masks.sliding_window(4096) & masks.segments(jnp.zeros(1 << 20, jnp.int32))
     lists = jax.eval_shape(lambda mask: mask.block_map(1 << 20, 1 << 20, 1024), mask)
-    assert lists.partial.index.shape == (1, 1, 1024, 5)
-    assert lists.partial_t.index.shape == (1, 1, 1024, 5)
+    for tiles in (lists.partial, lists.partial_t):
+        assert tiles.width == 5
+        assert tiles.index.shape == (1, 1, 1024 * 5 - 10)  # the first four rows are shorter
+    assert lists.band.reach == lists.band_t.reach == 5
 
 
 def test_memory_of_a_traced_map_under_a_window_grows_linearly():
@@ -149,6 +151,20 @@ def test_a_million_tokens_are_classified_without_a_matrix():
     block_map = mask.block_map(length, length, 1024)
     assert block_map.partial.index.nbytes + block_map.full.index.nbytes < 100_000
     assert 0.99 < block_map.sparsity() < 1.0
+
+
+def test_a_global_token_does_not_widen_the_lists_of_other_rows():
+    length, block = 1 << 20, 128
+    mask = masks.causal() & (masks.sliding_window(1024) | masks.sinks(4))
+    for block_map in (
+        mask.block_map(length, length, block),
+        jax.eval_shape(
+            lambda ids: (mask & masks.segments(ids)).block_map(length, length, block), jnp.zeros(length, jnp.int32)
+        ),
+    ):
+        tiles = length // block * (1024 // block + 2)
+        for lists in (block_map.partial, block_map.full, block_map.partial_t, block_map.full_t):
+            assert lists.index.size <= tiles
 
 
 def test_the_search_looks_into_few_tiles():
