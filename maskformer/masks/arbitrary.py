@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskformer.masks.checks import array as check_array
+from maskformer.masks.checks import canonical
 from maskformer.masks.expression import Mask, leaf, take
 from maskformer.masks.registry import builder
 
@@ -62,10 +63,18 @@ class Predicate(Mask):
     def attend(self, q: Any, k: Any) -> Any:
         # The function is written for one query and one key; broadcasting is ours to do.
         arrays = [jnp.asarray(array) for array in self.captured]
+        name = getattr(self.fn, "__name__", "fn")
+
+        def one(q: Any, k: Any) -> Any:
+            answer = self.fn(q, k, *arrays)
+            if answer is None or isinstance(answer, (tuple, list, dict, Mask)):
+                raise TypeError(f"predicate({name}) returned a {type(answer).__name__}, expected one bool")
+            # A number attends unless it is 0; `&` and `~` of the mask must not see its bits.
+            return jnp.asarray(answer) != 0
+
         try:
-            return jnp.vectorize(lambda q, k: self.fn(q, k, *arrays))(q, k)
+            return jnp.vectorize(one)(q, k)
         except jax.errors.TracerBoolConversionError as error:
-            name = getattr(self.fn, "__name__", "fn")
             raise ValueError(
                 f"predicate({name}): `and`, `or`, `not` and `if` ask for one answer, and q and k stand for all "
                 "positions at once; use &, |, ~ and jnp.where"
@@ -78,7 +87,7 @@ def dense(array: Any) -> Mask:
 
     Args:
       array: bool ``[q_len, kv_len]``, ``[batch, q_len, kv_len]`` or ``[batch, heads, q_len, kv_len]``; True (or any
-        number but 0) attends. The matrix is all the memory it costs; tiles are still skipped.
+        integer but 0) attends. The matrix is all the memory it costs; tiles are still skipped.
 
     >>> import numpy as np
     >>> from maskformer import masks
@@ -101,7 +110,7 @@ def predicate(fn: Callable[..., Any], *arrays: Any, batch_dims: int = 0) -> Mask
       fn: the function, with ``& | ~`` and ``jnp.where`` in the place of ``and or not if``. Its tiles are classified by
         interval analysis; ``block_map(...).widened`` names the operations that the analysis knows nothing about,
         whose tiles are all visited.
-      *arrays: what ``fn`` reads.
+      *arrays: what ``fn`` reads, as JAX arrays.
       batch_dims: 0 if all arrays are shared; 1 if each has ``[batch]`` in front, 2 for ``[batch, heads]`` (size 1
         broadcasts). ``fn`` sees them without.
 
@@ -123,7 +132,14 @@ def predicate(fn: Callable[..., Any], *arrays: Any, batch_dims: int = 0) -> Mask
         raise TypeError(f"predicate takes a function of (q, k, *arrays); got {type(fn).__name__}")
     if batch_dims not in (0, 1, 2):
         raise ValueError(f"predicate: batch_dims={batch_dims!r}, expected 0, 1 or 2")
+    arrays = tuple(_as_jax_would(index, array) for index, array in enumerate(arrays))
     ranks = tuple(np.ndim(array) - batch_dims for array in arrays)
     if min(ranks, default=0) < 0:
         raise ValueError(f"predicate: an array has fewer dimensions than batch_dims={batch_dims}")
     return Predicate(fn, arrays, ranks)
+
+
+def _as_jax_would(index: int, value: Any) -> Any:
+    """What the function will see of an argument: lists become arrays, 64 bits become 32 unless enabled."""
+    value = np.asarray(value) if isinstance(value, (list, tuple)) else value
+    return canonical("predicate", f"arrays[{index}]", value) if isinstance(value, np.ndarray) else value

@@ -8,12 +8,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+LARGEST = 2**31 - 1
+"""Positions are int32, and so is what they are compared with."""
 
-def whole_number(builder: str, name: str, value: Any, minimum: int) -> int:
+
+def whole_number(builder: str, name: str, value: Any, minimum: int, maximum: int | None = LARGEST) -> int:
     """``value`` as an int of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < minimum:
         raise ValueError(f"{builder}: {name}={value!r}, expected an int of at least {minimum}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{builder}: {name}={value!r}, expected an int of at most {maximum}")
     return int(value)
+
+
+def identifier(builder: str, name: str, value: Any, *arrays: Any) -> int:
+    """``value`` as an int that can stand among the ids of all ``arrays``."""
+    value = whole_number(builder, name, value, -LARGEST - 1)
+    for each in arrays:
+        info = jnp.iinfo(each.dtype)
+        if not info.min <= value <= info.max:
+            raise ValueError(f"{builder}: {name}={value!r}, but the ids are {each.dtype}, {info.min} to {info.max}")
+    return value
 
 
 def whole_numbers(builder: str, name: str, value: Any, minimum: int) -> tuple[int, ...]:
@@ -27,17 +42,37 @@ def array(builder: str, name: str, value: Any, rank: int, kind: str = "integer")
     """``value`` as an array with ``rank`` dimensions, or up to two more in front for batch and heads."""
     if not isinstance(value, jax.Array):
         value = np.asarray(value)
-        if value.dtype == np.int64 and value.size and np.abs(value).max() < 2**31:
+        if value.dtype == np.int64 and value.size and -LARGEST <= value.min() <= value.max() <= LARGEST:
             value = value.astype(np.int32)
     kinds = {"integer": (jnp.integer,), "bool": (jnp.bool_, jnp.integer)}[kind]
     if not any(jnp.issubdtype(value.dtype, allowed) for allowed in kinds):
-        raise ValueError(f"{builder}: {name} has dtype {value.dtype}, expected {kind}")
+        expected = "bool or integer" if kind == "bool" else kind
+        raise ValueError(f"{builder}: {name} has dtype {value.dtype}, expected {expected}")
+    if isinstance(value, np.ndarray):
+        value = canonical(builder, name, value)
     if not rank <= value.ndim <= rank + 2:
         raise ValueError(
             f"{builder}: {name} has shape {value.shape}, expected {rank} dimension{'s' * (rank != 1)}, "
             "with [batch] or [batch, heads] in front where it differs between them"
         )
     return value
+
+
+def canonical(builder: str, name: str, value: np.ndarray) -> np.ndarray:
+    """A NumPy array in the dtype that JAX gives it, which has 32 bits by default; refuses what does not fit.
+
+    JAX would cut off the upper bits in silence, and then two ids may be one.
+    """
+    dtype = jax.dtypes.canonicalize_dtype(value.dtype)
+    if dtype != value.dtype and np.issubdtype(dtype, np.integer) and value.size:
+        info = np.iinfo(dtype)
+        least, most = int(value.min()), int(value.max())
+        if least < info.min or most > info.max:
+            raise ValueError(
+                f"{builder}: {name} has values from {least} to {most}, which JAX cuts off to {dtype}; number them "
+                "anew, e.g. by np.unique(values, return_inverse=True)[1], or set jax_enable_x64"
+            )
+    return value.astype(dtype, copy=False)
 
 
 def is_concrete(value: Any) -> bool:

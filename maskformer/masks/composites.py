@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskformer.masks.checks import LARGEST, whole_number
 from maskformer.masks.expression import Mask, broadcast_leads, check_mask, node
 from maskformer.masks.registry import builder
 
@@ -54,6 +55,11 @@ class PerHead(Mask):
     @property
     def lead(self) -> tuple[int, ...]:
         batch = broadcast_leads([head.lead for head in self.heads])
+        if len(batch) == 2 and batch[1] not in (1, len(self.heads)):
+            raise ValueError(
+                f"per_head of {len(self.heads)} masks, one of which has arrays for {batch[1]} heads: expected as many "
+                "masks as heads"
+            )
         return (batch or (1,))[:1] + (len(self.heads),)
 
     def select(self, b: Any = 0, h: Any = 0) -> Mask:
@@ -129,4 +135,12 @@ def shift(mask: Mask, q_offset: Any = 0, k_offset: Any = 0) -> Mask:
     Array([[1, 1, 0],
            [1, 1, 1]], dtype=int32)
     """
-    return Shift(check_mask("shift", mask), q_offset, k_offset)
+    return Shift(check_mask("shift", mask), _offset("q_offset", q_offset), _offset("k_offset", k_offset))
+
+
+def _offset(name: str, value: Any) -> Any:
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return whole_number("shift", name, value, -LARGEST)
+    if not hasattr(value, "dtype") or np.shape(value) != () or not jnp.issubdtype(value.dtype, jnp.integer):
+        raise ValueError(f"shift: {name}={value!r}, expected an int or an integer scalar array")
+    return value

@@ -33,6 +33,9 @@ class Mask:
     axes: ClassVar[dict[str, str]] = {}
     """The array fields whose last dimension is a position: of the ``"query"``, of the ``"key"``, or of ``"both"``."""
 
+    # NumPy must leave `array & mask` to the mask, which says what is wrong, and not try it on each entry.
+    __array_ufunc__ = None
+
     # --- what a subclass says -------------------------------------------------------------------------------
 
     def attend(self, q: Any, k: Any) -> Any:

@@ -40,7 +40,9 @@ class Graph(Mask):
 
         start = jnp.zeros(q.shape, jnp.int32), jnp.full(q.shape, count, jnp.int32)
         found, _ = jax.lax.fori_loop(0, count.bit_length(), halve, start)
-        return (found < count) & (take(edges[:, 0], found) == q) & (take(edges[:, 1], found) == k)
+        there = (found < count) & (take(edges[:, 0], found) == q) & (take(edges[:, 1], found) == k)
+        # Under an offset positions may be negative, and must not meet the padding.
+        return there & (q >= 0) & (k >= 0)
 
     def tile_bounds(self, analysis: Any) -> Any:
         """Counts the distinct edges in each tile, by sorting (edge, tile) pairs: no matrix, no analysis of a search."""
@@ -154,6 +156,12 @@ def tree(parents: Any, context: Any = 0) -> Mask:
     █ █ █ · █ · █
     """
     parents = array("tree", "parents", parents, 1)
+    if parents.shape[-1] == 0:
+        raise ValueError("tree: parents is empty; expected at least one node")
+    if isinstance(context, (int, np.integer)) and not isinstance(context, bool):
+        context = whole_number("tree", "context", context, 0)
+    else:
+        context = array("tree", "context", context, 0)
     if is_concrete(parents):
         known = np.asarray(parents)
         if (known >= np.arange(known.shape[-1])).any():
@@ -251,7 +259,9 @@ def random_blocks(length: int, block: int, count: int, seed: int = 0, skip: int 
     · · █ █ · · · ·
     """
     blocks = -(-whole_number("random_blocks", "length", length, 1) // whole_number("random_blocks", "block", block, 1))
-    generator = np.random.Generator(np.random.Philox(seed))
+    count, skip = whole_number("random_blocks", "count", count, 0), whole_number("random_blocks", "skip", skip, 0)
+    near = whole_number("random_blocks", "near", near, -1)
+    generator = np.random.Generator(np.random.Philox(whole_number("random_blocks", "seed", seed, 0, None)))
     edges: list[tuple[int, int]] = []
     for row in range(skip, blocks):
         free = [column for column in range(skip, blocks) if abs(column - row) > near] if blocks <= 4096 else None

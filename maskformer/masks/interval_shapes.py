@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskformer.masks.interval_rules import hull_of_cases
-from maskformer.masks.intervals import BOTH, NEITHER, Analysis, Interval, rule
+from maskformer.masks.intervals import BOTH, NEITHER, Analysis, Interval, has_order, rule
 
 # --- shapes -------------------------------------------------------------------------------------------------
 
@@ -143,7 +143,7 @@ def _cond(analysis: Analysis, equation: Any, index: Interval, *operands: Interva
     ]
     results = []
     for position, variable in enumerate(equation.outvars):
-        values = [analysis.settle(output[position]) for output in outputs if output[position].lo is not None]
+        values = [analysis.settle(output[position]) for output in outputs if has_order(output[position])]
         if len(values) < len(branches):
             results.append(analysis.anything(variable.aval))
             continue

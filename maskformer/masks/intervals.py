@@ -32,7 +32,8 @@ class Interval:
     """All values lie in ``[lo, hi]``, elementwise; arrays of shape ``[*tiles, *value.shape]``.
 
     ``tiles`` is ``()``, ``(q_blocks,)``, ``(kv_blocks,)`` or the shape of the tile set, as ``depends`` says. A
-    known constant has ``lo is hi``. For floats a non-finite end means "anything, NaN included".
+    known constant has ``lo is hi``. For floats a non-finite end means "anything, NaN included". Types without an order
+    (complex numbers, random keys) have no ends: both are None.
     """
 
     lo: Any
@@ -41,7 +42,7 @@ class Interval:
 
     @property
     def exact(self) -> bool:
-        return self.lo is self.hi and self.depends == NEITHER
+        return self.lo is self.hi and self.lo is not None and self.depends == NEITHER
 
 
 class TilesLike(Protocol):
@@ -141,7 +142,7 @@ class Analysis:
             return self.fold(equation, inputs)
         found = RULES.get(name)
         result = None
-        if found is not None and not any(value.lo is None for value in inputs):
+        if found is not None and all(map(has_order, inputs)):
             result = found(self, equation, *inputs)
         if result is None:
             self.widened.add(name)
@@ -237,6 +238,11 @@ def _range(dtype: Any) -> tuple[Any, Any] | None:
     if jnp.issubdtype(dtype, np.floating):
         return -np.inf, np.inf
     return None
+
+
+def has_order(value: Interval) -> bool:
+    """Whether a value has ends to reason about: complex numbers and random keys have none, known or not."""
+    return value.lo is not None and _range(value.lo.dtype) is not None
 
 
 _CALLS = {

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from maskformer.masks.checks import array, whole_number
+from maskformer.masks.checks import array, identifier, whole_number
 from maskformer.masks.expression import Mask, leaf, take
 from maskformer.masks.registry import builder
 
@@ -188,6 +188,8 @@ def segments(q_ids: Any, kv_ids: Any = None, padding: int | None = None) -> Mask
     """
     q_ids = array("segments", "q_ids", q_ids, 1)
     kv_ids = None if kv_ids is None else array("segments", "kv_ids", kv_ids, 1)
+    if padding is not None:
+        padding = identifier("segments", "padding", padding, q_ids)
     return Segments(q_ids, kv_ids, padding)
 
 
@@ -307,7 +309,8 @@ def shared_prefix(segment_ids: Any, shared_id: int = 0) -> Mask:
     █ █ · · █ ·
     █ █ · · █ █
     """
-    return SharedPrefix(array("shared_prefix", "segment_ids", segment_ids, 1), shared_id)
+    segment_ids = array("shared_prefix", "segment_ids", segment_ids, 1)
+    return SharedPrefix(segment_ids, identifier("shared_prefix", "shared_id", shared_id, segment_ids))
 
 
 @builder(image_starts="image_starts", key_images="key_images")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from maskformer import masks
+from tests.masks import oracle
 
 
 def test_causal_lets_a_query_see_itself_and_the_past_only():
@@ -103,6 +104,16 @@ def test_a_predicate_is_written_for_one_query_and_one_key():
     np.testing.assert_array_equal(mask.dense(4, 6), expected)
 
 
+@pytest.mark.parametrize("number", [lambda q, k: (q - k) % 3, lambda q, k: (q - k) * 0.5])
+def test_a_predicate_that_gives_a_number_attends_unless_it_is_zero_in_any_expression(number):
+    mask = masks.predicate(number)
+    q, k = np.arange(6)[:, None], np.arange(6)[None]
+    attends = number(q, k) != 0
+    for combined, expected in [(mask, attends), (~mask, ~attends), (mask & masks.everything(), attends)]:
+        np.testing.assert_array_equal(combined.dense(6, 6), expected)
+        assert oracle.broken_tiles(combined.block_map(6, 6, 1), expected) == []
+
+
 def test_arrays_of_a_predicate_may_have_batch_and_head_dimensions():
     table = np.random.default_rng(0).integers(0, 2, (2, 3, 5))
     mask = masks.predicate(lambda q, k, t: t[q] == t[k], table, batch_dims=2)
@@ -113,23 +124,40 @@ def test_arrays_of_a_predicate_may_have_batch_and_head_dimensions():
     "make, message",
     [
         (lambda: masks.causal() & np.ones((3, 3), bool), r"masks\.dense\(array\)"),
+        (lambda: np.ones((3, 3), bool) & masks.causal(), r"masks\.dense\(array\)"),
         (lambda: masks.causal() | 3, "expected another mask"),
         (lambda: bool(masks.causal()), r"& \| ~"),
         (lambda: masks.sliding_window(-1), "left=-1, expected an int of at least 0"),
         (lambda: masks.sliding_window(2.5), "left=2.5"),
+        (lambda: masks.sliding_window(2**31), "left=2147483648, expected an int of at most 2147483647"),
         (lambda: masks.chunked(0), "size=0"),
+        (lambda: masks.random_blocks(8, 2, count=1.5), "count=1.5"),
         (lambda: masks.key_padding(), "valid=.batch, length."),
         (lambda: masks.segments(np.ones(3)), "dtype float64, expected integer"),
         (lambda: masks.segments(np.ones((2, 2, 2, 2), int)), r"shape \(2, 2, 2, 2\)"),
+        (lambda: masks.segments(np.array([0, 2**32])), "cuts off to int32; number them anew"),
+        (lambda: masks.segments(np.array([0, 2**32], np.uint64)), "cuts off to uint32"),
+        (lambda: masks.predicate(lambda q, k, t: t[q] == 0, np.array([0, 2**32])), r"arrays\[0\] has values"),
+        (lambda: masks.segments(np.ones(3, int), padding=0.0), "padding=0.0, expected an int"),
+        (lambda: masks.segments(np.ones(3, np.uint8), padding=-1), "the ids are uint8, 0 to 255"),
+        (lambda: masks.shared_prefix(np.ones(3, int), shared_id=None), "shared_id=None"),
+        (lambda: masks.key_padding(np.ones(3)), "dtype float64, expected bool or integer"),
         (lambda: masks.neighborhood((4, 4), 5), "kernel . dilation <= size"),
         (lambda: masks.neighborhood((4, 4), 3, causal=1), "expected one bool, or 2"),
         (lambda: masks.neighborhood((4, 4), 3, tile=(3, 4)), "not a multiple"),
         (lambda: masks.neighborhood((4, 4), (3, 3, 3)), "expected one int, or 2"),
         (lambda: masks.tiles((5, 4), 2, 1), "multiples"),
         (lambda: masks.tree(np.array([-1, 1])), "less than n"),
+        (lambda: masks.tree(np.array([-1, 0]), context=1.5), "context has dtype float64"),
+        (lambda: masks.tree(np.array([-1, 0]), context=-1), "context=-1"),
+        (lambda: masks.tree(np.zeros(0, int)), "parents is empty"),
+        (lambda: masks.shift(masks.causal(), 1.5), "shift: q_offset=1.5"),
+        (lambda: masks.shift(masks.causal(), 0, np.array([1, 2])), "k_offset=array"),
         (lambda: masks.graph(np.ones((4, 3), int)), r"shape \(4, 3\)"),
         (lambda: masks.per_head([]), "one mask for each head"),
+        (lambda: masks.per_head([masks.key_padding(lengths=[[1, 2, 3]]), masks.causal()]).shape, "arrays for 3 heads"),
         (lambda: masks.predicate(3), "takes a function"),
+        (lambda: masks.predicate(lambda q, k: None).dense(2, 2), "returned a NoneType, expected one bool"),
         (lambda: masks.block_diagonal((1, 2), (3,)), "expected the same"),
         (lambda: masks.block_diagonal((1, 2), align=True), "'start' or 'end'"),
         (lambda: masks.segments(np.ones(3, int)).dense(4, 3), "q_ids has 3 entries; expected at least 4"),
@@ -158,6 +186,12 @@ def test_graphs_with_padding_duplicates_and_a_batch_match_their_adjacency():
     np.testing.assert_array_equal(mask.dense(10, 10), adjacency)
     both = jax.jit(lambda edges: masks.graph(edges, directed=False).dense(10, 10))(edges)
     np.testing.assert_array_equal(both, adjacency | adjacency.swapaxes(1, 2))
+
+
+def test_the_padding_of_edges_is_no_edge_between_positions_below_zero():
+    mask = masks.shift(masks.graph(np.array([[-1, -1], [0, 1]])), -1, -1)
+    assert np.argwhere(mask.dense(3, 3)).tolist() == [[1, 2]]
+    assert np.argwhere(mask.block_map(3, 3, 1).kinds()[0, 0]).tolist() == [[1, 2]]
 
 
 def test_a_graph_without_edges_attends_nowhere():

@@ -138,6 +138,23 @@ def test_all_rules_together_are_sound_on_traced_values():
         assert not (~np.asarray(ever) & tiles.any((1, 3))).any(), name
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda q, k: jax.random.bernoulli(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), q), k)),
+        lambda q, k: jnp.abs(q + 1j * k) < 20,
+        lambda q, k: jax.lax.cond(q > 24, lambda: jax.random.key(0), lambda: jax.random.key(1)) == jax.random.key(1),
+    ],
+    ids=["random", "complex", "branches"],
+)
+def test_values_that_have_no_order_are_visited_and_never_wrong(fn):
+    mask = masks.causal() & masks.predicate(fn)
+    expected = np.asarray(mask.dense(LENGTH, LENGTH))
+    for block_map in (mask.block_map(LENGTH, LENGTH, BLOCK), jax.jit(lambda: mask.block_map(LENGTH, LENGTH, BLOCK))()):
+        assert oracle.broken_tiles(block_map, expected) == []
+        assert block_map.widened
+
+
 def test_every_rule_has_a_predicate_here(monkeypatch):
     used = set()
     for name, rule in list(intervals.RULES.items()):
