@@ -12,9 +12,9 @@ from maskformer.attention.blockwise_layout import BAND, band_blocks
 
 # Edge of a tile -> time per query-key pair on a CPU, forward and backward, relative to the largest tiles visited one
 # by one (`benchmarks/tiles.py` measures it). Small ones leave the products short of work, and each costs its dispatch.
-LIST_COST = {512: 1.0, 256: 1.5, 128: 1.6}
+LIST_COST = {512: 1.0, 256: 1.4, 128: 1.5}
 # The same where a row's band of tiles is visited at once.
-BAND_COST = {512: 0.9, 256: 1.0, 128: 1.2, 64: 1.6}
+BAND_COST = {512: 0.8, 256: 0.85, 128: 1.05, 64: 1.4}
 
 # Tiles that are classified at run time, at most: their lists take some tens of MB. A million tokens get tiles of 512.
 GRID = 2**22

@@ -21,7 +21,7 @@ def refuses(call: Call) -> str | None:
 
 # Logits per batch entry and head up to which one dense product beats a loop over tiles: measured on CPU; on GPU and TPU
 # a loop of small kernels costs more, and the figure is an estimate.
-SMALL = {"cpu": 256 * 256, "gpu": 1024 * 1024, "tpu": 1024 * 1024}
+SMALL = {"cpu": 128 * 128, "gpu": 1024 * 1024, "tpu": 1024 * 1024}
 
 
 def prefers(call: Call) -> str | None:

@@ -29,6 +29,14 @@ CASES = {
     "predicate": (lambda: masks.predicate(lambda q, k: (k - q) % 3 == 0), (K - Q) % 3 == 0),
     "not causal": (lambda: ~masks.causal(), K > Q),
     "empty first rows": (lambda: masks.predicate(lambda q, k: (q >= 20) & (k >= 9)), (Q >= 20) & (K >= 9)),
+    "window with empty rows": (
+        lambda: masks.sliding_window(6) & masks.predicate(lambda q, k: (q % 5 != 2) & ((q < 8) | (q >= 16))),
+        (K <= Q) & (Q - K <= 6) & (Q % 5 != 2) & ((Q < 8) | (Q >= 16)),
+    ),
+    "packed in a window": (
+        lambda: masks.sliding_window(6, 3) & masks.segments(jnp.asarray(SEGMENTS)),
+        by_batch([(Q - K <= 6) & (K - Q <= 3) & (row[:Q_LEN, None] == row[None]) for row in SEGMENTS]),
+    ),
     "nothing": (lambda: masks.nothing(), False),
     "packed": (
         lambda: masks.causal() & masks.segments(jnp.asarray(SEGMENTS)),
