@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import maskformer as mf
 from maskformer import masks
@@ -21,6 +22,26 @@ def test_excluded_tiles_are_never_read_in_either_pass(tiny_tiles):
     assert np.isfinite(np.asarray(output)).all()
     assert all(np.isfinite(np.asarray(gradient)).all() for gradient in gradients)
     assert (np.asarray(output)[:, 16:] == 0).all()
+
+
+@pytest.mark.parametrize("mask", [masks.causal(), masks.sliding_window(5)], ids=str)
+def test_what_a_bias_or_score_mod_makes_infinite_or_nan_is_as_in_the_reference(tiny_tiles, mask):
+    q, k, v, d_output = cases.arrays()
+    bias = jnp.zeros((cases.Q_LEN, cases.KV_LEN)).at[3].set(-jnp.inf).at[20, :18].set(-jnp.inf)
+    # NaN above the diagonal, where nothing attends.
+    decay = lambda score, b, h, q, k: score - jnp.log1p((q - k).astype(jnp.float32))
+
+    def results(implementation, **options):
+        attend = lambda *a: mf.dot_product_attention(*a, mask=mask, implementation=implementation, **options)
+        output, pull_back = jax.vjp(jax.jit(attend), q, k, v)
+        return output, *pull_back(d_output)
+
+    for options in (dict(bias=bias), dict(score_mod=decay)):
+        found, expected = results("blockwise", **options), results("reference", **options)
+        assert np.isfinite(np.asarray(expected[0])).all()
+        for what, actual, plain in zip(("output", "d query", "d key", "d value"), found, expected):
+            np.testing.assert_allclose(actual, plain, atol=5e-6, err_msg=f"{what} {options.keys()}")
+    assert (np.asarray(results("blockwise", bias=bias)[0][:, 3]) == 0).all()
 
 
 def test_a_thousand_packings_share_one_compilation(tiny_tiles):

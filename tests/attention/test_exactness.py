@@ -72,8 +72,7 @@ def test_blockwise_in_half_precision_is_as_good_as_the_dense_reference(tiny_tile
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
-@pytest.mark.parametrize("name", ["lengths, one of them zero", "empty first rows", "window with empty rows", "nothing"]
-)
+@pytest.mark.parametrize("name", ["lengths, one of them zero", "empty first rows", "window with empty rows", "nothing"])
 def test_empty_row_gives_zero_output_and_zero_gradient(tiny_tiles, implementation, name):
     build, attends = cases.CASES[name]
     (output, residual, *gradients), _ = run(build(), implementation)
