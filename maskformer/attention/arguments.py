@@ -12,6 +12,8 @@ import numpy as np
 from maskformer import masks
 from maskformer.attention import dropout, score_mods
 
+DTYPES = tuple(map(jnp.dtype, (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -85,8 +87,8 @@ def check(
     for name, array in (("query", query), ("key", key), ("value", value)):
         if array.ndim != 4:
             raise ValueError(f"{name}: expected [batch, length, heads, head_dim], got shape {array.shape}")
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name}: expected a floating dtype, got {array.dtype}")
+        if array.dtype not in DTYPES:
+            raise ValueError(f"{name}: expected a floating dtype of {', '.join(map(str, DTYPES))}; got {array.dtype}")
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"query, key, value: expected one dtype, got {query.dtype}, {key.dtype}, {value.dtype}")
     batch, q_len, heads, head_dim = query.shape
@@ -96,25 +98,27 @@ def check(
         raise ValueError(f"value: expected key's length and heads {key.shape[1:3]}, got {value.shape[1:3]}")
     if key.shape[3] != head_dim:
         raise ValueError(f"key: expected query's head_dim {head_dim}, got {key.shape[3]}")
+    if head_dim == 0:
+        raise ValueError("query: expected a head_dim of at least 1, got 0")
     kv_len, kv_heads = key.shape[1:3]
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"key: expected a head count that divides query's {heads}, got {kv_heads}")
     q_offset = _offset(q_offset)
 
     if bias is not None:
-        bias = jnp.asarray(bias)
+        bias = _logits("bias", bias)
         bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
         full = (batch, heads, q_len, kv_len)
         if bias.ndim != 4 or any(size not in (1, want) for size, want in zip(bias.shape, full, strict=True)):
             raise ValueError(f"bias: expected a shape that broadcasts to [batch, heads, q_len, kv_len] = {full}, "
                              f"got {bias.shape}")
     if sinks is not None:
-        sinks = jnp.asarray(sinks)
+        sinks = _logits("sinks", sinks)
         if sinks.shape != (heads,):
             raise ValueError(f"sinks: expected one logit per query head, shape ({heads},), got {sinks.shape}")
-    if logits_soft_cap is not None and not logits_soft_cap > 0:
-        raise ValueError(f"logits_soft_cap: expected a positive number or None, got {logits_soft_cap}")
-    dropout.threshold(dropout_rate)
+    if logits_soft_cap is not None:
+        logits_soft_cap = _soft_cap(logits_soft_cap)
+    dropout_rate = dropout.static_rate(dropout_rate)
     if dropout_rate > 0 and dropout_key is None:
         raise ValueError(f"dropout_rate is {dropout_rate} but dropout_key is None; pass a key, or rate 0 to evaluate")
     return Call(
@@ -123,11 +127,11 @@ def check(
         value=value,
         mask=None if mask is None else _as_mask(mask, batch, heads),
         bias=bias,
-        score_mod=None if score_mod is None else score_mods.lift(score_mod),
+        score_mod=score_mod and score_mods.lift(score_mod, jnp.promote_types(query.dtype, jnp.float32)),
         sinks=sinks,
         seed=dropout.seed_words(dropout_key) if dropout_rate > 0 else None,
-        dropout_rate=float(dropout_rate),
-        scale=1.0 / math.sqrt(head_dim) if scale is None else scale,
+        dropout_rate=dropout_rate,
+        scale=1.0 / math.sqrt(head_dim) if scale is None else _scale(scale),
         logits_soft_cap=logits_soft_cap,
         q_offset=q_offset,
         return_residual=return_residual,
@@ -135,11 +139,48 @@ def check(
 
 
 def _offset(value) -> int | jax.Array:
-    if isinstance(value, (int, np.integer)):
+    if isinstance(value, np.ndarray) and value.shape == ():
+        value = value[()]
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        if not -(2**31) <= value < 2**31:
+            raise ValueError(f"q_offset: positions are int32, got {value}")
         return int(value)
     if isinstance(value, jax.Array) and value.shape == () and jnp.issubdtype(value.dtype, jnp.integer):
         return value.astype(jnp.int32)
     raise ValueError(f"q_offset: expected an integer or an integer scalar array, got {value!r}")
+
+
+def _logits(name: str, value) -> jax.Array:
+    value = jnp.asarray(value)
+    if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
+        hint = "; what may attend goes to mask=masks.dense(array)" if value.dtype == bool else ""
+        raise ValueError(f"{name}: expected numbers to add to logits, got {value.dtype}{hint}")
+    return value
+
+
+def _soft_cap(value) -> float:
+    try:
+        cap = float(value)
+    except (TypeError, ValueError):
+        cap = math.nan
+    if not 0 < cap < math.inf:
+        raise ValueError(
+            f"logits_soft_cap: expected a positive number known while tracing, or None, got {value!r}"
+        ) from None
+    return cap
+
+
+def _scale(value) -> float | jax.Array:
+    """A Python number where it is known, so that kernels with a static scale can have it."""
+    if isinstance(value, (float, int, np.floating, np.integer)) and not isinstance(value, bool):
+        return float(value)
+    dtype = getattr(value, "dtype", None)
+    real = dtype is not None and (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer))
+    if not real or value.shape != ():
+        raise ValueError(
+            f"scale: expected a number or a scalar array, got {value!r}; multiply the query by one per head"
+        )
+    return jnp.asarray(value)
 
 
 def _as_mask(mask, batch: int, heads: int) -> masks.Mask:
@@ -148,7 +189,7 @@ def _as_mask(mask, batch: int, heads: int) -> masks.Mask:
                          "wrap it with masks.dense(array)")
     if not isinstance(mask, masks.Mask):
         raise ValueError(f"mask: expected a maskformer Mask, got {type(mask).__name__}; "
-                         "strings go through masks.parse")
+                         "strings go through masks.parse, functions through masks.predicate")
     for name, size, want in zip(("batch", "heads"), mask.shape, (batch, heads), strict=True):
         if size not in (1, want):
             raise ValueError(f"mask: its {name} dimension is {size}, but query has {want}")

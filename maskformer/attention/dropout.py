@@ -41,11 +41,15 @@ def seed_words(key: jax.Array | int) -> jax.Array:
         if key.ndim:
             raise ValueError(f"dropout key: expected one key, got a batch of shape {key.shape}; vmap over it")
         key = jax.random.key_data(key)
-    if isinstance(key, int):
+    if isinstance(key, (int, np.integer)):
+        key = int(key)
         key = np.array([key >> 32 & 0xFFFFFFFF, key & 0xFFFFFFFF], np.uint32)
-    words = jnp.asarray(key).astype(jnp.uint32)
+    words = jnp.asarray(key)
+    if not jnp.issubdtype(words.dtype, jnp.integer):
+        raise ValueError(f"dropout key: expected a PRNG key or an integer, got {words.dtype}")
+    words = words.astype(jnp.uint32)
     if words.ndim == 0:
-        words = words[None]
+        words = jnp.stack([jnp.zeros_like(words), words])
     if words.ndim != 1:
         raise ValueError(f"dropout key: expected one key, got an array of shape {words.shape}; vmap over it")
     first, second = jnp.uint32(0), jnp.uint32(_GOLDEN)
@@ -99,9 +103,22 @@ def threshold(rate: float) -> int:
     Raises:
       ValueError: if ``rate`` is outside [0, 1).
     """
-    if not 0.0 <= rate < 1.0:
-        raise ValueError(f"dropout rate: expected 0 <= rate < 1, got {rate}")
-    return min(round(rate * 2**32), 2**32 - 1)
+    return min(round(static_rate(rate) * 2**32), 2**32 - 1)
+
+
+def static_rate(rate: float) -> float:
+    """The rate as a Python number.
+
+    Raises:
+      ValueError: if it is traced, no number, or outside [0, 1).
+    """
+    try:
+        number = float(rate)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0.0 <= number < 1.0:
+        raise ValueError(f"dropout rate: expected 0 <= rate < 1, known while tracing; got {rate!r}") from None
+    return number
 
 
 def keep_mask(key: jax.Array | int, shape: Sequence[int], rate: float) -> jax.Array:

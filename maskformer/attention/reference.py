@@ -65,7 +65,7 @@ def attend(call: Call) -> tuple[jax.Array, jax.Array]:
     # A row that attends to nothing has maximum -inf; 0 in its place makes every exponential 0 and every gradient 0.
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf))
     if call.sinks is not None:
-        sink = call.sinks.astype(jnp.float32)[:, None, None]
+        sink = call.sinks.astype(precise)[:, None, None]
         top = jnp.where(top == -jnp.inf, top, jnp.maximum(top, jax.lax.stop_gradient(sink)))
     empty = top == -jnp.inf
     top = jnp.where(empty, 0.0, top)

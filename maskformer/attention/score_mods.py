@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,23 +26,30 @@ class Lifted:
     captured: tuple[jax.Array, ...]
 
 
-def lift(score_mod: ScoreMod) -> Lifted:
+def lift(score_mod: ScoreMod, dtype: Any = jnp.float32) -> Lifted:
     """Traces ``score_mod`` on scalars and turns whatever arrays it captures into explicit arguments.
+
+    Args:
+      dtype: of the scores.
 
     Raises:
       TypeError: if it does not return one scalar.
     """
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    scalar = jax.ShapeDtypeStruct((), dtype)
     index = jax.ShapeDtypeStruct((), jnp.int32)
     # A fresh function each time: make_jaxpr caches by identity and would keep the captured tracers alive.
     closed = jax.make_jaxpr(lambda *arguments: score_mod(*arguments))(scalar, index, index, index, index)
     if len(closed.out_avals) != 1 or closed.out_avals[0].shape != ():
         shapes = [aval.shape for aval in closed.out_avals]
         raise TypeError(f"score_mod: expected one scalar score, got shapes {shapes}; it is written for one logit")
+    if closed.out_avals[0].dtype == bool:
+        raise TypeError("score_mod: expected a score, got a bool; who may attend goes to mask=masks.predicate(fn)")
 
-    def one(captured, score, batch, head, q, k):
-        (result,) = jax.core.eval_jaxpr(closed.jaxpr, captured, score, batch, head, q, k)
-        return result.astype(score.dtype)
+    def one(captured, score, *places):
+        # Under jax_enable_x64 a backend may count in int64.
+        places = [jnp.asarray(place).astype(jnp.int32) for place in places]
+        (result,) = jax.core.eval_jaxpr(closed.jaxpr, captured, score.astype(dtype), *places)
+        return jnp.asarray(result).astype(score.dtype)
 
     over_kv = jax.vmap(one, (None, 0, None, None, None, 0))
     over_q = jax.vmap(over_kv, (None, 0, None, None, 0, None))

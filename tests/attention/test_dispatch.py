@@ -27,12 +27,22 @@ def x(*shape):
         ((SHORT, x(2, 16, 3, 8), x(2, 16, 3, 8)), {}, "divides query's 4, got 3"),
         ((SHORT, SHORT, SHORT.astype(jnp.bfloat16)), {}, "expected one dtype"),
         ((SHORT.astype(int),) * 3, {}, "query: expected a floating dtype"),
+        ((SHORT.astype(jnp.float8_e4m3fn),) * 3, {}, "got float8_e4m3fn"),
+        ((x(2, 16, 4, 0),) * 3, {}, "query: expected a head_dim of at least 1"),
         ((SHORT,) * 3, dict(bias=x(3, 1, 1, 16)), "bias: expected a shape that broadcasts"),
+        ((SHORT,) * 3, dict(bias=x(16, 16) > 0), r"bias: .* got bool; what may attend goes to mask=masks.dense"),
+        ((SHORT,) * 3, dict(scale=x(4)), "scale: expected a number or a scalar array"),
+        ((SHORT,) * 3, dict(scale=x(16)), "scale: expected a number or a scalar array"),
         ((SHORT,) * 3, dict(sinks=x(3)), r"sinks: expected one logit per query head, shape \(4,\)"),
         ((SHORT,) * 3, dict(logits_soft_cap=0.0), "logits_soft_cap: expected a positive number"),
         ((SHORT,) * 3, dict(dropout_rate=1.0), "dropout rate: expected 0 <= rate < 1"),
+        ((SHORT,) * 3, dict(logits_soft_cap=float("inf")), "logits_soft_cap: expected a positive number"),
         ((SHORT,) * 3, dict(dropout_rate=0.1), "dropout_key is None"),
+        ((SHORT,) * 3, dict(dropout_rate=0.1, dropout_key=0.5), "dropout key: expected a PRNG key or an integer"),
         ((SHORT,) * 3, dict(q_offset=1.5), "q_offset: expected an integer"),
+        ((SHORT,) * 3, dict(q_offset=2**31), "q_offset: positions are int32"),
+        ((SHORT,) * 3, dict(mask=lambda q, k: q >= k), "functions through masks.predicate"),
+        ((SHORT,) * 3, dict(score_mod=lambda score, b, h, q, k: q >= k), "got a bool; who may attend"),
         ((SHORT,) * 3, dict(mask=x(16, 16) > 0), r"wrap it with masks.dense\(array\)"),
         ((SHORT,) * 3, dict(mask="causal"), "strings go through masks.parse"),
         ((SHORT,) * 3, dict(mask=masks.key_padding(lengths=jnp.ones(3, int))), "mask: its batch dimension is 3"),
@@ -40,8 +50,25 @@ def x(*shape):
     ],
 )
 def test_a_call_that_does_not_fit_names_the_argument_and_the_fix(arguments, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         mf.dot_product_attention(*arguments, **options)
+
+
+@pytest.mark.parametrize("option", ["dropout_rate", "logits_soft_cap"])
+def test_options_that_must_be_known_say_so_when_traced(option):
+    call = lambda number: mf.dot_product_attention(SHORT, SHORT, SHORT, dropout_key=0, **{option: number})
+    np.testing.assert_array_equal(call(jnp.float32(0.5)), call(0.5))
+    with pytest.raises(ValueError, match="known while tracing"):
+        jax.jit(call)(0.5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_a_score_mod_may_give_a_constant(implementation):
+    value = jnp.arange(2 * 16 * 4 * 8.0).reshape(2, 16, 4, 8)
+    out = mf.dot_product_attention(
+        SHORT, SHORT, value, score_mod=lambda score, b, h, q, k: 1.0, implementation=implementation
+    )
+    np.testing.assert_allclose(out, jnp.broadcast_to(value.mean(1, keepdims=True), out.shape), rtol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", ["splash", "cudnn", "tokamax"])

@@ -20,6 +20,11 @@ def standard_errors(share, count, expected=1 - RATE):
     return (share - expected) / np.sqrt(expected * (1 - expected) / count)
 
 
+def test_an_integer_is_one_key_however_it_is_held():
+    words = [dropout.seed_words(key) for key in (3, np.int64(3), jnp.int32(3), jax.random.key(3))]
+    assert len({tuple(np.asarray(pair).tolist()) for pair in words}) == 1
+
+
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.9])
 def test_the_rate_is_met_within_four_standard_errors(rate):
     share = np.asarray(dropout.keep_mask(jax.random.key(1), (ROWS, COLUMNS), rate)).mean()

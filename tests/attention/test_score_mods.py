@@ -70,3 +70,14 @@ def test_a_score_mod_that_returns_no_scalar_is_refused():
 def test_a_relative_table_of_even_width_has_no_centre():
     with pytest.raises(ValueError, match="2 \\* reach \\+ 1"):
         score_mods.relative_bias(jnp.zeros((2, 8)))
+
+
+def test_a_score_mod_of_float64_logits_keeps_their_precision():
+    with jax.enable_x64(True):
+        table = jnp.linspace(0.0, 1.0, 9)
+        query, value = jnp.zeros((1, 1, 1, 4)), jnp.arange(9.0).reshape(1, 9, 1, 1)
+        out = mf.dot_product_attention(
+            query, jnp.zeros((1, 9, 1, 4)), value, score_mod=lambda s, b, h, q, k: s + table[k], implementation="reference"
+        )
+        weights = np.exp(np.linspace(0.0, 1.0, 9))
+        np.testing.assert_allclose(out[0, 0, 0, 0], (weights * np.arange(9.0)).sum() / weights.sum(), rtol=1e-15)
