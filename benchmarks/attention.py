@@ -201,7 +201,8 @@ def main() -> None:
         if options.only not in title:
             return
         given = arrays(length)
-        timers = {"maskformer": jax_timer(attend(build or mask, train), *given)}
+        backend = mf.explain(mask, *given[:3]).backend
+        timers = {f"maskformer, {backend}": jax_timer(attend(build or mask, train), *given)}
         for name, function in peers.items():
             if not isinstance(function, str):
                 try:
