@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,20 @@ def terms(mask: masks.Mask | None) -> tuple[masks.Mask, ...]:
     return tuple(part for part in parts if not isinstance(part, masks.Everything))
 
 
+def by_entry(array: Any, rank: int) -> Any:
+    """An array of a mask that is the same for all heads, as [batch | 1, ...] with ``rank`` axes of its own."""
+    lead = array.ndim - rank
+    return array[None] if lead == 0 else array[:, 0] if lead == 2 else array
+
+
 def rows(call: Call) -> Rows | str:
-    """The mask of a call as one run of keys per query, exactly; or the reason why it is none."""
+    """The mask of a call as one run of keys per query, exactly; or the reason why it is none.
+
+    Raises:
+      ValueError: for arrays of the mask that are too short for the call.
+    """
+    if call.mask is not None:
+        call.mask.check_lengths(call.q_len, call.kv_len, call.q_offset)
     q = call.q_offset + jnp.arange(call.q_len, dtype=jnp.int32)[None]
     causal, starts, ends = False, [], []
     for term in terms(call.mask):
@@ -45,9 +58,9 @@ def rows(call: Call) -> Rows | str:
             causal = True
         elif isinstance(term, masks.SlidingWindow):
             starts.append(q - term.left)
-            ends.append(q + term.right + 1)
+            ends.append(q + min(term.right, call.kv_len) + 1)  # the sum stays within int32
         elif isinstance(term, masks.KeyPadding) and term.valid is None:
-            ends.append(jnp.atleast_1d(jnp.asarray(term.lengths, jnp.int32))[:, None] + 0 * q)
+            ends.append(by_entry(jnp.asarray(term.lengths, jnp.int32), 0)[:, None] + 0 * q)
         elif isinstance(term, masks.Segments):
             found = _runs(term, call)
             if isinstance(found, str):
@@ -75,8 +88,8 @@ def _runs(term: masks.Segments, call: Call):
         call.q_offset, jax.core.Tracer
     ):
         return "its segment ids are traced, so that each segment is one run of keys cannot be known"
-    q_ids = np.atleast_2d(np.asarray(term.q_ids))
-    kv_ids = q_ids if term.kv_ids is None else np.atleast_2d(np.asarray(term.kv_ids))
+    q_ids = by_entry(np.asarray(term.q_ids), 1)
+    kv_ids = q_ids if term.kv_ids is None else by_entry(np.asarray(term.kv_ids), 1)
     q_ids = q_ids[:, np.asarray(call.q_offset) + np.arange(call.q_len)]
     kv_ids = kv_ids[:, : call.kv_len]
     batch = max(len(q_ids), len(kv_ids))

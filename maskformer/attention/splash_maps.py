@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskformer import masks
+from maskformer.attention.intervals import by_entry
 
 NO_KEY, NO_QUERY, EVERY = -(2**31) + 1, -(2**31) + 2, 0
 
@@ -53,6 +54,11 @@ def split(mask: masks.Mask, q_len: int, kv_len: int, q_offset: Any) -> Split | N
         return None
     if sum(isinstance(term, masks.Segments) for term in rest) > 1 or any(term.shape[1] > 1 for term in rest):
         return None
+    ids = [array for term in rest if isinstance(term, masks.Segments) for array in jax.tree.leaves(term)]
+    if any(jax.dtypes.canonicalize_dtype(array.dtype).itemsize > 4 for array in ids):
+        return None  # the kernel compares int32, in which wider ids may agree
+    if not all(map(is_elementwise, positions)):
+        return None
     joined = masks.And(tuple(positions)) if len(positions) > 1 else positions[0] if positions else None
     if not rest:
         return Split(joined, None, None)
@@ -61,8 +67,8 @@ def split(mask: masks.Mask, q_len: int, kv_len: int, q_offset: Any) -> Split | N
     kv_ids = jnp.full((1, kv_len), EVERY, jnp.int32)
     for term in rest:
         if isinstance(term, masks.Segments):
-            q_all = jnp.atleast_2d(jnp.asarray(term.q_ids))
-            kv_all = q_all if term.kv_ids is None else jnp.atleast_2d(jnp.asarray(term.kv_ids))
+            q_all = by_entry(jnp.asarray(term.q_ids), 1)
+            kv_all = q_all if term.kv_ids is None else by_entry(jnp.asarray(term.kv_ids), 1)
             own_q, own_kv = q_all[:, q_position].astype(jnp.int32), kv_all[:, k_position].astype(jnp.int32)
             if term.padding is not None:
                 own_q = jnp.where(own_q == term.padding, NO_QUERY, own_q)
@@ -81,15 +87,36 @@ def _exists(term: Any, position: jax.Array) -> jax.Array:
     """bool [batch | 1, length] of a padding leaf."""
     exists = jnp.ones((1, position.size), bool)
     if term.valid is not None:
-        exists = exists & jnp.atleast_2d(jnp.asarray(term.valid))[:, position].astype(bool)
+        exists = exists & by_entry(jnp.asarray(term.valid), 1)[:, position].astype(bool)
     if term.lengths is not None:
-        exists = exists & (position < jnp.atleast_1d(jnp.asarray(term.lengths))[:, None])
+        exists = exists & (position < by_entry(jnp.asarray(term.lengths), 0)[:, None])
     return exists
 
 
 def has_heads(mask: masks.Mask) -> bool:
     """Whether heads differ."""
     return mask.shape[1] > 1
+
+
+def is_elementwise(mask: masks.Mask) -> bool:
+    """Whether the kernel can evaluate a mask of positions: it closes over no array and looks nothing up in one."""
+    tile = jax.ShapeDtypeStruct((8, 128), jnp.int32)
+    return _only_shapes(jax.make_jaxpr(mask)(tile, tile), ((), tile.shape))
+
+
+def _only_shapes(closed: Any, shapes: tuple[tuple[int, ...], ...]) -> bool:
+    """Whether a closed jaxpr has no constants and all its values have one of these shapes."""
+    jaxpr = getattr(closed, "jaxpr", closed)
+    if jaxpr.constvars:
+        return False
+    for equation in jaxpr.eqns:
+        if any(value.aval.shape not in shapes for value in (*equation.invars, *equation.outvars)):
+            return False
+        for parameter in equation.params.values():
+            inner = parameter if isinstance(parameter, (tuple, list)) else (parameter,)
+            if not all(_only_shapes(each, shapes) for each in inner if hasattr(each, "eqns")):
+                return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True)

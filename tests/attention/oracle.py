@@ -7,11 +7,15 @@ import numpy as np
 
 @dataclasses.dataclass
 class Result:
-    """Output [b, q, h, d], logsumexp [b, q, h] and, for the cotangents given, the gradients."""
+    """Output [b, q, h, d], logsumexp [b, q, h] and, for the cotangents given, the gradients.
+
+    ``sink_size`` is the root of the sum of the squares of the terms that cancel in the gradient of the sinks.
+    """
 
     output: np.ndarray
     residual: np.ndarray
     gradients: dict
+    sink_size: float = 0.0
 
 
 def attention(
@@ -80,7 +84,9 @@ def attention(
         result.gradients["bias"] = d_raw.sum(axes, keepdims=True).reshape(np.shape(bias))
     if sinks is not None:
         share = np.exp(np.asarray(sinks, np.float64))[None, :, None] / total
-        result.gradients["sinks"] = -np.where(empty, 0.0, share * inner).sum((0, 2))
+        terms = np.where(empty, 0.0, share * inner)
+        result.gradients["sinks"] = -terms.sum((0, 2))
+        result.sink_size = float(np.sqrt(np.mean((terms**2).sum((0, 2)))))
     return result
 
 
@@ -94,12 +100,16 @@ def error(actual, golden):
     return float(np.sqrt(np.mean((actual[~infinite] - golden[~infinite]) ** 2))) if (~infinite).any() else 0.0
 
 
-def assert_as_good(actual, dense, golden, dtype=np.float32, what=""):
-    """The tolerance rule: error against float64 at most 10x (float32) or 1.1x (half) the dense reference's own."""
+def assert_as_good(actual, dense, golden, dtype=np.float32, what="", size=None):
+    """The tolerance rule: error against float64 at most 10x (float32) or 1.1x (half) the dense reference's own.
+
+    ``size`` is of what is rounded, where that is not the result: a sum whose terms cancel.
+    """
     factor = 10.0 if np.dtype(dtype).itemsize >= 4 else 1.1
     # Where the dense reference happens to be exact, one rounding is what it could have had.
     finite = np.asarray(golden)[np.isfinite(golden)]
-    size = float(np.sqrt(np.mean(np.square(finite)))) if finite.size else 0.0
+    if size is None:
+        size = float(np.sqrt(np.mean(np.square(finite)))) if finite.size else 0.0
     floor = size * 2.0**-24 if factor == 10.0 else 0.0
     found, allowed = error(actual, golden), factor * max(error(dense, golden), floor)
     assert found <= allowed, f"{what}: error {found:.3g}, allowed {allowed:.3g}"
