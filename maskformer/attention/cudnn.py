@@ -14,6 +14,7 @@ from maskformer.attention import intervals, platform
 from maskformer.attention.arguments import Call
 
 HEAD_DIM_LIMIT = 128
+KERNEL = "cudnn"
 
 
 def refuses(call: Call) -> str | None:
@@ -25,6 +26,11 @@ def refuses(call: Call) -> str | None:
         return f"the kernel wants one head_dim, and query has {call.query.shape[3]}, value {call.value.shape[3]}"
     if call.query.shape[3] % 8 or call.query.shape[3] > HEAD_DIM_LIMIT:
         return f"the kernel takes head_dim up to {HEAD_DIM_LIMIT} in steps of 8, not {call.query.shape[3]}"
+    if call.bias is not None:
+        if call.bias.shape[2:] != (call.q_len, call.kv_len):
+            return f"the kernel wants a bias with both lengths in full, not of shape {call.bias.shape}"
+        if call.q_len % 2 or call.kv_len % 2:
+            return f"the kernel's bias wants even lengths, not {call.q_len} and {call.kv_len}"
     parsed = _parse(call)
     return parsed if isinstance(parsed, str) else None
 
@@ -39,19 +45,71 @@ def attend(call: Call) -> tuple[jax.Array, None]:
     parsed = _parse(call)
     assert not isinstance(parsed, str), parsed  # `refuses` came first
     options, lengths = parsed
-    if lengths is None:
-        return _fused(call, options), None
-    # An entry without keys is given one, and its output set to 0: nothing undefined reaches a gradient.
-    lengths = jnp.broadcast_to(jnp.asarray(lengths, jnp.int32), (call.batch,))
-    output = _fused(call, {**options, "key_value_seq_lengths": jnp.maximum(lengths, 1)})
-    return jnp.where(lengths[:, None, None, None] > 0, output, 0), None
-
-
-def _fused(call: Call, options: dict) -> jax.Array:
-    bias = call.bias
-    return jax.nn.dot_product_attention(
-        call.query, call.key, call.value, bias=bias, scale=float(call.scale), implementation="cudnn", **options
+    odd_q, odd_kv = call.q_len % 2, call.kv_len % 2
+    if lengths is None and odd_kv and not options["is_causal"]:
+        lengths = jnp.full((1,), call.kv_len)
+    if lengths is not None:
+        lengths = jnp.broadcast_to(intervals.by_entry(jnp.asarray(lengths, jnp.int32), 0), (call.batch,))
+    # JAX trains the kernel at even lengths only. A last query is cut off; a last key is hidden by its length or place.
+    query, key, value = (
+        jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) if more else x
+        for x, more in ((call.query, odd_q), (call.key, odd_kv), (call.value, odd_kv))
     )
+    # An entry without keys is given one, and its output set to 0: nothing undefined reaches a gradient.
+    given = dict(query=query, key=key, value=value)
+    if lengths is not None:
+        given["query_seq_lengths"] = jnp.full_like(lengths, query.shape[1])
+        given["key_value_seq_lengths"] = jnp.clip(lengths, 1, call.kv_len)
+    bias = call.bias
+    if bias is not None and bias.shape[:2] == (call.batch, call.heads):
+        given["bias"], bias = bias, None  # any other is the same for the whole batch, mapped or not
+    given = _alike(given)
+    if bias is not None:
+        given["bias"] = bias
+    output = jax.nn.dot_product_attention(**given, **options, scale=float(call.scale), implementation=KERNEL)
+    output = _cotangent_like(output, given["query"])[:, : call.q_len]
+    return output if lengths is None else jnp.where(lengths[:, None, None, None] > 0, output, 0), None
+
+
+# JAX's batching rule of the kernel reads one leading axis off the queries and takes it that all other operands, and the
+# cotangent of the output, have it too. Under `jax.vmap` that is made true here.
+
+
+@jax.custom_batching.custom_vmap
+def _all_batched(*arrays):
+    return arrays
+
+
+@_all_batched.def_vmap
+def _(size, batched, *arrays):
+    arrays = [x if has_axis else jnp.broadcast_to(x, (size, *x.shape)) for x, has_axis in zip(arrays, batched)]
+    return _all_batched(*arrays), (True,) * len(arrays)
+
+
+def _batch_alike(tree):
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, _all_batched(*leaves))
+
+
+@jax.custom_vjp
+def _alike(arrays):
+    """The same arrays; under `jax.vmap` all have the mapped axis if one has."""
+    return _batch_alike(arrays)
+
+
+_alike.defvjp(lambda arrays: (_batch_alike(arrays), None), lambda _, cotangents: (cotangents,))
+
+
+@jax.custom_vjp
+def _cotangent_like(output, query):
+    """The output, whose cotangent has the mapped axis under `jax.vmap` if the query has."""
+    return output
+
+
+_cotangent_like.defvjp(
+    lambda output, query: (output, query),
+    lambda query, cotangent: (_batch_alike((cotangent, query))[0], None),
+)
 
 
 def _parse(call: Call) -> tuple[dict, jax.Array | None] | str:
@@ -76,7 +134,7 @@ def _parse(call: Call) -> tuple[dict, jax.Array | None] | str:
         return "its causal mask wants q_offset 0"
     if window is not None and lengths is not None:
         return "the kernel takes a window or key lengths, not both"
-    if lengths is not None and jnp.ndim(lengths) > 1:
+    if lengths is not None and call.mask is not None and call.mask.shape[1] > 1:
         return "its key lengths differ between heads"
     options = {"is_causal": causal}
     if window is not None:

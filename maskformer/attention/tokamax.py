@@ -13,6 +13,10 @@ from maskformer.attention.arguments import Call
 
 KERNEL = "mosaic_gpu"
 
+# Its kernels work on blocks of up to these sizes, attend to the keys with which they fill up a last one, and cannot
+# lower row ranges of other lengths: we fill them up ourselves, and hide what we added.
+BLOCK_Q, BLOCK_KV = 256, 128
+
 
 def _library() -> Any | None:
     """tokamax's attention module with the ``Mask`` that carries row intervals, or None."""
@@ -46,7 +50,10 @@ def attend(call: Call) -> tuple[jax.Array, None]:
     kernel, mask_type = _library()
     rows = intervals.rows(call)
     assert isinstance(rows, intervals.Rows), rows  # `refuses` came first
+    q_pad, kv_pad = -call.q_len % BLOCK_Q, -call.kv_len % BLOCK_KV
     starts, ends, empty = rows.starts, rows.ends, None
+    if kv_pad and ends is None and not (rows.causal and call.q_len <= call.kv_len):
+        ends = jnp.full((1, call.q_len), call.kv_len, jnp.int32)
     if starts is not None or ends is not None:
         first = jnp.zeros((1, call.q_len), jnp.int32) if starts is None else jnp.maximum(starts, 0)
         last = jnp.full((1, call.q_len), call.kv_len) if ends is None else jnp.minimum(ends, call.kv_len)
@@ -54,15 +61,26 @@ def attend(call: Call) -> tuple[jax.Array, None]:
             last = jnp.minimum(last, jnp.arange(call.q_len) + 1)
         empty = first >= last
         # A query without keys is given key 0 and its output set to 0: nothing undefined reaches a gradient.
-        starts = None if starts is None else jnp.where(empty, 0, first)[:, None]
-        ends = None if ends is None else jnp.where(empty, 1, jnp.minimum(ends, call.kv_len))[:, None]
+        starts = None if starts is None else _range(jnp.where(empty, 0, first), q_pad)
+        ends = None if ends is None else _range(jnp.where(empty, 1, jnp.minimum(ends, call.kv_len)), q_pad)
+    bias = call.bias
+    if bias is not None:
+        sizes = zip(bias.shape[2:], (call.q_len, call.kv_len), (q_pad, kv_pad))
+        bias = jnp.pad(bias, ((0, 0), (0, 0), *((0, pad if size == full else 0) for size, full, pad in sizes)))
     output = kernel(
-        call.query,
-        call.key,
-        call.value,
-        bias=call.bias,
+        *(_pad(x, pad) for x, pad in ((call.query, q_pad), (call.key, kv_pad), (call.value, kv_pad))),
+        bias=bias,
         mask=mask_type(None, k_start=starts, k_end=ends, is_causal=rows.causal),
         logits_scale=float(call.scale),
         logits_soft_cap=call.logits_soft_cap,
-    )
+    )[:, : call.q_len]
     return output if empty is None else jnp.where(empty[:, :, None, None], 0, output), None
+
+
+def _pad(x: jax.Array, pad: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) if pad else x
+
+
+def _range(bound: jax.Array, pad: int) -> jax.Array:
+    """[batch | 1, q_len] -> [batch | 1, 1, q_len + pad]; queries that pad see what the last one sees."""
+    return jnp.pad(bound, ((0, 0), (0, pad)), mode="edge")[:, None]

@@ -9,19 +9,23 @@ import maskformer as mf
 from maskformer import masks
 from maskformer.attention import platform
 
-# 256 long: what our kernels' libraries take for any mask.
+# 256 long: nothing is filled up.
 SHAPES = [jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)] * 3
 
 
-def lowered(mask, implementation, **options):
+def lowered(mask, implementation, shapes=SHAPES, **options):
     def loss(query, key, value):
         output = mf.dot_product_attention(query, key, value, mask=mask, implementation=implementation, **options)
         return output.astype(jnp.float32).sum()
 
-    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    return export(jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))), shapes)
+
+
+def export(step, shapes):
+    """The module lowered for CUDA, as text."""
     calls = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward", "mosaic_gpu_v2", "mosaic_gpu")
     unchecked = [jax.export.DisabledSafetyCheck.custom_call(call) for call in calls]
-    return jax.export.export(step, platforms=["cuda"], disabled_checks=unchecked)(*SHAPES).mlir_module()
+    return jax.export.export(step, platforms=["cuda"], disabled_checks=unchecked)(*shapes).mlir_module()
 
 
 CUDNN_MASKS = {
@@ -49,6 +53,36 @@ def test_cudnn_lowers_forward_and_backward_without_a_dense_mask(cudnn_is_there, 
     assert "256x256x" not in module  # a mask turned into a bias would be [1, 1, 256, 256]
 
 
+# How queries and keys are mapped: the library's own rule wants everything mapped over its first axis.
+MAPPED = {"all": (0, 0, 0), "queries": (0, None, None), "keys": (None, 0, 0), "another axis": (1, 0, 0)}
+
+
+def lowered_under_vmap(mask, implementation, axes):
+    def loss(query, key, value):
+        attend = jax.checkpoint(lambda *a: mf.dot_product_attention(*a, mask=mask, implementation=implementation))
+        return attend(query, key, value).astype(jnp.float32).sum()  # its cotangent is not mapped
+
+    step = jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1, 2)), in_axes=axes))
+    shapes = [list(SHAPES[0].shape) for _ in axes]
+    for shape, axis in zip(shapes, axes):
+        if axis is not None:
+            shape.insert(axis, 3)
+    return export(step, [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes])
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_cudnn_lowers_under_vmap_and_remat_whatever_is_mapped(cudnn_is_there, name):
+    for mask in (masks.causal(), CUDNN_MASKS["causal lengths"]):
+        assert "__cudnn$fmhaSoftmaxBackward" in lowered_under_vmap(mask, "cudnn", MAPPED[name])
+
+
+@pytest.mark.parametrize("lengths", [(37, 45), (45, 45), (1, 1)], ids=lambda lengths: "x".join(map(str, lengths)))
+def test_cudnn_lowers_forward_and_backward_at_odd_lengths(cudnn_is_there, lengths):
+    shapes = [jax.ShapeDtypeStruct((2, length, 4, 64), jnp.bfloat16) for length in (lengths[0], lengths[1], lengths[1])]
+    for mask in (None, masks.causal() & masks.sliding_window(9) if lengths[0] == lengths[1] else None):
+        assert "__cudnn$fmhaSoftmaxBackward" in lowered(mask, "cudnn", shapes)
+
+
 @pytest.mark.parametrize("implementation", ["blockwise", "reference"])
 def test_the_plain_backends_lower_for_cuda_with_every_option(implementation):
     table = jnp.zeros((4, 9))
@@ -71,15 +105,29 @@ TOKAMAX_MASKS = {
 }
 
 
-@pytest.mark.parametrize("name", TOKAMAX_MASKS)
-def test_tokamax_lowers_its_kernels_for_cuda(monkeypatch, name):
+@pytest.fixture
+def tokamax_is_there(monkeypatch):
     pytest.importorskip("tokamax", reason="needs the extra [gpu]")
     absl.flags.FLAGS(["test"])  # tokamax reads flags that nobody has parsed
     gpu_utils = pytest.importorskip("tokamax._src.gpu_utils")
     monkeypatch.setattr(gpu_utils, "has_mosaic_gpu_support", lambda device=None: True)
     monkeypatch.setattr(gpu_utils, "_compute_capability", lambda device=None: 9.0)
-    module = lowered(TOKAMAX_MASKS[name], "tokamax")
-    assert "mosaic_gpu" in module
+
+
+@pytest.mark.parametrize("name", TOKAMAX_MASKS)
+def test_tokamax_lowers_its_kernels_for_cuda(tokamax_is_there, name):
+    assert "mosaic_gpu" in lowered(TOKAMAX_MASKS[name], "tokamax")
+
+
+@pytest.mark.parametrize("mask", [None, masks.causal(), masks.sliding_window(9, 4)], ids=["none", "causal", "window"])
+def test_tokamax_lowers_its_kernels_at_odd_lengths(tokamax_is_there, mask):
+    shapes = [jax.ShapeDtypeStruct((2, length, 4, 64), jnp.bfloat16) for length in (37, 45, 45)]
+    assert "mosaic_gpu" in lowered(mask, "tokamax", shapes)
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_tokamax_lowers_under_vmap_and_remat_whatever_is_mapped(tokamax_is_there, name):
+    assert "mosaic_gpu" in lowered_under_vmap(masks.causal(), "tokamax", MAPPED[name])
 
 
 def test_a_gpu_platform_prefers_its_fused_kernel_and_says_why_it_passes_it_over():
