@@ -11,6 +11,7 @@ import numpy as np
 
 from maskformer import masks
 from maskformer.attention import dropout, score_mods
+from maskformer.masks.arbitrary import open_closures
 
 DTYPES = tuple(map(jnp.dtype, (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)))
 
@@ -193,4 +194,4 @@ def _as_mask(mask, batch: int, heads: int) -> masks.Mask:
     for name, size, want in zip(("batch", "heads"), mask.shape, (batch, heads), strict=True):
         if size not in (1, want):
             raise ValueError(f"mask: its {name} dimension is {size}, but query has {want}")
-    return mask
+    return open_closures(mask)

@@ -81,6 +81,35 @@ class Predicate(Mask):
             ) from error
 
 
+    def open(self) -> Predicate:
+        """The same predicate with the traced arrays that its function closes over among its ``captured`` ones."""
+        arrays = [(np.shape(a)[np.ndim(a) - rank :], jnp.result_type(a)) for _, a, rank in self.arrays()]
+        avals = [jax.ShapeDtypeStruct(*array) for array in arrays]
+        position = jax.ShapeDtypeStruct((), np.int32)
+        # A fresh function each time: make_jaxpr caches by identity and would keep the tracers alive.
+        program = lambda q, k, *given: Predicate(self.fn, given, self.array_ranks).attend(q, k)
+        closed = jax.make_jaxpr(program)(position, position, *avals)
+        if not any(isinstance(const, jax.core.Tracer) for const in closed.consts):
+            return self
+
+        def fn(q: Any, k: Any, *given: Any) -> Any:
+            own, consts = given[: len(avals)], given[len(avals) :]
+            q, k = (jnp.asarray(position).astype(jnp.int32) for position in (q, k))
+            return jax.core.eval_jaxpr(closed.jaxpr, consts, q, k, *own)[0]
+
+        fn.__name__ = getattr(self.fn, "__name__", "fn")
+        ranks = self.array_ranks + tuple(np.ndim(const) for const in closed.consts)
+        return Predicate(fn, self.captured + tuple(closed.consts), ranks)
+
+
+def open_closures(mask: Mask) -> Mask:
+    """A mask whose predicates close over no traced array, for a transformation that such arrays must not escape."""
+    if isinstance(mask, Predicate):
+        return mask.open()
+    children = mask.children()
+    return mask.rebuild([open_closures(child) for child in children]) if children else mask
+
+
 @builder(array="array")
 def dense(array: Any) -> Mask:
     """A mask given as its matrix, for what no other builder says.

@@ -139,3 +139,23 @@ def test_an_empty_axis_gives_empty_or_zero_output():
     q, k = jnp.ones((1, 4, 2, 8)), jnp.ones((1, 0, 2, 8))
     assert mf.dot_product_attention(q, k, k).sum() == 0
     assert mf.dot_product_attention(k, q, q).shape == (1, 0, 2, 8)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_a_predicate_may_close_over_what_a_scan_or_a_gradient_traces(implementation):
+    ids = jnp.arange(32).reshape(2, 16) // jnp.array([[3], [5]])
+    query = jax.random.normal(jax.random.key(0), SHORT.shape)
+
+    def loss(query, reach, close):
+        def layer(carry, ids):
+            mask = close(ids, reach) & masks.causal()
+            return mf.dot_product_attention(carry, query, query, mask=mask, implementation=implementation), None
+
+        return (jax.lax.scan(layer, query, ids)[0] ** 2).sum()
+
+    closed = lambda ids, reach: masks.predicate(lambda q, k: (ids[q] == ids[k]) & (q - k < reach))
+    given = lambda ids, reach: masks.segments(ids) & masks.sliding_window(3)
+    gradients = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
+    actual, expected = gradients(query, 3.5, closed), gradients(query, 3.5, given)
+    np.testing.assert_allclose(actual[0], expected[0], atol=1e-5)
+    assert actual[1] == 0.0

@@ -76,8 +76,8 @@ def test_a_score_mod_of_float64_logits_keeps_their_precision():
     with jax.enable_x64(True):
         table = jnp.linspace(0.0, 1.0, 9)
         query, value = jnp.zeros((1, 1, 1, 4)), jnp.arange(9.0).reshape(1, 9, 1, 1)
-        out = mf.dot_product_attention(
-            query, jnp.zeros((1, 9, 1, 4)), value, score_mod=lambda s, b, h, q, k: s + table[k], implementation="reference"
-        )
+        adds = lambda score, b, h, q, k: score + table[k]
+        key = jnp.zeros((1, 9, 1, 4))
+        out = mf.dot_product_attention(query, key, value, score_mod=adds, implementation="reference")
         weights = np.exp(np.linspace(0.0, 1.0, 9))
         np.testing.assert_allclose(out[0, 0, 0, 0], (weights * np.arange(9.0)).sum() / weights.sum(), rtol=1e-15)
