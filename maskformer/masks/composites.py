@@ -124,7 +124,7 @@ def per_head(*heads: Mask) -> Mask:
     return PerHead(heads)
 
 
-@builder()
+@builder(q_offset="q_offset", k_offset="k_offset")
 def shift(mask: Mask, q_offset: Any = 0, k_offset: Any = 0) -> Mask:
     """A mask whose positions are counted from elsewhere: attends where ``mask(q + q_offset, k + k_offset)`` does.
 

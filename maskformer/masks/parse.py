@@ -129,6 +129,8 @@ class _Parser:
                 if kind == "name" and self.tokens[self.at + 1][1] == "=":
                     if name not in entry.parameters:
                         self.fail(f"{word}() has no argument {name!r}", _nearest(name, entry.parameters))
+                    if name in named:
+                        self.fail(f"{word}(): {name!r} is given twice")
                     self.at += 2
                     named[name] = self.value(entry.parameters[name])
                 else:
@@ -153,7 +155,7 @@ class _Parser:
         except (TypeError, ValueError) as error:
             if isinstance(error, MaskSyntaxError):
                 raise
-            self.fail(f"{word}: {error}", column=column)
+            self.fail(f"{word}: {str(error).removeprefix(entry.name + ': ')}", column=column)
 
     def check_references(self, entry: Builder, word: str, arguments: Mapping[str, Any], column: int) -> None:
         for key, value in arguments.items():
@@ -298,5 +300,5 @@ def _nth(parameters: Mapping[str, inspect.Parameter], index: int) -> inspect.Par
 
 
 def _nearest(word: str, candidates: Any) -> str:
-    near = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word.lower(), list(candidates), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""

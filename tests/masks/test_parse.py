@@ -47,7 +47,9 @@ def test_text_means_what_the_builders_mean(text, mask):
         ("window", "missing a required argument: 'left' at column 0"),
         ("window(1, 2, 3)", "too many positional arguments at column 0"),
         ("window(right=1, 2)", "an argument without a name follows a named one at column 16"),
-        ("window(-3)", "left=-3, expected an int of at least 0 at column 0"),
+        ("window(-3)", "window: left=-3, expected an int of at least 0 at column 0"),
+        ("window(left=1, left=2)", "'left' is given twice at column 15"),
+        ("Causal & CHUNKED(2)", "unknown mask 'Causal' at column 0; did you mean 'causal'?"),
         ("window(big)", "'left' takes a value, not the name 'big' at column 0"),
         ("window(&)", "expected a number, a name or a tuple, found '&' at column 7"),
     ],
@@ -104,6 +106,14 @@ def test_predicates_print_under_the_name_of_their_function():
     mask = masks.predicate(only_first, np.array([[2, 1, 0]]), batch_dims=1)
     assert repr(mask) == "predicate(only_first, array, batch_dims=1)"
     assert masks.parse(repr(mask), **mask.bindings()) == mask
+
+
+def test_an_offset_that_is_an_array_has_a_name_in_the_text():
+    mask = masks.shift(masks.causal(), np.array(2, np.int32), np.array(1, np.int32))
+    assert repr(mask) == "shift(causal, q_offset, k_offset)"
+    assert masks.parse(repr(mask), **mask.bindings()) == mask
+    start = masks.parse("shift(causal, q_offset=start)")
+    np.testing.assert_array_equal(start.bind(start=np.array(2)).dense(2, 4), masks.causal().dense(2, 4, q_offset=2))
 
 
 leaves = hypothesis.strategies.one_of(oracle.leaves, oracle.slow_leaves)
