@@ -19,6 +19,12 @@ def theirs(rule, q_len, kv_len=None):
 IMAGE = np.array([0, 1, 1, 1, 0, 2, 2, 0])
 GROUPED = dict(ids=np.array([0, 0, 1, 2, 2, 0, 3, 3]), groups=np.array([1, 1, 1, 1, 1, 2, 2, 2]))
 PROMPT, FRAME = 2, 3
+DOCUMENTS = dict(
+    segment_ids=np.array([1, 1, 1, 2, 2, 3, 3, 3, 3]),
+    place=np.array([0, 1, 2, 0, 1, 0, 1, 2, 3]),
+    early=lambda q, k, place: place[k] < 2,
+)
+CHOSEN = np.array([[1, 0], [0, 0], [1, 1], [0, 1], [1, 0], [1, 1]], bool)
 
 
 def grouped_shared_prefix(q, k):
@@ -92,6 +98,28 @@ CASES = {
         lambda: ours("block_diagonal((3, 2), left=1, right=0)", 5),
         lambda: np.array(
             [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]], bool)),
+    "attention-gym documents with a prefix each": (
+        lambda: ours("(causal | predicate(early, place)) & segments", 9, **DOCUMENTS),
+        lambda: theirs(
+            lambda q, k: (DOCUMENTS["segment_ids"][q] == DOCUMENTS["segment_ids"][k])
+            & ((k <= q) | (DOCUMENTS["place"][k] < 2)), 9)),
+    "attention-gym NATTEN": (
+        lambda: ours("natten((6, 6), (3, 5))", 36),
+        lambda: theirs(
+            lambda q, k: (abs(np.clip(q // 6, 1, 4) - k // 6) <= 1) & (abs(np.clip(q % 6, 2, 3) - k % 6) <= 2), 36)),
+    "MaxText block diffusion": (
+        lambda: ours("chunked(3, left=2)", 8),
+        lambda: theirs(lambda q, k: q // 3 >= k // 3, 8)),
+    "MaxText compressed keys": (
+        lambda: ours("(causal & window(2) & sinks(6)) | predicate(f, chosen)", 6, 8, chosen=CHOSEN,
+                     f=lambda q, k, chosen: (k >= 6) & chosen[q, k - 6]),
+        lambda: np.concatenate([theirs(lambda q, k: (q - k < 3) & (q >= k), 6), CHOSEN], axis=1)),
+    "MaxText MoBA": (
+        lambda: ours("causal & predicate(f, chosen)", 6, chosen=CHOSEN, f=lambda q, k, chosen: chosen[q, k // 3]),
+        lambda: theirs(lambda q, k: (k <= q) & CHOSEN[q, k // 3], 6)),
+    "xformers block diagonal with padded keys, not causal": (
+        lambda: ours("block_diagonal((1, 2), (2, 1), (0, 3))", 3, 6),
+        lambda: np.array([[1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 0, 0]], bool)),
     "xformers block diagonal with padded keys": (
         lambda: ours("block_diagonal((1, 2), (2, 1), (0, 3), align='end', right=0)", 3, 6),
         lambda: np.array([[1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0]], bool)),
