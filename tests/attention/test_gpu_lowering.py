@@ -76,6 +76,15 @@ def test_cudnn_lowers_under_vmap_and_remat_whatever_is_mapped(cudnn_is_there, na
         assert "__cudnn$fmhaSoftmaxBackward" in lowered_under_vmap(mask, "cudnn", MAPPED[name])
 
 
+def test_cudnn_lowers_under_vmap_of_vmap_with_another_operand_mapped_in_each(cudnn_is_there):
+    def loss(query, key, value):
+        return mf.dot_product_attention(query, key, value, implementation="cudnn").astype(jnp.float32).sum()
+
+    step = jax.vmap(jax.vmap(jax.grad(loss, argnums=(0, 1, 2)), in_axes=(0, None, None)), in_axes=(None, 0, 0))
+    shapes = [jax.ShapeDtypeStruct((size, *SHAPES[0].shape), jnp.bfloat16) for size in (3, 5, 5)]
+    assert "__cudnn$fmhaSoftmaxBackward" in export(jax.jit(step), shapes)
+
+
 @pytest.mark.parametrize("lengths", [(37, 45), (45, 45), (1, 1)], ids=lambda lengths: "x".join(map(str, lengths)))
 def test_cudnn_lowers_forward_and_backward_at_odd_lengths(cudnn_is_there, lengths):
     shapes = [jax.ShapeDtypeStruct((2, length, 4, 64), jnp.bfloat16) for length in (lengths[0], lengths[1], lengths[1])]
