@@ -79,10 +79,21 @@ def draw(
             axes.grid(which="minor", color=COLOURS["edge"], linewidth=0.6)
             axes.tick_params(which="minor", length=0)
     text = repr(mask)
-    figure.suptitle(text if len(text) <= 90 else text[:87] + "...", fontsize=10)
+    text = text if len(text) <= 90 else text[:87] + "..."
+    figure.suptitle(text + _entry(mask, batch, head), fontsize=10)
     if path is not None:
+        folder = os.path.dirname(os.fspath(path)) or "."
+        if not os.path.isdir(folder):
+            raise ValueError(f"draw: path={os.fspath(path)!r}, but there is no folder {folder!r}")
         figure.savefig(path, dpi=150, format="png")
     return figure
+
+
+def _entry(mask: Mask, batch: int, head: int) -> str:
+    """Which entry a picture shows, where there are several."""
+    entries = zip(("batch", "head"), (batch, head), mask.shape)
+    counts = [f"{name} {at} of {size}" for name, at, size in entries if size > 1]
+    return f" ({', '.join(counts)})" if counts else ""
 
 
 def picture(
@@ -96,6 +107,8 @@ def picture(
     **arrays: Any,
 ) -> str:
     """The mask of a config string as a picture in text: what ``maskformer mask`` prints.
+
+    A mask that differs between heads is shown for each of them, and of a batch the first entry.
 
     Names that the text leaves open and ``arrays`` does not give are filled with made-up examples, and the picture
     says so.
@@ -140,27 +153,44 @@ def picture(
         examples[name] = EXAMPLES[name](reach)
     mask = mask.bind(**examples)
     lines = [repr(mask)]
-    lines += [f"with an example {name} = {np.asarray(value).tolist()}" for name, value in examples.items()]
+    lines += [f"with an example {name} = {_short(value)}" for name, value in examples.items()]
     small = length * kv_length <= 256 * 256
-    if small:
-        lines += ["", mask.to_string(length, kv_length, q_offset)]
-    elif block is None and path is None:
+    if not small and block is None and path is None:
         lines += ["", f"{length} x {kv_length} is too large to print: give a block size, or a PNG to draw"]
+    for head in range(mask.shape[1]):
+        lines += _head(mask, length, kv_length, block, q_offset, head, small)
+    if path is not None:
+        draw(mask, length, kv_length, block=block, q_offset=q_offset, path=path)
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    values = np.asarray(value)
+    return str(values.tolist()) if values.size <= 256 else np.array2string(values, threshold=16, separator=", ")
+
+
+def _head(
+    mask: Mask, length: int, kv_length: int, block: int | tuple[int, int] | None, q_offset: int, head: int, small: bool
+) -> list[str]:
+    """The lines that show one head."""
+    entry = _entry(mask, 0, head)
+    lines = ["", entry.strip(" ()") + ":"] if entry and (small or block is not None) else []
+    if small:
+        lines += ["", mask.to_string(length, kv_length, q_offset, head=head)]
     if block is not None:
-        block_map = mask.select(0, 0).block_map(length, kv_length, block, q_offset)
+        one = mask.select(0, head)
+        block_map = one.block_map(length, kv_length, block, q_offset)
         kinds = block_map.kinds()[0, 0]
         empty, partial, full = (int((kinds == kind).sum()) for kind in (0, 1, 2))
         lines += ["", f"tiles of {block_map.block_q} x {block_map.block_kv}:"]
         lines += [block_map.to_string()] if kinds.size <= 128 * 128 else []
         summary = f"{full} full, {partial} partial, {empty} empty ({block_map.sparsity():.1%} skipped)"
         if small:
-            attended = int(np.asarray(mask.select(0, 0).dense(length, kv_length, q_offset)).sum())
+            attended = int(np.asarray(one.dense(length, kv_length, q_offset)).sum())
             summary += f"; {attended} of {length * kv_length} pairs attend"
         lines.append(summary)
         lines += [f"the analysis has no rule for {name}" for name in block_map.widened]
-    if path is not None:
-        draw(mask, length, kv_length, block=block, q_offset=q_offset, path=path)
-    return "\n".join(lines)
+    return lines
 
 
 def _segment_example(length: int) -> np.ndarray:

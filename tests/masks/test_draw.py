@@ -39,6 +39,25 @@ def test_picture_says_which_arrays_it_made_up():
         masks.picture("dense(adjacency)", 8)
 
 
+def test_picture_shows_each_head_of_a_mask_that_differs_between_them():
+    text = masks.picture("per_head(causal, ~causal)", 2, block=2)
+    assert text.count("1 partial") == 2
+    first, second = text.split("head 1 of 2:")
+    assert "head 0 of 2:\n\n█ ·\n█ █" in first and second.startswith("\n\n· █\n· ·")
+    title = masks.draw(masks.parse("per_head(causal, ~causal)"), 4, head=1).get_suptitle()
+    assert title == "per_head(causal, ~causal) (head 1 of 2)"
+
+
+def test_a_long_example_is_printed_by_its_ends():
+    text = masks.picture("segments", 5000, block=1000)
+    assert "[1, 1, 1, ..., 0, 0, 0]" in text and len(text) < 1000
+
+
+def test_a_picture_in_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="there is no folder"):
+        masks.draw(masks.causal(), 4, path=tmp_path / "absent" / "mask.png")
+
+
 def test_picture_of_a_long_mask_prints_only_tiles():
     text = masks.picture("causal & window(4096)", 1 << 17, block=1 << 14)
     assert len(text.splitlines()) == 12 and "pairs attend" not in text
