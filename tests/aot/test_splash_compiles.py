@@ -78,3 +78,49 @@ def test_forward_and_backward_compile_for_a_mesh_of_data_and_tensor(devices, nam
     text = compiled.as_text()
     assert text.count("splash") >= 3
     assert "all-gather" not in text
+
+
+TRANSFORMED = {
+    "causal": lambda segment_ids: masks.causal(),
+    "packed causal": lambda segment_ids: masks.causal() & masks.segments(segment_ids),
+    "stored": lambda segment_ids: masks.causal() | masks.segments(segment_ids),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_forward_and_backward_compile_under_vmap_scan_and_remat(devices, name):
+    def loss(query, key, value, segment_ids):
+        def attend(total, scale):
+            again = jax.checkpoint(lambda *a: mf.dot_product_attention(*a, mask=TRANSFORMED[name](segment_ids)))
+            return total + (scale * again(query, key, value)).astype(jnp.float32).sum(), None
+
+        with platform.assume("tpu"):
+            return jax.lax.scan(attend, 0.0, jnp.ones(2, query.dtype))[0]
+
+    step = jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1, 2))))
+    one = jax.sharding.SingleDeviceSharding(devices.flat[0])
+    arguments = [
+        jax.ShapeDtypeStruct((3, *struct.shape), struct.dtype, sharding=one)
+        for struct in structs([one] * 4, length=256, batch=2, heads=4, kv_heads=2, head_dim=64)
+    ]
+    assert step.lower(*arguments).compile().as_text().count("splash") >= 3
+
+
+POSITIONS = {
+    "chunked": masks.chunked(48, 1) & masks.strided(3),
+    "block diffusion": masks.block_diffusion(16, 128),
+    "neighborhood": masks.neighborhood((16, 16), (5, 5)),
+    "a predicate": masks.predicate(lambda q, k: (jnp.sin(q * 0.3) > 0) | ((q ^ k) & 7 < 3)),
+    "a predicate that closes over an array": masks.predicate(lambda q, k: (jnp.arange(256) % 3 > 0)[k] & (k <= q)),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_masks_of_positions_compile_in_the_kernel(devices, name):
+    one = jax.sharding.SingleDeviceSharding(devices.flat[0])
+    # A division asks Pallas which TPU it is for.
+    device = devices.flat[0]
+    described = jax.sharding.AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=described)):
+        lowered = training_step(lambda segment_ids: POSITIONS[name]).lower(*structs([one] * 4, length=256))
+    assert lowered.compile().as_text().count("splash") >= 3
