@@ -98,7 +98,8 @@ def explain(
     """How `dot_product_attention` would run this call: the backend and why, what was passed over, and the work.
 
     Args:
-      mask, query, key, value: as for `dot_product_attention`; arrays may be `jax.ShapeDtypeStruct`.
+      mask, query, key, value: as for `dot_product_attention`; arrays, those of options and of the mask too, may be
+        `jax.ShapeDtypeStruct`.
       implementation: as for `dot_product_attention`; a refusal is part of the explanation and does not raise.
       **options: the other keyword arguments of `dot_product_attention`.
 

@@ -68,8 +68,12 @@ def explain_call(mask, query, key, value, implementation: str | None, options: d
     """See `maskformer.attention.explain`."""
     query, key, value = (_array_like(x) for x in (query, key, value))
     found: dict[str, Any] = {}
+    # What has a shape alone is traced like the queries; the rest, a concrete mask above all, stays known.
+    leaves, structure = jax.tree.flatten((mask, options))
+    shapes = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)}
 
-    def trace(query, key, value):
+    def trace(query, key, value, traced):
+        mask, options = structure.unflatten([traced.get(index, leaf) for index, leaf in enumerate(leaves)])
         call = arguments.check(query, key, value, mask=mask, **options)
         with dispatch.recorded() as choices:
             try:
@@ -83,7 +87,7 @@ def explain_call(mask, query, key, value, implementation: str | None, options: d
         found["figures"] = _figures(call, choices[0].backend)
 
     # The arrays are abstract, so nothing is computed; the mask is what the caller gave, so a concrete one is analysed.
-    jax.eval_shape(trace, query, key, value)
+    jax.eval_shape(trace, query, key, value, shapes)
     choice = found["choice"]
     return Explanation(
         backend=choice.backend or None,
@@ -95,7 +99,8 @@ def explain_call(mask, query, key, value, implementation: str | None, options: d
 
 
 def _array_like(x) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(np.shape(x) if not hasattr(x, "shape") else x.shape, x.dtype)
+    x = x if hasattr(x, "dtype") else jax.numpy.asarray(x)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _figures(call: Call, backend: str) -> dict[str, Any]:

@@ -126,6 +126,16 @@ def test_a_traced_mask_is_explained_as_traced():
     assert "known at run time" in str(found[0])
 
 
+def test_explain_takes_shapes_in_the_place_of_arrays():
+    shape = jax.ShapeDtypeStruct
+    options = dict(bias=shape((8192, 8192), jnp.float32), sinks=shape((4,), jnp.float32), q_offset=shape((), jnp.int32))
+    options |= dict(dropout_rate=0.1, dropout_key=jax.eval_shape(lambda: jax.random.key(0)))
+    mask = jax.eval_shape(lambda: masks.causal() & masks.segments(jnp.zeros((1, 16384), int)))
+    found = mf.explain(mask, LONG, LONG, LONG, **options)
+    assert found.backend == "blockwise" and found.density is None
+    assert mf.explain(masks.sinks(512), LONG, LONG, LONG, sinks=options["sinks"]).density == 512 / 8192
+
+
 def test_a_tpu_platform_takes_splash_and_falls_back_with_a_reason():
     with platform.assume("tpu"):
         plain = mf.explain(masks.causal(), LONG, LONG, LONG)
