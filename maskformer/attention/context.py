@@ -1,15 +1,16 @@
-"""Context parallelism: blockwise attention whose sequence lies along a mesh axis. Runs inside `jax.shard_map`.
+"""Context parallelism: attention whose sequence lies along a mesh axis. Runs inside `jax.shard_map`.
 
-Every pair of a local query part and a key part gets the block map of the mask at their offsets, so what the mask
-excludes is skipped between devices as within one. For an even load under causal masks the sequence is dealt out in
-``2 n`` parts, device ``d`` taking parts ``d`` and ``2 n - 1 - d`` (zigzag, as in Brandon et al. 2023, arXiv:2311.09431,
-and Llama 3); the exchange is two permutations of half shards, so callers keep their natural order.
+Every local part of the queries gets the block map of the mask at its offset (in a ring, at that of the keys too), so
+what the mask excludes is skipped between devices as within one. For an even load under causal masks the sequence is
+dealt out in ``2 n`` parts, device ``d`` taking parts ``d`` and ``2 n - 1 - d`` (zigzag, as in Brandon et al. 2023,
+arXiv:2311.09431, and Llama 3); the exchange is two permutations of half shards, so callers keep their natural order.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -68,16 +69,32 @@ class Dealing:
         return [(i, part if part < self.devices else 2 * self.devices - 1 - part) for i, part in enumerate(parts)]
 
 
-def attend(call: Call, axis: str, devices: int, *, method: str, balanced: bool) -> tuple[jax.Array, jax.Array]:
-    """One device's output and logsumexp for its shard of the queries, in natural order.
+def all_gather(
+    call: Call, axis: str, devices: int, *, balanced: bool, local: Callable[[Call], Any]
+) -> tuple[jax.Array, jax.Array]:
+    """One device's output and logsumexp for its shard of the queries, in natural order: every device has all keys.
 
     Args:
       call: this device's shard: queries, keys and values are ``1 / devices`` of the sequence, a bias has all of its
         key axis, mask arrays are whole.
       axis, devices: the mesh axis of the sequence and its size.
-      method: ``"all_gather"`` or ``"ring"``.
       balanced: zigzag dealing, where the shards are even.
+      local: computes a call on one device: some of the queries, from a traced ``q_offset`` on, against all keys.
     """
+    dealing, parts = _deal(call, axis, devices, balanced)
+    key, value = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (call.key, call.value))
+    results = [local(dataclasses.replace(part, key=key, value=value)) for part in parts]
+    return _collect(dealing, results)
+
+
+def ring(call: Call, axis: str, devices: int, *, balanced: bool) -> tuple[jax.Array, jax.Array]:
+    """The same with keys and values that travel from device to device: memory falls with the axis. By blockwise."""
+    dealing, parts = _deal(call, axis, devices, balanced)
+    return _collect(dealing, _ring(parts, dealing))
+
+
+def _deal(call: Call, axis: str, devices: int, balanced: bool) -> tuple[Dealing, list[Call]]:
+    """The parts of the queries that this device computes, each with the keys that it holds."""
     halves = balanced and call.q_len % 2 == 0 and call.kv_len % 2 == 0
     dealing = Dealing(axis, devices, 2 if halves else 1)
     queries = dealing.deal(call.query, 1)
@@ -85,11 +102,13 @@ def attend(call: Call, axis: str, devices: int, *, method: str, balanced: bool) 
     biases = [call.bias] * len(queries)
     if call.bias is not None and call.bias.shape[2] > 1:
         biases = dealing.deal(call.bias, 2)
-    parts = [
+    return dealing, [
         dataclasses.replace(call, query=query, bias=bias, q_offset=call.q_offset + start)
         for query, bias, start in zip(queries, biases, starts)
     ]
-    results = _gathered(parts, axis) if method == "all_gather" else _ring(parts, dealing)
+
+
+def _collect(dealing: Dealing, results: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
     outputs, residuals = zip(*results)
     return dealing.collect(list(outputs), 1), dealing.collect(list(residuals), 1)
 
@@ -101,11 +120,6 @@ def _operands(call: Call, kv_offset: Any):
     moved = masks.Shift(mask, call.q_offset, kv_offset)
     block_map = moved.block_map(call.q_len, call.kv_len, block)
     return blockwise.operands(call, mask, block_map, q_offset=call.q_offset, kv_offset=kv_offset)
-
-
-def _gathered(parts: list[Call], axis: str):
-    key, value = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (parts[0].key, parts[0].value))
-    return [blockwise.run(*_operands(dataclasses.replace(part, key=key, value=value), 0)) for part in parts]
 
 
 def _ring(parts: list[Call], dealing: Dealing):

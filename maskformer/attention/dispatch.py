@@ -88,17 +88,18 @@ def run(call: Call, implementation: str | None) -> tuple[jax.Array, jax.Array | 
         return _run_local(call, implementation)
     if placement.size(placement.context) == 1:
         return sharding.attend(call, placement, functools.partial(_run_local, implementation=implementation))
-    if implementation not in (None, "blockwise"):
+    if placement.context_method == "ring" and implementation not in (None, "blockwise"):
         raise ValueError(
-            f"implementation {implementation!r} cannot honour this call: its sequence lies over mesh axis "
-            f"{placement.context!r}, which blockwise alone can compute"
+            f"implementation {implementation!r} cannot honour this call: its keys travel round mesh axis "
+            f"{placement.context!r}, which blockwise alone can compute; context_method='all_gather' takes any backend"
         )
-    return sharding.attend(call, placement, functools.partial(_run_context, placement=placement))
+    run_context = functools.partial(_run_context, implementation=implementation, placement=placement)
+    return sharding.attend(call, placement, run_context)
 
 
-def _run_local(call: Call, implementation: str | None):
+def _run_local(call: Call, implementation: str | None, after: str = ""):
     choice = choose(call, implementation)
-    _note(choice)
+    _note(dataclasses.replace(choice, why=choice.why + after))
     output, residual = BACKENDS[choice.backend].attend(call)
     if residual is None:
         # Backends without a logsumexp refuse calls that ask for it; a constant keeps the two results of a shard.
@@ -106,18 +107,21 @@ def _run_local(call: Call, implementation: str | None):
     return output, residual
 
 
-def _run_context(call: Call, placement: sharding.Placement):
+def _run_context(call: Call, implementation: str | None, placement: sharding.Placement):
+    axis = placement.context
+    assert axis is not None
+    devices = placement.size(axis)
+    if placement.context_method == "all_gather":
+        after = f", all_gather over mesh axis {axis!r}"
+        local = functools.partial(_run_local, implementation=implementation, after=after)
+        return context.all_gather(call, axis, devices, balanced=placement.balanced, local=local)
     reason = blockwise.refuses(call)
     if reason is not None:
-        raise ValueError(f"attention over mesh axis {placement.context!r}: {reason}")
-    sharded = f"its sequence lies over mesh axis {placement.context!r}, which blockwise alone can compute"
-    others = {name: sharded for name in BACKENDS if name != "blockwise"}
-    _note(Choice("blockwise", f"{placement.context_method} over mesh axis {placement.context!r}", others))
-    assert placement.context is not None
-    devices = placement.size(placement.context)
-    return context.attend(
-        call, placement.context, devices, method=placement.context_method, balanced=placement.balanced
-    )
+        raise ValueError(f"attention over mesh axis {axis!r}: {reason}")
+    travel = f"its keys travel round mesh axis {axis!r}, which blockwise alone can compute"
+    others = {name: travel for name in BACKENDS if name != "blockwise"}
+    _note(Choice("blockwise", f"ring over mesh axis {axis!r}", others))
+    return context.ring(call, axis, devices, balanced=placement.balanced)
 
 
 def _note(choice: Choice) -> None:

@@ -124,3 +124,15 @@ def test_masks_of_positions_compile_in_the_kernel(devices, name):
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=described)):
         lowered = training_step(lambda segment_ids: POSITIONS[name]).lower(*structs([one] * 4, length=256))
     assert lowered.compile().as_text().count("splash") >= 3
+
+
+def test_a_sharded_sequence_runs_the_kernels_on_gathered_keys(devices):
+    mesh = jax.sharding.Mesh(devices.reshape(2, 4), ("data", "context"))
+    spec = jax.sharding.PartitionSpec
+    wide = jax.sharding.NamedSharding(mesh, spec("data", "context", None, None))
+    ids = jax.sharding.NamedSharding(mesh, spec("data", None))
+    placement = sharding.Placement(mesh, batch="data", context="context")
+    compiled = training_step(MASKS["packed causal"], placement).lower(*structs([wide] * 3 + [ids])).compile()
+    text = compiled.as_text()
+    assert text.count("splash") >= 3
+    assert "all-gather" in text

@@ -7,7 +7,7 @@ import pytest
 
 import maskformer as mf
 from maskformer import masks
-from maskformer.attention import Placement, sharding
+from maskformer.attention import Placement, platform, sharding
 from tests.attention import cases
 
 LENGTH = 64
@@ -22,7 +22,7 @@ MASKS = {
 PLACEMENTS = {
     "data and tensor": ((2, 4, 1), {}, "reference"),
     "data and tensor, blockwise": ((4, 2, 1), {}, "blockwise"),
-    "all_gather": ((2, 1, 4), dict(context="context"), None),
+    "all_gather": ((2, 1, 4), dict(context="context"), "blockwise"),
     "ring": ((1, 2, 4), dict(context="context", context_method="ring"), None),
     "ring, unbalanced": ((2, 1, 4), dict(context="context", context_method="ring", balanced=False), None),
 }
@@ -128,6 +128,15 @@ def test_a_sharded_sequence_refuses_a_dense_backend_by_name():
         explanation = mf.explain(masks.causal(), q, q, q)
     assert explanation.backend == "blockwise"
     assert "ring" in explanation.why
+
+
+def test_gathered_keys_take_the_platforms_own_backend():
+    q = jax.ShapeDtypeStruct((4, 4096, 4, 64), jnp.bfloat16)
+    with sharding.use(placed("all_gather")), platform.assume("tpu"):
+        explanation = mf.explain(masks.causal() & masks.sliding_window(1024), q, q, q)
+        refused = mf.explain(masks.causal(), q, q, q, dropout_rate=0.1, dropout_key=0)
+    assert explanation.backend == "splash" and "all_gather over mesh axis 'context'" in explanation.why
+    assert refused.backend == "blockwise" and refused.passed_over["splash"] == "the kernel has no dropout"
 
 
 def test_placement_names_an_axis_that_the_mesh_lacks():

@@ -97,6 +97,34 @@ def test_splash_in_half_precision_is_as_good_as_the_dense_reference(monkeypatch)
             oracle.assert_as_good(actual, plain, golden, dtype=jnp.bfloat16, what=what)
 
 
+@pytest.mark.parametrize("name", ["packed", "window with a soft cap"])
+def test_queries_from_a_traced_position_are_their_part_of_the_whole(monkeypatch, name):
+    """What a device does whose queries are a shard of the sequence and whose keys are gathered."""
+    monkeypatch.setattr(splash, "BLOCK", 128)
+    mask, attends, options = CASES[name]
+    q, k, v, d_output = cases.arrays(q_len=Q_LEN, kv_len=KV_LEN, dim=64, value=32)
+    start, stop = 70, 170
+
+    @jax.jit
+    def step(q, k, v, q_offset):
+        attend = lambda *a: mf.dot_product_attention(
+            *a, mask=mask, q_offset=q_offset, implementation="splash", **options
+        )
+        output, pull_back = jax.vjp(attend, q, k, v)
+        return output, *pull_back(d_output[:, start:stop])
+
+    with pltpu.force_tpu_interpret_mode():
+        output, d_query, d_key, d_value = step(q[:, start:stop], k, v, jnp.int32(start))
+    inside = (Q >= start) & (Q < stop)
+    expected = oracle.attention(
+        q, k, v, attends & inside, soft_cap=options.get("logits_soft_cap"), d_output=d_output * inside[None, :, :, None]
+    )
+    assert oracle.error(output, expected.output[:, start:stop]) < 1e-6
+    assert oracle.error(d_query, expected.gradients["query"][:, start:stop]) < 2e-6
+    assert oracle.error(d_key, expected.gradients["key"]) < 2e-6
+    assert oracle.error(d_value, expected.gradients["value"]) < 2e-6
+
+
 def test_splash_visits_only_the_tiles_of_the_block_map():
     block_map = (masks.causal() & masks.sliding_window(100)).block_map(1024, 1024, 128)
     tiles = splash.grid(block_map.partial, block_map.full, block_map.grid[1])
