@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import numpy as np
 
 from maskformer import masks
@@ -31,17 +32,24 @@ def choose(call: Call) -> tuple[int, int]:
     """``(block_q, block_kv)``: what makes the visited tiles cheapest, large on a dense area and small on a narrow one.
 
     A mask known only at run time (packed segments, say) gets small tiles, which skip most; or one that holds all.
+    Where only the position of the queries is, under a mask without arrays, they are taken to end with the keys, as the
+    last chunk of a prompt does.
     """
     mask = masks.everything() if call.mask is None else call.mask
+    known = isinstance(call.q_offset, int)
+    if not known and jax.tree.leaves(mask):
+        return smallest(call)
+    q_offset = call.q_offset if known else max(0, call.kv_len - call.q_len)
     best, least = smallest(call), math.inf
     for size in BAND_COST:
         block = fit(call, size)
-        block_map = mask.block_map(call.q_len, call.kv_len, block, q_offset=call.q_offset)
+        block_map = mask.block_map(call.q_len, call.kv_len, block, q_offset=q_offset)
         if not isinstance(block_map.partial.count, np.ndarray):
             return block if block_map.grid == (1, 1) else smallest(call)
         area, reach = block[0] * block[1], block_map.band.reach
         partial, full = (float(lists.count.sum()) * area for lists in (block_map.partial, block_map.full))
-        if band_blocks(block_map, transposed=False) == reach:
+        # Of queries anywhere no band is known.
+        if known and band_blocks(block_map, transposed=False) == reach:
             cost = BAND_COST[size] * reach * area * block_map.band.first.size
         else:
             cost = LIST_COST.get(size, math.inf) * (partial + full)

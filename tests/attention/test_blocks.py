@@ -73,3 +73,17 @@ def test_a_dense_mask_is_not_mapped_in_small_tiles(monkeypatch):
     monkeypatch.setattr(masks.Mask, "block_map", lambda self, *a, **k: asked.append(a[2]) or original(self, *a, **k))
     chosen(CAUSAL, 16_384)
     assert set(asked) == {(512, 512)}
+
+
+def test_queries_from_a_traced_position_get_the_tiles_of_their_mask():
+    def tiles(mask):
+        q = jax.ShapeDtypeStruct((1, 1024, 2, 8), np.float32)
+        kv = jax.ShapeDtypeStruct((1, 4096, 2, 8), np.float32)
+        found = []
+        explain = lambda at: found.append(mf.explain(mask, q, kv, kv, q_offset=at, implementation="blockwise").block)
+        jax.eval_shape(explain, jax.ShapeDtypeStruct((), np.int32))
+        return found[0]
+
+    assert tiles(CAUSAL) == (512, 512)
+    assert tiles(CAUSAL & masks.sliding_window(100)) == (128, 128)
+    assert tiles(CAUSAL & masks.key_padding(lengths=np.array([4096]))) == (128, 128)
