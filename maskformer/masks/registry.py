@@ -36,10 +36,22 @@ NAMES: dict[str, Builder] = {}
 
 
 def builder(*aliases: str, **references: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a builder under its own name and ``aliases``; ``references`` names its array parameters."""
+    """Registers a builder under its own name and ``aliases``; ``references`` names its array parameters.
+
+    Raises:
+      ValueError: for a name that is taken by a mask of this package, or that is none.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         entry = Builder(function.__name__, function, dict(references), aliases)
+        ours = __name__.rpartition(".")[0]
+        for name in (entry.name, *aliases):
+            if not name.isidentifier():
+                raise ValueError(f"builder: {name!r} cannot be written in a mask's text; expected a name")
+            # A recipe that is read again may register its own once more, but no text changes its meaning.
+            taken = NAMES.get(name)
+            if taken and taken.function.__module__.startswith(ours) and not function.__module__.startswith(ours):
+                raise ValueError(f"builder: {name!r} is a mask of {ours} already; choose another name")
         BUILDERS[entry.name] = entry
         for name in (entry.name, *aliases):
             NAMES[name] = entry

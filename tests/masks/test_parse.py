@@ -108,6 +108,19 @@ def test_predicates_print_under_the_name_of_their_function():
     assert masks.parse(repr(mask), **mask.bindings()) == mask
 
 
+@pytest.mark.parametrize("alias", ["causal", "window"])
+def test_a_builder_of_ones_own_cannot_take_the_name_of_ours(alias):
+    with pytest.raises(ValueError, match=f"'{alias}' is a mask of maskformer.masks already"):
+
+        @masks.builder(alias)
+        def one_of_my_own():
+            return masks.everything()
+
+    assert masks.parse("causal") == masks.causal()
+    with pytest.raises(ValueError, match="'<lambda>' cannot be written"):
+        masks.builder()(lambda: masks.everything())
+
+
 def test_an_offset_that_is_an_array_has_a_name_in_the_text():
     mask = masks.shift(masks.causal(), np.array(2, np.int32), np.array(1, np.int32))
     assert repr(mask) == "shift(causal, q_offset, k_offset)"
