@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from maskformer import masks
 from maskformer.attention import blocks
 from maskformer.attention.arguments import Call
-from maskformer.attention.blockwise_tiles import Fixed, Inputs, Options, Residuals, backward, forward
+from maskformer.attention.blockwise_tiles import Fixed, Inputs, Options, Residuals, backward, forward, vary, varying
 
 
 def refuses(call: Call) -> str | None:
@@ -70,6 +70,10 @@ def operands(call: Call, mask: masks.Mask, block_map: masks.BlockMap, *, q_offse
         soft_cap=call.logits_soft_cap,
         dropout_rate=call.dropout_rate,
     )
+    # Inside a caller's own `jax.shard_map` all vary over the same mesh axes. Out here, where JAX sums the gradients of
+    # those that did not.
+    axes = frozenset().union(*(varying(leaf) for leaf in jax.tree.leaves((inputs, fixed))))
+    inputs, fixed = jax.tree.map(lambda leaf: vary(leaf, axes), (inputs, fixed))
     return options, inputs, fixed
 
 

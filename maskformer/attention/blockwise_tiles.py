@@ -64,6 +64,22 @@ class Residuals:
     wanted: Any
 
 
+def _full(inputs: Inputs, shape: tuple[int, ...], value: Any, dtype: Any) -> jax.Array:
+    """A constant that varies over the same manual mesh axes as the inputs: a loop inside `jax.shard_map` keeps them."""
+    return vary(jnp.full(shape, value, dtype), varying(inputs.query))
+
+
+def varying(x: Any) -> frozenset[str]:
+    """The manual mesh axes over which an array varies inside `jax.shard_map`."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def vary(x: Any, axes: frozenset[str]) -> Any:
+    """``x`` as an array that varies over these too."""
+    missing = axes - varying(x)
+    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """A product per (batch, head) of the chunk, accumulated in float32."""
     dimensions = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
@@ -163,7 +179,7 @@ class _Chunk:
         return jax.lax.cond(
             kv_start >= 0,
             lambda: then(self.mask(q[:, None], k[None, :]) & inside),
-            lambda: then(jnp.zeros((q.size, k.size), bool)),
+            lambda: then(_full(self.inputs, (q.size, k.size), False, bool)),
         )
 
     def capped(self, scores: jax.Array, places, kv_start: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -266,9 +282,9 @@ def forward(options: Options, inputs: Inputs, fixed: Fixed) -> tuple[jax.Array, 
             # Where a bias or a score_mod makes -inf or NaN of its own, only the online softmax tells them apart.
             plain = inputs.bias is None and options.score_mod is None
             carry = (
-                jnp.full(shape, -jnp.inf, precise),
-                jnp.zeros(shape, precise),
-                jnp.zeros((*shape, value_dim), precise),
+                _full(inputs, shape, -jnp.inf, precise),
+                _full(inputs, shape, 0, precise),
+                _full(inputs, (*shape, value_dim), 0, precise),
             )
             output, residual = _finish(chunk, *walk.fold(row, only_visit if plain and walk.alone else visit, carry))
             new = output, residual[..., None]
@@ -278,7 +294,10 @@ def forward(options: Options, inputs: Inputs, fixed: Fixed) -> tuple[jax.Array, 
 
     # Written where they belong, tile by tile: stacking them would cost a transposed copy.
     shape = inputs.query.shape[:3]
-    results = jnp.zeros((*shape, value_dim), inputs.query.dtype), jnp.zeros((*shape, 1), precise)
+    results = (
+        _full(inputs, (*shape, value_dim), 0, inputs.query.dtype),
+        _full(inputs, (*shape, 1), 0, precise),
+    )
     (output, residual), _ = jax.lax.scan(chunk_pass, results, jnp.arange(layout.chunks))
     return output[:, : layout.q_len], residual[:, : layout.q_len, :, 0]
 
@@ -324,8 +343,8 @@ def backward(
 
     want_bias = inputs.bias is not None and wanted.bias
     captured_wanted = [i for i, flag in enumerate(wanted.captured) if flag]
-    d_bias = jnp.zeros(inputs.bias.shape, precise) if want_bias and inputs.bias is not None else None
-    d_captured = [jnp.zeros(inputs.captured[i].shape, precise) for i in captured_wanted]
+    d_bias = _full(inputs, inputs.bias.shape, 0, precise) if want_bias and inputs.bias is not None else None
+    d_captured = [_full(inputs, inputs.captured[i].shape, 0, precise) for i in captured_wanted]
 
     def chunk_pass(carry, index):
         chunk = _Chunk(options, layout, inputs, fixed, index)
@@ -381,14 +400,14 @@ def backward(
                 return d_key, d_value, (d_query, d_bias, d_captured)
 
             d_inputs, d_keys, d_values = carry
-            tiles = (jnp.zeros(x.swapaxes(2, 3).shape, precise) for x in (keys, values))
+            tiles = (_full(inputs, x.swapaxes(2, 3).shape, 0, precise) for x in (keys, values))
             d_key, d_value, d_inputs = walk.fold(column, visit, (*tiles, d_inputs))
             d_keys, d_values = chunk.put_keys(d_keys, d_key, kv_start), chunk.put_keys(d_values, d_value, kv_start)
             return (d_inputs, d_keys, d_values), None
 
         return jax.lax.scan(column_pass, carry, jnp.arange(layout.kv_blocks))[0], None
 
-    d_query, d_key, d_value = (jnp.zeros(x.shape, precise) for x in (inputs.query, inputs.key, inputs.value))
+    d_query, d_key, d_value = (_full(inputs, x.shape, 0, precise) for x in (inputs.query, inputs.key, inputs.value))
     carry = ((d_query, d_bias, d_captured), d_key, d_value)
     ((d_query, d_bias, d_captured), d_key, d_value), _ = jax.lax.scan(chunk_pass, carry, jnp.arange(layout.chunks))
     d_query, d_key, d_value = d_query[:, : layout.q_len], d_key[:, : layout.kv_len], d_value[:, : layout.kv_len]

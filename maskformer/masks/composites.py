@@ -99,7 +99,9 @@ class Choice(Mask):
 
 
 def _attend_on(shape: tuple[int, ...], mask: Mask, q: Any, k: Any) -> jax.Array:
-    return jnp.broadcast_to(mask.attend(q, k), shape).astype(bool)
+    attends = jnp.broadcast_to(mask.attend(q, k), shape).astype(bool)
+    # All branches have to vary over the mesh axes of a caller's shard_map, even one that looks at neither position.
+    return attends | (q != q) | (k != k)
 
 
 @builder()

@@ -88,6 +88,33 @@ def test_every_mask_on_every_mesh_computes_what_one_device_computes(tiny_tiles, 
         np.testing.assert_allclose(np.asarray(actual)[finite], np.asarray(wanted)[finite], rtol=2e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_callers_own_shard_map_computes_what_one_device_computes(tiny_tiles, mask):
+    """With JAX's check of what varies over the mesh: replicated arguments get the sum of all devices' gradients."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
+    spec = jax.sharding.PartitionSpec
+
+    def attend(arrays):
+        q, k, v, bias, sinks, ids = arrays
+        one = MASKS["per head"]() if mask == "per head" else masks.causal() & masks.segments(ids)
+        options = dict(bias=bias, sinks=sinks, logits_soft_cap=4.0)
+        return mf.dot_product_attention(q, k, v, mask=one, implementation="blockwise", **options)
+
+    q, k, v, d_output = cases.arrays(batch=4, q_len=LENGTH, kv_len=LENGTH, heads=4, kv_heads=4)
+    bias = jax.random.normal(jax.random.key(1), (1, 1, LENGTH, LENGTH))
+    arrays = [q, k, v, bias, jnp.array([0.0, 1.0, -1.0, 0.5]), IDS]
+    specs = [spec("data")] * 3 + [spec()] * 2 + [spec("data")]
+    sharded = jax.shard_map(attend, mesh=mesh, in_specs=(specs,), out_specs=spec("data"))
+
+    def step(function):
+        loss = lambda differentiable: (function([*differentiable, IDS]) * d_output).sum()
+        return jax.jit(jax.value_and_grad(loss))(arrays[:5])
+
+    found, expected = step(sharded), step(attend)
+    for actual, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(actual, wanted, rtol=2e-5, atol=2e-5)
+
+
 def test_a_sharded_batch_is_not_gathered():
     placement = placed("data and tensor, blockwise")
     spec = jax.sharding.NamedSharding(placement.mesh, jax.sharding.PartitionSpec("data", None, "tensor", None))
