@@ -106,6 +106,26 @@ def test_every_mask_over_data_and_tensor_is_as_good_as_the_dense_reference(eight
     check(build(), attends, [*cases.arrays()[:3], transforms.SINKS], splash=sharded)
 
 
+@pytest.mark.parametrize("name", ["packed", pytest.param("per head", marks=pytest.mark.slow)])
+def test_a_sharded_sequence_on_gathered_keys_is_as_good_as_the_dense_reference(eight_lanes, name):
+    length = 32  # dealt out in four parts of 8, an early and a late one to each device
+    q, k = np.arange(length)[:, None], np.arange(length)
+    ids = cases.SEGMENTS[:, :length]
+    mask, attends = {
+        "packed": (
+            masks.causal() & masks.segments(jnp.asarray(ids)),
+            cases.by_batch([(k <= q) & (row[:, None] == row) for row in ids]),
+        ),
+        "per head": (
+            masks.per_head([masks.causal(), masks.sliding_window(5), ~masks.causal(), masks.nothing()]),
+            np.stack([k <= q, (k <= q) & (q - k <= 5), k > q, (k < 0) & (q < 0)])[None],
+        ),
+    }[name]
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "context"))
+    sharded = transforms.attention("splash", placement=Placement(mesh, batch="data", context="context"))
+    check(mask, attends, [*cases.arrays(q_len=length, kv_len=length)[:3], transforms.SINKS], splash=sharded)
+
+
 LEFT_PADDED = np.array([[0] * 11 + [1] * 20 + [2] * 14, [0] * cases.KV_LEN], np.int32)
 FEW = cases.TABLE & (cases.K >= 9) & (cases.Q >= 3)
 EMPTY = {
