@@ -92,7 +92,7 @@ def alibi(slopes: jax.Array | Sequence[float]) -> ScoreMod:
     slopes = jnp.asarray(slopes, jnp.float32)
 
     def score_mod(score, batch, head, q, k):
-        return score - slopes[head] * jnp.abs(q - k)
+        return score - slopes[head] * jnp.abs(q - k).astype(score.dtype)
 
     return score_mod
 

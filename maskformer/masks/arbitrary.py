@@ -31,7 +31,7 @@ class Dense(Mask):
             )
 
     def attend(self, q: Any, k: Any) -> Any:
-        return take(self.array, (q, k)) != 0
+        return take(self.array, (q, k)).astype(bool)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -70,7 +70,7 @@ class Predicate(Mask):
             if answer is None or isinstance(answer, (tuple, list, dict, Mask)):
                 raise TypeError(f"predicate({name}) returned a {type(answer).__name__}, expected one bool")
             # A number attends unless it is 0; `&` and `~` of the mask must not see its bits.
-            return jnp.asarray(answer) != 0
+            return jnp.asarray(answer).astype(bool)
 
         try:
             return jnp.vectorize(one)(q, k)

@@ -359,11 +359,12 @@ def _shift_left(analysis: Analysis, equation: Any, a: Interval, b: Interval):
 @elementwise("select_n")
 def _select(analysis: Analysis, equation: Any, which: Interval, *cases: Interval):
     depends, (which, *values) = analysis.align(which, *cases)
-    return hull_of_cases(analysis, which.lo, which.hi, [analysis.settle(value) for value in values], depends)
+    first, last = (analysis.xp.asarray(end).astype(np.int32) for end in (which.lo, which.hi))
+    return hull_of_cases(analysis, first, last, [analysis.settle(value) for value in values], depends)
 
 
 def hull_of_cases(analysis: Analysis, first: Any, last: Any, cases: Sequence[Interval], depends: int) -> Interval:
-    """What a choice can give whose number lies in ``first .. last``; False and True number two cases 0 and 1."""
+    """What a choice can give whose number lies in ``first .. last``."""
     xp = analysis.xp
     lo, hi, any_yet = cases[0].lo, cases[0].hi, first <= 0
     for number, case in enumerate(cases[1:], start=1):

@@ -328,7 +328,7 @@ class RangeTable:
         level = xp.zeros_like(length)
         step = 2
         while step <= self.count:
-            level = level + (length >= step)
+            level = level + xp.asarray(length >= step).astype(level.dtype)
             step *= 2
         span = xp.left_shift(xp.ones_like(level), level)
         begin = level * self.count

@@ -44,7 +44,8 @@ class Segments(Mask):
         largest = functools.reduce(xp.maximum, [xp.max(each) for each in ids])
         trailing = functools.reduce(operator.or_, [(each[-1] == 0) & (each[0] != 0) for each in ids])
         trailing = trailing & (largest < jnp.iinfo(ids[0].dtype).max) & (ids[0].dtype == ids[-1].dtype)
-        ids = [xp.where(trailing & (each == 0), largest + trailing, each).astype(each.dtype) for each in ids]
+        past = largest + xp.asarray(trailing).astype(largest.dtype)
+        ids = [xp.where(trailing & (each == 0), past, each).astype(each.dtype) for each in ids]
         renamed = Segments(ids[0], None if self.kv_ids is None else ids[1])
         # The id of padding may itself have been renamed; what it hides is said of the original.
         return renamed if self.padding is None else renamed & ~_Equals(self.q_ids, self.padding)
@@ -119,7 +120,7 @@ class GlobalTokens(Mask):
     def attend(self, q: Any, k: Any) -> Any:
         if self.marked is None:
             return (q < self.count) | (k < self.count)
-        seen = (take(self.marked, q) != 0) | (take(self.marked, k) != 0)
+        seen = take(self.marked, q).astype(bool) | take(self.marked, k).astype(bool)
         return seen if self.count is None else seen | (q < self.count) | (k < self.count)
 
 
@@ -153,7 +154,7 @@ class ToLastImage(Mask):
 
 
 def _exists(marked: Any, lengths: Any, position: Any) -> Any:
-    known = [] if marked is None else [take(marked, position) != 0]
+    known = [] if marked is None else [take(marked, position).astype(bool)]
     known += [] if lengths is None else [position < lengths]
     return known[0] if len(known) == 1 else known[0] & known[1]
 
@@ -334,4 +335,4 @@ def to_last_image(image_starts: Any, key_images: Any) -> Mask:
     """
     starts = array("to_last_image", "image_starts", image_starts, 1, "bool")
     images = array("to_last_image", "key_images", key_images, 1)
-    return ToLastImage(starts, images, jnp.cumsum(jnp.asarray(starts) != 0, axis=-1, dtype=jnp.int32))
+    return ToLastImage(starts, images, jnp.cumsum(jnp.asarray(starts).astype(bool), axis=-1, dtype=jnp.int32))

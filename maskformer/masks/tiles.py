@@ -107,7 +107,7 @@ def _trace(structure: Any, avals: tuple[Any, ...]) -> Any:
     position = jax.ShapeDtypeStruct((), np.int32)
 
     def program(arrays: Any, q: Any, k: Any) -> Any:
-        return jnp.asarray(jax.tree.unflatten(structure, arrays).attend(q, k)) != 0
+        return jnp.asarray(jax.tree.unflatten(structure, arrays).attend(q, k)).astype(bool)
 
     closed = jax.make_jaxpr(program)(list(avals), position, position)
     (out,) = closed.out_avals

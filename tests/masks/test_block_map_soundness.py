@@ -51,6 +51,16 @@ def test_random_predicates_of_traced_arrays_are_sound(pair, problem):
     check_traced(pair, problem)
 
 
+@settings(max_examples=40, **few)
+@given(any_leaf, oracle.problems)
+def test_leaves_need_no_implicit_promotion_of_types(pair, problem):
+    q_len, kv_len, block_q, block_kv, q_offset = problem
+    with jax.numpy_dtype_promotion("strict"):
+        pair.mask.dense(q_len, kv_len, q_offset)
+        pair.mask.block_map(q_len, kv_len, (block_q, block_kv), q_offset)
+        jax.eval_shape(lambda mask: mask.block_map(q_len, kv_len, (block_q, block_kv), q_offset), pair.mask)
+
+
 @settings(max_examples=60, **few)
 @given(any_leaf, oracle.problems)
 def test_every_leaf_has_the_matrix_of_its_oracle(pair, problem):
