@@ -54,7 +54,7 @@ def operands(call: Call, mask: masks.Mask, block_map: masks.BlockMap, *, q_offse
         bias=call.bias,
         captured=call.score_mod.captured if call.score_mod else (),
         sinks=call.sinks,
-        scale=jnp.asarray(call.scale, jnp.float32),
+        scale=jnp.asarray(call.scale, jnp.promote_types(call.query.dtype, jnp.float32)),
     )
     fixed = Fixed(
         mask=mask,
@@ -80,15 +80,19 @@ def operands(call: Call, mask: masks.Mask, block_map: masks.BlockMap, *, q_offse
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run(options: Options, inputs: Inputs, fixed: Fixed):
     """Output [batch, q_len, heads, value_dim] and logsumexp [batch, q_len, heads]; differentiable in ``inputs``."""
-    return forward(options, inputs, fixed)
+    return forward(options, inputs, fixed, inputs.query.dtype)
 
 
 def _run_forward(options, inputs, fixed):
     # With symbolic zeros every leaf says whether anybody wants its gradient: a constant bias costs none.
     wanted = jax.tree.map(lambda leaf: leaf.perturbed, inputs)
     inputs, fixed = jax.tree.map(lambda leaf: leaf.value, (inputs, fixed))
-    output, residual = forward(options, inputs, fixed)
-    return (output, residual), Residuals(inputs, fixed, output, residual, _Static.of(wanted))
+    # A rounded output leaves an error in the sum of a row's gradients. In those of queries, keys and values it drowns
+    # in their own rounding; these sum over rows, and have little else.
+    summed = jax.tree.leaves((wanted.bias, wanted.captured, wanted.sinks, wanted.scale))
+    dtype = inputs.query.dtype
+    output, residual = forward(options, inputs, fixed, jnp.promote_types(dtype, jnp.float32) if any(summed) else dtype)
+    return (output.astype(dtype), residual), Residuals(inputs, fixed, output, residual, _Static.of(wanted))
 
 
 def _run_backward(options, residuals, cotangents):

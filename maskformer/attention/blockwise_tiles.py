@@ -18,7 +18,7 @@ from maskformer.attention.score_mods import Lifted
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What may have a gradient. Shapes as in `maskformer.attention.arguments.Call`; ``scale`` is float32 []."""
+    """What may have a gradient. Shapes as in `maskformer.attention.arguments.Call`; ``scale`` is []."""
 
     query: jax.Array
     key: jax.Array
@@ -55,13 +55,18 @@ class Options:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Residuals:
-    """What the backward pass needs: the inputs, the output and one number per row."""
+    """What the backward pass needs: the inputs, the output (as precise as it may be) and one number per row."""
 
     inputs: Inputs
     fixed: Fixed
     output: jax.Array
     residual: jax.Array
     wanted: Any
+
+
+def _range(stop: int) -> jax.Array:
+    """0, 1, ... in the int32 of all positions, under jax_enable_x64 too."""
+    return jnp.arange(stop, dtype=jnp.int32)
 
 
 def _full(inputs: Inputs, shape: tuple[int, ...], value: Any, dtype: Any) -> jax.Array:
@@ -98,8 +103,8 @@ class _Chunk:
         self.options, self.layout, self.inputs, self.fixed = options, layout, inputs, fixed
         self.q_size, self.kv_size = layout.visit
         self.batch_start, self.head_start = layout.origin(index)
-        self.batches = self.batch_start + jnp.arange(layout.batch_chunk)
-        self.heads = self.head_start + jnp.arange(layout.head_chunk * layout.groups)
+        self.batches = self.batch_start + _range(layout.batch_chunk)
+        self.heads = self.head_start + _range(layout.head_chunk * layout.groups)
         shape = fixed.block_map.shape
         self.entry = (self.batch_start if shape[0] > 1 else 0, self.head_start if shape[1] > 1 else 0)
         self.mask = fixed.mask.select(*self.entry)
@@ -116,8 +121,8 @@ class _Chunk:
 
     def places(self, q_start: jax.Array, kv_start: jax.Array):
         fixed = self.fixed
-        q = fixed.q_offset + q_start + jnp.arange(self.q_size)
-        k = fixed.kv_offset + kv_start + jnp.arange(self.kv_size)
+        q = fixed.q_offset + q_start + _range(self.q_size)
+        k = fixed.kv_offset + kv_start + _range(self.kv_size)
         return fixed.batch_start + self.batches, fixed.head_start + self.heads, q, k
 
     def of_queries(self, x: jax.Array, q_start: jax.Array) -> jax.Array:
@@ -138,19 +143,19 @@ class _Chunk:
 
     def _slice(self, x: jax.Array, start: jax.Array, size: int, head: jax.Array, heads: int) -> jax.Array:
         sizes = (self.batches.size, size, heads, x.shape[3])
-        return jax.lax.dynamic_slice(x, (self.batch_start, start, head, 0), sizes)
+        return jax.lax.dynamic_slice(x, (self.batch_start, start, head, jnp.int32(0)), sizes)
 
     def scaled(self, queries: jax.Array) -> jax.Array:
         return queries * self.inputs.scale.astype(queries.dtype) if _scales_queries(self.inputs) else queries
 
     def put_queries(self, results: jax.Array, part: jax.Array, q_start: jax.Array) -> jax.Array:
         """Writes [b, heads of the chunk, q_size, d] where `of_queries` reads."""
-        start = (self.batch_start, q_start, self.head_start, 0)
+        start = (self.batch_start, q_start, self.head_start, jnp.int32(0))
         return jax.lax.dynamic_update_slice(results, part.swapaxes(1, 2).astype(results.dtype), start)
 
     def put_keys(self, results: jax.Array, part: jax.Array, kv_start: jax.Array) -> jax.Array:
         """Writes the transpose [b, h, d, kv_size] of what `of_keys` reads."""
-        start = (self.batch_start, kv_start, self.head_start // self.layout.groups, 0)
+        start = (self.batch_start, kv_start, self.head_start // self.layout.groups, jnp.int32(0))
         return jax.lax.dynamic_update_slice(results, part.transpose(0, 3, 1, 2).astype(results.dtype), start)
 
     def products(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
@@ -173,7 +178,7 @@ class _Chunk:
     def visible(self, places, kv_start: jax.Array, then: Callable[[jax.Array], Any] = lambda attends: attends) -> Any:
         """``then`` of the mask of a visit, bool [q_size, kv_size]; keys past the end are not there."""
         _, _, q, k = places
-        inside = kv_start + jnp.arange(self.kv_size) < self.layout.kv_len
+        inside = kv_start + _range(self.kv_size) < self.layout.kv_len
         # XLA would merge the mask into every use of the logits and evaluate it anew for each head. It does not look
         # into a conditional, whose condition it cannot know.
         return jax.lax.cond(
@@ -228,8 +233,8 @@ def _padded(inputs: Inputs, layout: Layout) -> Inputs:
     )
 
 
-def forward(options: Options, inputs: Inputs, fixed: Fixed) -> tuple[jax.Array, jax.Array]:
-    """Output [batch, q_len, heads, value_dim] and logsumexp [batch, q_len, heads]."""
+def forward(options: Options, inputs: Inputs, fixed: Fixed, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Output [batch, q_len, heads, value_dim] in ``dtype`` and logsumexp [batch, q_len, heads]."""
     layout = _plan(inputs, fixed, transposed=False)
     value_dim = inputs.value.shape[-1]
     work, precise = _working_dtype(inputs), jnp.promote_types(inputs.query.dtype, jnp.float32)
@@ -290,15 +295,15 @@ def forward(options: Options, inputs: Inputs, fixed: Fixed) -> tuple[jax.Array, 
             new = output, residual[..., None]
             return tuple(chunk.put_queries(old, part, q_start) for old, part in zip(results, new, strict=True)), None
 
-        return jax.lax.scan(row_pass, results, jnp.arange(layout.q_blocks))[0], None
+        return jax.lax.scan(row_pass, results, _range(layout.q_blocks))[0], None
 
     # Written where they belong, tile by tile: stacking them would cost a transposed copy.
     shape = inputs.query.shape[:3]
     results = (
-        _full(inputs, (*shape, value_dim), 0, inputs.query.dtype),
+        _full(inputs, (*shape, value_dim), 0, dtype),
         _full(inputs, (*shape, 1), 0, precise),
     )
-    (output, residual), _ = jax.lax.scan(chunk_pass, results, jnp.arange(layout.chunks))
+    (output, residual), _ = jax.lax.scan(chunk_pass, results, _range(layout.chunks))
     return output[:, : layout.q_len], residual[:, : layout.q_len, :, 0]
 
 
@@ -405,11 +410,11 @@ def backward(
             d_keys, d_values = chunk.put_keys(d_keys, d_key, kv_start), chunk.put_keys(d_values, d_value, kv_start)
             return (d_inputs, d_keys, d_values), None
 
-        return jax.lax.scan(column_pass, carry, jnp.arange(layout.kv_blocks))[0], None
+        return jax.lax.scan(column_pass, carry, _range(layout.kv_blocks))[0], None
 
     d_query, d_key, d_value = (_full(inputs, x.shape, 0, precise) for x in (inputs.query, inputs.key, inputs.value))
     carry = ((d_query, d_bias, d_captured), d_key, d_value)
-    ((d_query, d_bias, d_captured), d_key, d_value), _ = jax.lax.scan(chunk_pass, carry, jnp.arange(layout.chunks))
+    ((d_query, d_bias, d_captured), d_key, d_value), _ = jax.lax.scan(chunk_pass, carry, _range(layout.chunks))
     d_query, d_key, d_value = d_query[:, : layout.q_len], d_key[:, : layout.kv_len], d_value[:, : layout.kv_len]
 
     # d_query lacks the scale; so does d_key, unless the queries carried it.

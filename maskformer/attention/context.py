@@ -133,7 +133,7 @@ def _ring(parts: list[Call], dealing: Dealing):
             query=part.query,
             bias=part.bias,
             captured=part.score_mod.captured if part.score_mod else (),
-            scale=jnp.asarray(part.scale, jnp.float32),
+            scale=jnp.asarray(part.scale, jnp.promote_types(part.query.dtype, jnp.float32)),
         )
         for part in plain
     ]
@@ -227,8 +227,7 @@ def _ring_forward(static: _Ring, inputs, fixed):
         pairs, rows = carry
         rows = list(rows)
         for i, _, _, (options, operands, rest) in static.pairs(index, traced, pairs, fixed):
-            output, residual = forward(options, operands, rest)
-            rows[i] = _merge(*rows[i], output.astype(rows[i][0].dtype), residual)
+            rows[i] = _merge(*rows[i], *forward(options, operands, rest, rows[i][0].dtype))
         return (static.turn(pairs), rows), None
 
     rows = []
@@ -239,7 +238,7 @@ def _ring_forward(static: _Ring, inputs, fixed):
         rows.append((jnp.zeros((*shape, pairs[0][1].shape[-1]), precise), jnp.full(shape, -jnp.inf, precise)))
     (_, rows), _ = jax.lax.scan(step, (pairs, rows), jnp.arange(static.dealing.devices))
     results = [(output.astype(part["query"].dtype), residual) for (output, residual), part in zip(rows, traced)]
-    return results, (inputs, fixed, results)
+    return results, (inputs, fixed, rows)
 
 
 def _merge(output, residual, more_output, more_residual):
@@ -251,7 +250,7 @@ def _merge(output, residual, more_output, more_residual):
 
 
 def _ring_backward(static: _Ring, saved, cotangents):
-    (traced, pairs), fixed, results = saved
+    (traced, pairs), fixed, rows = saved
     wanted = Inputs(query=True, key=True, value=True, bias=True, captured=(), sinks=False, scale=True)
 
     def zeros(tree):
@@ -264,7 +263,7 @@ def _ring_backward(static: _Ring, saved, cotangents):
         d_pairs, d_traced = [list(pair) for pair in d_pairs], [dict(part) for part in d_traced]
         for i, j, start, (options, operands, rest) in static.pairs(index, traced, pairs, fixed):
             flags = dataclasses.replace(wanted, captured=tuple(_floats(x) for x in operands.captured))
-            residuals = Residuals(operands, rest, *results[i], None)
+            residuals = Residuals(operands, rest, *rows[i], None)
             gradients = backward(options, residuals, *cotangents[i], flags)
             key, value = _back_to_key_heads(gradients, pairs[j][0].shape[2])
             d_pairs[j] = [old + new for old, new in zip(d_pairs[j], (key, value))]

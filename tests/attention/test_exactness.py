@@ -71,6 +71,48 @@ def test_blockwise_in_half_precision_is_as_good_as_the_dense_reference(tiny_tile
         oracle.assert_as_good(*to_float, expected, dtype=np.float32 if what == "logsumexp" else jnp.bfloat16, what=what)
 
 
+@pytest.mark.parametrize("name", ["per head", "window with empty rows"])
+def test_blockwise_in_double_precision_equals_the_float64_oracle(tiny_tiles, name):
+    build, attends = cases.CASES[name]
+    with jax.enable_x64(True):
+        found, (arrays, given) = run(build(), "blockwise", jnp.float64)
+        exact = oracle.attention(*arrays, attends, **given)
+        expected = [exact.output, exact.residual, *(exact.gradients[name] for name in ("query", "key", "value"))]
+        for what, actual, golden in zip(NAMES, found, expected):
+            assert actual.dtype == jnp.float64, what
+            np.testing.assert_allclose(actual, golden, rtol=1e-12, atol=1e-12, err_msg=what)
+
+
+def test_half_precision_gradients_that_sum_over_rows_are_as_good_as_the_dense_reference(tiny_tiles):
+    """Those of a bias, a score_mod's arrays, sinks and the scale: what is summed nearly cancels."""
+    mask, attends = masks.causal(), cases.CASES["causal"][1]
+    q, k, v, d_output = cases.arrays(jnp.bfloat16)
+    bias, table = jnp.zeros((cases.HEADS, 1, 1), jnp.float32), jnp.zeros((cases.HEADS, 9), jnp.float32)
+
+    def gradients(implementation):
+        def loss(bias, table, scale):
+            output = mf.dot_product_attention(
+                q, k, v, mask=mask, bias=bias, scale=scale, implementation=implementation,
+                score_mod=mf.attention.score_mods.relative_bias(table),
+            )  # fmt: skip
+            return (output.astype(jnp.float32) * d_output.astype(jnp.float32)).sum()
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(bias, table, jnp.float32(0.25))
+
+    exact = oracle.attention(*(np.asarray(x, np.float32) for x in (q, k, v)), attends, scale=0.25,
+                             d_output=np.asarray(d_output, np.float32))  # fmt: skip
+    d_logits = exact.gradients["logits"]
+    dots = np.einsum("bqhd,bkhd->bhqk", *(np.asarray(x, np.float64) for x in (q, np.repeat(k, 2, axis=2))))
+    d_table = np.zeros(table.shape)
+    for head in range(cases.HEADS):
+        np.add.at(d_table[head], np.clip(cases.K - cases.Q, -4, 4) + 4, d_logits[:, head].sum(0))
+    d_bias, *found = (np.asarray(x) for x in gradients("blockwise"))
+    assert np.abs(d_bias).max() < 1e-5  # a constant for all keys changes nothing
+    goldens = d_table, (d_logits * dots).sum()
+    for what, actual, plain, golden in zip(("table", "scale"), found, gradients("reference")[1:], goldens):
+        oracle.assert_as_good(actual, np.asarray(plain), golden, dtype=jnp.bfloat16, what=what)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 @pytest.mark.parametrize("name", ["lengths, one of them zero", "empty first rows", "window with empty rows", "nothing"])
 def test_empty_row_gives_zero_output_and_zero_gradient(tiny_tiles, implementation, name):
