@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskformer.masks.checks import offset, whole_number
 from maskformer.masks.composites import PerHead, Shift
 from maskformer.masks.expression import Mask
 from maskformer.masks.intervals import BOTH, Analysis
@@ -163,12 +164,12 @@ def block_map(mask: Mask, q_len: int, kv_len: int, block: int | tuple[int, int],
     Raises:
       ValueError: for sizes below one, or arrays that do not cover the positions.
     """
-    block_q, block_kv = (block, block) if isinstance(block, (int, np.integer)) else block
-    for name, value in (("q_len", q_len), ("kv_len", kv_len), ("block_q", block_q), ("block_kv", block_kv)):
-        if not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"block_map: {name}={value!r}, expected a positive int")
-    q_len, kv_len, block_q, block_kv = map(int, (q_len, kv_len, block_q, block_kv))
-    q_offset = int(q_offset) if isinstance(q_offset, (int, np.integer)) else q_offset
+    sizes = block if isinstance(block, (tuple, list)) else (block, block)
+    if len(sizes) != 2:
+        raise ValueError(f"block_map: block={block!r}, expected an int or (block_q, block_kv)")
+    block_q, block_kv = (whole_number("block_map", "block", size, 1) for size in sizes)
+    q_len, kv_len = whole_number("block_map", "q_len", q_len, 1), whole_number("block_map", "kv_len", kv_len, 1)
+    q_offset = offset("block_map", "q_offset", q_offset)
     mask.check_lengths(q_len, kv_len, q_offset)
     shifted = mask if isinstance(q_offset, int) and q_offset == 0 else Shift(mask, q_offset, 0)
 
@@ -206,7 +207,7 @@ class _Builder:
 
     def static(self, mask: Mask) -> _Tiles:
         batch, heads = mask.shape
-        mask = jax.tree.map(np.asarray, mask)
+        mask = jax.tree.map(_on_host, mask)
         found = [[self.search(mask.select(b, h).sharpen()) for h in range(heads)] for b in range(batch)]
         kinds = [[[getattr(entry, kind) for entry in row] for row in found] for kind in ("partial", "full")]
         turned = [[[pair[::-1] for pair in row] for row in kind] for kind in kinds]
@@ -269,6 +270,12 @@ class _Builder:
     def inside(self, rows: Any, columns: Any) -> np.ndarray:
         """Tiles that do not hang over an end."""
         return ((rows + 1) * self.block[0] <= self.q_len) & ((columns + 1) * self.block[1] <= self.kv_len)
+
+
+def _on_host(array: Any) -> Any:
+    """As NumPy's, but for PRNG keys, which have no such form."""
+    is_key = isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    return array if is_key else np.asarray(array)
 
 
 def _has_per_head(mask: Mask) -> bool:

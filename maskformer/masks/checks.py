@@ -31,6 +31,15 @@ def identifier(builder: str, name: str, value: Any, *arrays: Any) -> int:
     return value
 
 
+def offset(builder: str, name: str, value: Any) -> Any:
+    """``value`` as a difference of positions: an int, or an integer scalar array, which may be traced."""
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return whole_number(builder, name, value, -LARGEST)
+    if not hasattr(value, "dtype") or np.shape(value) != () or not jnp.issubdtype(value.dtype, jnp.integer):
+        raise ValueError(f"{builder}: {name}={value!r}, expected an int or an integer scalar array")
+    return value
+
+
 def whole_numbers(builder: str, name: str, value: Any, minimum: int) -> tuple[int, ...]:
     """``value`` as a tuple of ints, one per dimension."""
     if not isinstance(value, (tuple, list)) or not value:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskformer.masks.checks import LARGEST, whole_number
+from maskformer.masks.checks import offset
 from maskformer.masks.expression import Mask, broadcast_leads, check_mask, node
 from maskformer.masks.registry import builder
 
@@ -137,12 +137,5 @@ def shift(mask: Mask, q_offset: Any = 0, k_offset: Any = 0) -> Mask:
     Array([[1, 1, 0],
            [1, 1, 1]], dtype=int32)
     """
-    return Shift(check_mask("shift", mask), _offset("q_offset", q_offset), _offset("k_offset", k_offset))
-
-
-def _offset(name: str, value: Any) -> Any:
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        return whole_number("shift", name, value, -LARGEST)
-    if not hasattr(value, "dtype") or np.shape(value) != () or not jnp.issubdtype(value.dtype, jnp.integer):
-        raise ValueError(f"shift: {name}={value!r}, expected an int or an integer scalar array")
-    return value
+    offsets = (offset("shift", name, value) for name, value in (("q_offset", q_offset), ("k_offset", k_offset)))
+    return Shift(check_mask("shift", mask), *offsets)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskformer.masks.checks import offset
 from maskformer.masks.registry import BUILDERS, builder_name
 
 
@@ -185,6 +186,7 @@ class Mask:
         Row ``i`` is the query at position ``q_offset + i``. This costs ``q_len * kv_len`` memory: it is the
         oracle for tests and pictures, and the reference backend.
         """
+        q_offset = offset("dense", "q_offset", q_offset)
         self.check_lengths(q_len, kv_len, q_offset)
         q = (jnp.arange(q_len, dtype=jnp.int32) + q_offset)[:, None]
         k = jnp.arange(kv_len, dtype=jnp.int32)[None, :]

@@ -192,10 +192,11 @@ class EncoderConfig:
     def _check_mask(self) -> None:
         if isinstance(self.mask, list):
             object.__setattr__(self, "mask", tuple(self.mask))
-        entries = self.mask_pattern
+        entries = self.mask_pattern if isinstance(self.mask, (str, tuple)) else ()
         if not entries or not all(isinstance(entry, str) and entry.strip() for entry in entries):
             raise ValueError(
-                f"model.mask={self.mask!r}: expected a mask such as 'causal & window(512)' or a tuple of them"
+                f"model.mask={self.mask!r}: expected a mask such as 'causal & window(512)' or a tuple of them; "
+                "'everything' masks nothing"
             )
         if len(entries) > self.layers:
             raise ValueError(f"model.mask: a pattern of {len(entries)} masks is longer than model.layers={self.layers}")

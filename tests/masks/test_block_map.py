@@ -333,7 +333,27 @@ def test_an_empty_mask_has_empty_lists_and_a_full_one_no_partial_tile():
     assert full.partial.count.sum() == 0 and (full.full.count == 4).all() and full.sparsity() == 0.0
 
 
-@pytest.mark.parametrize("sizes", [(0, 8, 4), (8, 0, 4), (8, 8, 0), (8, 8, (4, -1)), (8.0, 8, 4)])
-def test_impossible_sizes_are_refused(sizes):
-    with pytest.raises(ValueError, match="expected a positive int"):
+@pytest.mark.parametrize(
+    "sizes, said",
+    [
+        ((0, 8, 4), "q_len=0, expected an int of at least 1"),
+        ((8, 0, 4), "kv_len=0, expected an int of at least 1"),
+        ((8.0, 8, 4), "q_len=8.0, expected an int"),
+        ((8, 8, 0), "block=0, expected an int of at least 1"),
+        ((8, 8, (4, -1)), "block=-1, expected an int of at least 1"),
+        ((8, 8, None), "block=None, expected an int"),
+        ((8, 8, (4, 4, 4)), r"expected an int or \(block_q, block_kv\)"),
+        ((8, 8, 4, 1.5), "q_offset=1.5, expected an int or an integer scalar array"),
+        ((8, 8, 4, 2**31), "q_offset=2147483648, expected an int of at most"),
+    ],
+)
+def test_impossible_sizes_are_refused(sizes, said):
+    with pytest.raises(ValueError, match=said):
         masks.causal().block_map(*sizes)
+
+
+def test_a_predicate_may_take_a_random_key():
+    draw = lambda q, k, key: jax.random.bernoulli(jax.random.fold_in(jax.random.fold_in(key, q), k))
+    mask = masks.causal() & masks.predicate(draw, jax.random.key(0))
+    block_map = mask.block_map(32, 32, 8)
+    assert (block_map.kinds()[0, 0] == np.tril(np.ones((4, 4)))).all()  # drawn anew per pair, so nothing is known

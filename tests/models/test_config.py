@@ -24,6 +24,7 @@ WRONG = {
     "dtype": (dict(compute_dtype="bf16"), "did you mean 'bfloat16'?"),
     "mask": (dict(mask="causal & windw(4)"), "model.mask: mask 'causal & windw(4)': unknown mask 'windw' at column 9"),
     "mask array": (dict(mask="dense(table)"), "model.mask='dense(table)': no array named 'table'"),
+    "no mask": (dict(mask=None), "model.mask=None: expected a mask such as 'causal & window(512)'"),
     "mask kind": (dict(mask=("causal", 3)), "model.mask=('causal', 3): expected a mask"),
     "mask pattern": (dict(layers=2, mask=("causal",) * 3), "a pattern of 3 masks is longer than model.layers=2"),
 }
