@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -80,7 +81,36 @@ def operands(call: Call, mask: masks.Mask, block_map: masks.BlockMap, *, q_offse
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run(options: Options, inputs: Inputs, fixed: Fixed):
     """Output [batch, q_len, heads, value_dim] and logsumexp [batch, q_len, heads]; differentiable in ``inputs``."""
-    return forward(options, inputs, fixed, inputs.query.dtype)
+    return _forward(options, inputs, fixed, inputs.query.dtype)
+
+
+def _forward(options: Options, inputs: Inputs, fixed: Fixed, dtype: Any):
+    compute = _map_by_map(functools.partial(forward, options, dtype=dtype), lambda batched: batched[1].block_map)
+    return compute(inputs, fixed)
+
+
+def _map_by_map(function: Callable[..., Any], block_map: Callable[[Any], Any]) -> Callable[..., Any]:
+    """``function`` under a vmap that goes from one block map to the next, each with its own tiles.
+
+    Mapped together, the loops over the tiles of a row would run as long as the longest, and every branch would.
+
+    Args:
+      function: of arrays.
+      block_map: picks the block map from a structure like the arguments.
+    """
+    mapped = jax.custom_batching.custom_vmap(function)
+
+    @mapped.def_vmap
+    def rule(size, batched, *arguments):
+        if any(jax.tree.leaves(block_map(batched))):
+            pick = lambda i: jax.tree.map(lambda x, some: x[i] if some else x, arguments, tuple(batched))
+            results = jax.lax.map(lambda i: mapped(*pick(i)), jnp.arange(size))
+        else:
+            axes = jax.tree.map(lambda some: 0 if some else None, tuple(batched))
+            results = jax.vmap(function, in_axes=axes, axis_size=size)(*arguments)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return mapped
 
 
 def _run_forward(options, inputs, fixed):
@@ -91,7 +121,7 @@ def _run_forward(options, inputs, fixed):
     # in their own rounding; these sum over rows, and have little else.
     summed = jax.tree.leaves((wanted.bias, wanted.captured, wanted.sinks, wanted.scale))
     dtype = inputs.query.dtype
-    output, residual = forward(options, inputs, fixed, jnp.promote_types(dtype, jnp.float32) if any(summed) else dtype)
+    output, residual = _forward(options, inputs, fixed, jnp.promote_types(dtype, jnp.float32) if any(summed) else dtype)
     return (output.astype(dtype), residual), Residuals(inputs, fixed, output, residual, _Static.of(wanted))
 
 
@@ -101,7 +131,8 @@ def _run_backward(options, residuals, cotangents):
     )
     if d_output is None:
         d_output = jnp.zeros_like(residuals.output)
-    return backward(options, residuals, d_output, d_residual, residuals.wanted.tree()), None
+    compute = functools.partial(backward, options, wanted=residuals.wanted.tree())
+    return _map_by_map(compute, lambda batched: batched[0].fixed.block_map)(residuals, d_output, d_residual), None
 
 
 run.defvjp(_run_forward, _run_backward, symbolic_zeros=True)

@@ -3,7 +3,8 @@
 A chunk is ``batch_chunk`` batch entries by ``head_chunk`` key heads whose tiles are computed together; it is one batch
 entry or whole batch entries. A pass walks the rows of tiles (forward) or the columns (backward). In each it visits the
 tiles that the block map lists one by one, or, where all of them lie in a narrow band, the whole band at once: small
-products and short loops cost a CPU more than a few masked keys.
+products and short loops cost a CPU more than a few masked keys. Forward on a CPU, a row whose tiles turn out to lie
+close together (packed documents) is seen at once too.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from maskformer import masks
+from maskformer.attention import platform
 
 # Keys (or queries) of the widest band that is visited at once.
 BAND = 768
+
+# Where only the run knows how many blocks a row has: those that it is seen at once by, and the keys they may have.
+WIDTHS, WIDEST = (2, 4, 6, 8), 1024
 
 # Logits held at once. Smaller tiles leave the CPU's matmul short of work, larger ones leave its caches.
 TILE_LOGITS = 8 * 256 * 512
@@ -38,6 +43,12 @@ class Layout:
     visit: tuple[int, int]
     batch_chunk: int
     head_chunk: int
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Blocks of keys by which a row may be seen at once, on a CPU; none where the blocks are large."""
+        fitting = tuple(width for width in WIDTHS if width * self.block_kv <= WIDEST and width <= self.kv_blocks)
+        return fitting if len(fitting) > 1 and platform.current() == "cpu" else ()
 
     @property
     def q_blocks(self) -> int:
@@ -105,7 +116,7 @@ class Walk:
     Attributes:
       full, partial: ``(start, count, index)`` of the block map's lists.
       first: [rows], where the band begins; None where tiles are visited one by one.
-      size: of a block in the direction of the visits.
+      size, blocks: of a block in the direction of the visits, and how many there are.
       every_row: no row is empty, so none is asked.
     """
 
@@ -113,6 +124,7 @@ class Walk:
     partial: tuple[jax.Array, jax.Array, jax.Array]
     first: jax.Array | None
     size: int
+    blocks: int
     every_row: bool
 
     @property
@@ -125,9 +137,24 @@ class Walk:
         lists = (block_map.full_t, block_map.partial_t) if transposed else (block_map.full, block_map.partial)
         band = block_map.band_t if transposed else block_map.band
         size = block_map.block_q if transposed else block_map.block_kv
+        blocks = block_map.grid[not transposed]
         full, partial = (tuple(jnp.asarray(x)[entry] for x in (kind.start, kind.count, kind.index)) for kind in lists)
         banded = band.reach * size <= BAND
-        return cls(full, partial, jnp.asarray(band.first)[entry] if banded else None, size, band.every_row)
+        return cls(full, partial, jnp.asarray(band.first)[entry] if banded else None, size, blocks, band.every_row)
+
+    def span(self, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The first block of a row's tiles, and the number of blocks from it to the last; 0 if it has none."""
+        firsts, lasts = [], []
+        for start, count, index in (self.full, self.partial):
+            some = count[row] > 0
+            firsts.append(jnp.where(some, index[start[row]], self.blocks))
+            lasts.append(jnp.where(some, index[start[row] + count[row] - 1], -1))
+        first = jnp.minimum(*firsts)
+        return first, jnp.maximum(jnp.maximum(*lasts) - first + 1, 0)
+
+    def start(self, first: jax.Array, width: int) -> jax.Array:
+        """Where a visit of so many blocks begins that has the block ``first`` in it."""
+        return jnp.minimum(first, self.blocks - width) * self.size
 
     def fold(self, row: jax.Array, visit: Callable[..., Any], carry: Any) -> Any:
         """``carry`` after ``visit(start, carry, masked)`` of all that the row has to visit."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -108,6 +110,12 @@ class _Chunk:
         shape = fixed.block_map.shape
         self.entry = (self.batch_start if shape[0] > 1 else 0, self.head_start if shape[1] > 1 else 0)
         self.mask = fixed.mask.select(*self.entry)
+
+    def of_width(self, blocks: int) -> _Chunk:
+        """The same chunk, seen so many blocks of keys at a time."""
+        chunk = copy.copy(self)
+        chunk.kv_size = blocks * self.layout.block_kv
+        return chunk
 
     def bias_corner(self, q_start: jax.Array, kv_start: jax.Array):
         return self.batch_start, self.head_start, q_start, kv_start
@@ -249,11 +257,11 @@ def forward(options: Options, inputs: Inputs, fixed: Fixed, dtype: Any) -> tuple
             q_start = row * layout.block_q
             queries = chunk.scaled(chunk.of_queries(inputs.query, q_start).astype(work))
 
-            def scores_of(kv_start, places):
+            def scores_of(chunk, kv_start, places):
                 scores = chunk.products(queries, chunk.of_keys(inputs.key, kv_start).astype(work))
                 return chunk.transform(scores, chunk.bias(q_start, kv_start), inputs.captured, places)
 
-            def values_of(weights, kv_start, places):
+            def values_of(chunk, weights, kv_start, places):
                 if fixed.seed is not None:
                     weights = jnp.where(chunk.keep(places), weights, 0.0)
                 weights = weights.astype(work).reshape(*queries.shape[:3], chunk.kv_size)
@@ -264,7 +272,7 @@ def forward(options: Options, inputs: Inputs, fixed: Fixed, dtype: Any) -> tuple
                 """Online softmax: the row's weights are kept relative to its maximum so far."""
                 top, total, output = carry
                 places = chunk.places(q_start, kv_start)
-                scores = scores_of(kv_start, places)
+                scores = scores_of(chunk, kv_start, places)
                 if masked:
                     scores = jnp.where(chunk.visible(places, kv_start), scores, -jnp.inf)
                 new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
@@ -273,15 +281,15 @@ def forward(options: Options, inputs: Inputs, fixed: Fixed, dtype: Any) -> tuple
                 weights = jnp.exp(scores - finite[..., None])
                 shrink = jnp.exp(top - finite)
                 total = total * shrink + jnp.sum(weights, axis=-1)
-                return new_top, total, output * shrink[..., None] + values_of(weights, kv_start, places)
+                return new_top, total, output * shrink[..., None] + values_of(chunk, weights, kv_start, places)
 
-            def only_visit(kv_start, _, masked: bool):
+            def only_visit(chunk, kv_start):
                 """Softmax of a row that is whole. One without keys is NaN until it is set to 0."""
                 places = chunk.places(q_start, kv_start)
-                scores, seen = chunk.capped(scores_of(kv_start, places), places, kv_start)
+                scores, seen = chunk.capped(scores_of(chunk, kv_start, places), places, kv_start)
                 top = jnp.max(scores, axis=-1)
                 weights = jnp.exp(scores - top[..., None])
-                total, output = jnp.sum(weights, axis=-1), values_of(weights, kv_start, places)
+                total, output = jnp.sum(weights, axis=-1), values_of(chunk, weights, kv_start, places)
                 return top, jnp.where(seen[:, 0], total, 0.0), jnp.where(seen, output, 0.0)
 
             # Where a bias or a score_mod makes -inf or NaN of its own, only the online softmax tells them apart.
@@ -291,7 +299,20 @@ def forward(options: Options, inputs: Inputs, fixed: Fixed, dtype: Any) -> tuple
                 _full(inputs, shape, 0, precise),
                 _full(inputs, (*shape, value_dim), 0, precise),
             )
-            output, residual = _finish(chunk, *walk.fold(row, only_visit if plain and walk.alone else visit, carry))
+            if plain and walk.alone:
+                carry = walk.fold(row, lambda kv_start, _, masked: only_visit(chunk, kv_start), carry)
+            elif plain and layout.widths:
+                # Known at run time only: a row whose tiles span no more than so many blocks is visited at once too.
+                first, span = walk.span(row)
+                branches = [
+                    functools.partial(only_visit, chunk.of_width(width), walk.start(first, width))
+                    for width in layout.widths
+                ]
+                branches.append(functools.partial(walk.fold, row, visit, carry))
+                carry = jax.lax.switch(jnp.sum(span > jnp.asarray(layout.widths), dtype=jnp.int32), branches)
+            else:
+                carry = walk.fold(row, visit, carry)
+            output, residual = _finish(chunk, *carry)
             new = output, residual[..., None]
             return tuple(chunk.put_queries(old, part, q_start) for old, part in zip(results, new, strict=True)), None
 

@@ -11,3 +11,4 @@ def tiny_tiles(monkeypatch):
     monkeypatch.setattr(blocks, "LIST_COST", {8: 1.0})
     monkeypatch.setattr(blocks, "BAND_COST", {8: 1.0})
     monkeypatch.setattr(blockwise_layout, "BAND", 24)
+    monkeypatch.setattr(blockwise_layout, "WIDTHS", (1, 3))
