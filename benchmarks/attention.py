@@ -153,6 +153,14 @@ def attend(mask, train: bool, ids=None, **options) -> Callable:
     return jax.jit(jax.grad(lambda *a: forward(*a).astype(jnp.float32).sum(), argnums=(0, 1, 2)))
 
 
+def backend_of(mask, q, k, v, ids) -> str | None:
+    """The backend of `attend`, whose mask may be known at run time only."""
+    found = []
+    build = mask if callable(mask) and not isinstance(mask, masks.Mask) else lambda ids: mask
+    jax.eval_shape(lambda ids: found.append(mf.explain(build(ids), q, k, v).backend), ids)
+    return found[0]
+
+
 def plain(train: bool, **options) -> Callable:
     """The same for `jax.nn.dot_product_attention`."""
 
@@ -201,7 +209,7 @@ def main() -> None:
         if options.only not in title:
             return
         given = arrays(length)
-        backend = mf.explain(mask, *given[:3]).backend
+        backend = backend_of(build or mask, *given)
         timers = {f"maskformer, {backend}": jax_timer(attend(build or mask, train), *given)}
         for name, function in peers.items():
             if not isinstance(function, str):

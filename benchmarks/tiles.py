@@ -3,8 +3,9 @@
     python benchmarks/tiles.py [--rounds 7]
 
 1. Time per query-key pair of the visited area for each edge of a tile, tiles visited one by one (`blocks.LIST_COST`)
-   and a row's band at once (`blocks.BAND_COST`), relative to tiles of 512 one by one; geometric mean over windows.
-2. Milliseconds of the dense reference and of blockwise on 4,096 tokens in short rows (`reference.SMALL`).
+   and a row's band at once (`blocks.BAND_COST`), relative to tiles of 512 one by one; geometric mean over windows and
+   chunks.
+2. Milliseconds of the dense reference and of blockwise on 4,096 tokens in short packed rows (`reference.SMALL`).
 
 Contestants take turns; figures are medians.
 """
@@ -25,22 +26,24 @@ import maskformer as mf
 from maskformer import masks
 from maskformer.attention import blocks, blockwise_layout
 
-LENGTH, WINDOWS, EDGES = 4096, (64, 128, 256, 384, 512), (512, 256, 128, 64)
+LENGTH, EDGES = 4096, (512, 256, 128, 64)
+MASKS = [masks.causal() & masks.sliding_window(window) for window in (64, 128, 256, 384, 512)]
+MASKS += [masks.causal() & masks.chunked(chunk) for chunk in (256, 512)]
 
 
 def arrays(batch: int, length: int, heads: int) -> list[jax.Array]:
     return [jax.random.normal(jax.random.key(i), (batch, length, heads, 64)) for i in range(3)]
 
 
-def compiled(mask: masks.Mask | None, implementation: str, train: bool, qkv: list[jax.Array]) -> Callable[[], Any]:
-    """One call, forward or forward and backward, ready to be timed."""
+def compiled(mask: masks.Mask, implementation: str, train: bool, qkv: list[jax.Array]) -> Callable[[], Any]:
+    """One call, forward or forward and backward, ready to be timed. The mask's arrays are known at run time only."""
 
-    def forward(q, k, v):
+    def forward(q, k, v, mask):
         return mf.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
 
-    step = jax.grad(lambda *qkv: forward(*qkv).sum(), argnums=(0, 1, 2)) if train else forward
-    function = jax.jit(step).lower(*qkv).compile()
-    return lambda: jax.block_until_ready(function(*qkv))
+    step = jax.grad(lambda *a: forward(*a).sum(), argnums=(0, 1, 2)) if train else forward
+    function = jax.jit(step).lower(*qkv, mask).compile()
+    return lambda: jax.block_until_ready(function(*qkv, mask))
 
 
 def medians(contestants: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
@@ -59,8 +62,7 @@ def tile_costs(train: bool, rounds: int) -> dict[tuple[str, int], float]:
     qkv = arrays(1, LENGTH, 8)
     ratios: dict[tuple[str, int], list[float]] = {}
     kept = blocks.choose, blockwise_layout.BAND
-    for window in WINDOWS:
-        mask = masks.causal() & masks.sliding_window(window)
+    for mask in MASKS:
         contestants, areas = {}, {}
         for edge in EDGES:
             block_map = mask.block_map(LENGTH, LENGTH, edge)
@@ -87,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    print(f"{jax.default_backend()}, jax {jax.__version__}, 8 heads of 64, {LENGTH} tokens, causal windows {WINDOWS}")
+    print(f"{jax.default_backend()}, jax {jax.__version__}, 8 heads of 64, {LENGTH} tokens, {len(MASKS)} masks")
     for train in (False, True):
         print("forward and backward" if train else "forward")
         for (way, edge), cost in sorted(tile_costs(train, rounds).items(), reverse=True):

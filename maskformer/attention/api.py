@@ -31,7 +31,7 @@ def dot_product_attention(
 ) -> Any:
     """Attention under a mask: ``softmax(soft_cap(score_mod(Q K^T * scale + bias)), masked) V``.
 
-    Softmax and accumulation are float32 for every input dtype. A query that may attend to nothing gives exactly 0,
+    Softmax and accumulation are float32, or float64 for float64. A query that may attend to nothing gives exactly 0,
     logsumexp -inf and zero gradients. The result does not depend on the backend beyond rounding; what a backend
     cannot honour it refuses, with the reason (see `explain`).
 
@@ -56,7 +56,7 @@ def dot_product_attention(
 
     Returns:
       [batch, q_len, heads, value_dim] in query's dtype; with ``return_residual`` a pair of it and the logsumexp,
-      float32 [batch, q_len, heads].
+      [batch, q_len, heads] in the dtype of the softmax.
 
     Raises:
       ValueError: for shapes that do not fit, an option out of range, or a backend that cannot honour the call.

@@ -15,7 +15,7 @@ from maskformer.attention.blockwise_layout import BAND, band_blocks
 # by one (`benchmarks/tiles.py` measures it). Small ones leave the products short of work, and each costs its dispatch.
 LIST_COST = {512: 1.0, 256: 1.4, 128: 1.5}
 # The same where a row's band of tiles is visited at once.
-BAND_COST = {512: 0.8, 256: 0.85, 128: 1.05, 64: 1.4}
+BAND_COST = {512: 0.7, 256: 0.9, 128: 1.05, 64: 1.4}
 
 # Tiles that are classified at run time, at most: their lists take some tens of MB. A million tokens get tiles of 512.
 GRID = 2**22
@@ -31,9 +31,8 @@ def refuses(call: Call) -> str | None:
 def choose(call: Call) -> tuple[int, int]:
     """``(block_q, block_kv)``: what makes the visited tiles cheapest, large on a dense area and small on a narrow one.
 
-    A mask known only at run time (packed segments, say) gets small tiles, which skip most; or one that holds all.
-    Where only the position of the queries is, under a mask without arrays, they are taken to end with the keys, as the
-    last chunk of a prompt does.
+    A mask known only at run time (packed segments, say) gets small tiles, which skip most. Where only the position of
+    the queries is, under a mask without arrays, they are taken to end with the keys, as a prompt's last chunk does.
     """
     mask = masks.everything() if call.mask is None else call.mask
     known = isinstance(call.q_offset, int)
@@ -41,32 +40,53 @@ def choose(call: Call) -> tuple[int, int]:
         return smallest(call)
     q_offset = call.q_offset if known else max(0, call.kv_len - call.q_len)
     best, least = smallest(call), math.inf
-    for size in BAND_COST:
-        block = fit(call, size)
-        block_map = mask.block_map(call.q_len, call.kv_len, block, q_offset=q_offset)
+    for size in BAND_COST if known else _few(call):
+        block_map = mask.block_map(call.q_len, call.kv_len, fit(call, size), q_offset=q_offset)
         if not isinstance(block_map.partial.count, np.ndarray):
-            return block if block_map.grid == (1, 1) else smallest(call)
-        area, reach = block[0] * block[1], block_map.band.reach
-        partial, full = (float(lists.count.sum()) * area for lists in (block_map.partial, block_map.full))
-        # Of queries anywhere no band is known.
-        if known and band_blocks(block_map, transposed=False) == reach:
-            cost = BAND_COST[size] * reach * area * block_map.band.first.size
-        else:
-            cost = LIST_COST.get(size, math.inf) * (partial + full)
+            return smallest(call)
+        cost = _cost(block_map, size, known)
         if cost < least:
-            best, least = block, cost
-        # Where no smaller tiles make a band, they can only save on partial ones: where few are, they need not be made.
-        wide = (reach - 2) * block[1] > BAND
-        if wide and min((LIST_COST[other] for other in LIST_COST if other < size), default=math.inf) * full >= least:
+            best, least = fit(call, size), cost
+        if not _smaller_may_win(block_map, size, least):
             break
     return best
 
 
+def _cost(block_map: masks.BlockMap, size: int, known: bool) -> float:
+    """Of a concrete map in tiles of about ``size``, as `LIST_COST` and `BAND_COST` count."""
+    area = block_map.block_q * block_map.block_kv
+    # Of queries anywhere no band is known.
+    band = band_blocks(block_map, transposed=False) if known else None
+    if band is not None and block_map.band is not None:
+        return BAND_COST[size] * band * area * block_map.band.first.size
+    return LIST_COST.get(size, math.inf) * _tiles(block_map.partial, block_map.full) * area
+
+
+def _smaller_may_win(block_map: masks.BlockMap, size: int, least: float) -> bool:
+    """Whether smaller tiles may make a band, or save more on partial tiles than they cost on full ones."""
+    if block_map.band is not None and (block_map.band.reach - 2) * block_map.block_kv <= BAND:
+        return True
+    smaller = [cost for other, cost in LIST_COST.items() if other < size]
+    return bool(smaller) and min(smaller) * _tiles(block_map.full) * block_map.block_q * block_map.block_kv < least
+
+
+def _tiles(*lists: masks.TileLists) -> float:
+    return float(sum(each.count.sum(dtype=np.int64) for each in lists))
+
+
+def _few(call: Call) -> list[int]:
+    """Sizes of which there are at most `GRID` tiles, largest first; the largest in any case."""
+
+    def tiles(size: int) -> int:
+        return math.prod(-(-n // edge) for n, edge in zip((call.q_len, call.kv_len), fit(call, size), strict=True))
+
+    sizes = list(LIST_COST)
+    return [size for size in sizes if tiles(size) <= GRID] or sizes[:1]
+
+
 def smallest(call: Call) -> tuple[int, int]:
     """The smallest tiles that are not too many, for masks of which nothing is known."""
-    blocks = [fit(call, size) for size in sorted(LIST_COST)]
-    few = [block for block in blocks if math.ceil(call.q_len / block[0]) * math.ceil(call.kv_len / block[1]) <= GRID]
-    return (few or blocks[-1:])[0]
+    return fit(call, _few(call)[-1])
 
 
 def fit(call: Call, size: int) -> tuple[int, int]:

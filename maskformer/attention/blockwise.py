@@ -1,9 +1,10 @@
 """Block-sparse attention in plain JAX: work and memory follow the tiles that the mask leaves, in both passes.
 
 The forward pass is FlashAttention's online softmax (Dao et al. 2022, arXiv:2205.14135) over the tiles that the
-BlockMap lists: full tiles skip the mask, partial ones evaluate it, the others are never touched. The backward pass
-recomputes the logits of the same tiles once and accumulates dQ in place, so it does five products per tile where
-separate dQ and dK/dV passes do seven. Nothing of size ``q_len * kv_len`` exists unless the caller's bias is that.
+BlockMap lists: full tiles skip the mask, partial ones evaluate it, the others are never touched. A narrow band of
+tiles is computed whole instead, masked. The backward pass recomputes the logits of the same tiles once and
+accumulates dQ in place, so it does five products per tile where separate dQ and dK/dV passes do seven. Nothing of
+size ``q_len * kv_len`` exists unless the caller's bias is that.
 """
 
 from __future__ import annotations

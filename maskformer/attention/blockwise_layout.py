@@ -92,21 +92,24 @@ def plan(
     transposed: bool,
 ) -> Layout:
     """Chunks as large as shared tiles (a map of shape 1) and `TILE_LOGITS` allow."""
-    block = (block_map.block_q, block_map.block_kv)
-    visit = list(block)
-    visit[not transposed] *= band_blocks(block_map, transposed=transposed)
+    block_q, block_kv = block_map.block_q, block_map.block_kv
+    blocks = band_blocks(block_map, transposed=transposed) or 1
+    visit = (block_q * blocks, block_kv) if transposed else (block_q, block_kv * blocks)
     room = max(1, TILE_LOGITS // (groups * visit[0] * visit[1]))
     head_chunk = _divisor(kv_heads, room) if block_map.shape[1] == 1 else 1
     whole_entries = head_chunk == kv_heads and block_map.shape == (1, 1)
     batch_chunk = _divisor(batch, room // kv_heads) if whole_entries else 1
-    return Layout(batch, kv_heads, groups, *lengths, *block, (visit[0], visit[1]), batch_chunk, head_chunk)
+    return Layout(batch, kv_heads, groups, *lengths, block_q, block_kv, visit, batch_chunk, head_chunk)
 
 
-def band_blocks(block_map: masks.BlockMap, *, transposed: bool) -> int:
-    """Blocks of a band that is visited at once, or 1."""
+def band_blocks(block_map: masks.BlockMap, *, transposed: bool) -> int | None:
+    """Blocks of the band that each row is seen at once by; None where its tiles are visited one by one.
+
+    Only a band that is known: traced segments may leave most of the tiles that a window allows empty.
+    """
     band = block_map.band_t if transposed else block_map.band
     size = block_map.block_q if transposed else block_map.block_kv
-    return band.reach if band.reach * size <= BAND else 1
+    return None if band is None or band.reach * size > BAND else band.reach
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +120,7 @@ class Walk:
       full, partial: ``(start, count, index)`` of the block map's lists.
       first: [rows], where the band begins; None where tiles are visited one by one.
       size, blocks: of a block in the direction of the visits, and how many there are.
-      every_row: no row is empty, so none is asked.
+      every_row: no row of the band is empty, so none is asked.
     """
 
     full: tuple[jax.Array, jax.Array, jax.Array]
@@ -128,8 +131,8 @@ class Walk:
     every_row: bool
 
     @property
-    def alone(self) -> bool:
-        """Whether a row has one visit, or none."""
+    def banded(self) -> bool:
+        """Whether a row has one visit of its whole band, or none."""
         return self.first is not None
 
     @classmethod
@@ -139,8 +142,9 @@ class Walk:
         size = block_map.block_q if transposed else block_map.block_kv
         blocks = block_map.grid[not transposed]
         full, partial = (tuple(jnp.asarray(x)[entry] for x in (kind.start, kind.count, kind.index)) for kind in lists)
-        banded = band.reach * size <= BAND
-        return cls(full, partial, jnp.asarray(band.first)[entry] if banded else None, size, blocks, band.every_row)
+        if band is None or band_blocks(block_map, transposed=transposed) is None:
+            return cls(full, partial, None, size, blocks, False)
+        return cls(full, partial, jnp.asarray(band.first)[entry], size, blocks, band.every_row)
 
     def span(self, row: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The first block of a row's tiles, and the number of blocks from it to the last; 0 if it has none."""
@@ -162,6 +166,7 @@ class Walk:
             start = self.first[row] * self.size
             if self.every_row:
                 return visit(start, carry, masked=True)
+            # A loop of one turn or none: a conditional would copy what it carries, the gradient of all queries.
             busy = (self.full[1][row] + self.partial[1][row] > 0).astype(jnp.int32)
             return jax.lax.fori_loop(0, busy, lambda _, carry: visit(start, carry, masked=True), carry)
         for (start, count, index), masked in ((self.full, False), (self.partial, True)):

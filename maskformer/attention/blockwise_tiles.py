@@ -1,4 +1,4 @@
-"""The two loops of blockwise attention over the tiles that a block map lists."""
+"""The two passes of blockwise attention over the tiles of a block map."""
 
 from __future__ import annotations
 
@@ -299,7 +299,7 @@ def forward(options: Options, inputs: Inputs, fixed: Fixed, dtype: Any) -> tuple
                 _full(inputs, shape, 0, precise),
                 _full(inputs, (*shape, value_dim), 0, precise),
             )
-            if plain and walk.alone:
+            if plain and walk.banded:
                 carry = walk.fold(row, lambda kv_start, _, masked: only_visit(chunk, kv_start), carry)
             elif plain and layout.widths:
                 # Known at run time only: a row whose tiles span no more than so many blocks is visited at once too.
@@ -330,7 +330,7 @@ def forward(options: Options, inputs: Inputs, fixed: Fixed, dtype: Any) -> tuple
 
 def _finish(chunk: _Chunk, top: jax.Array, total: jax.Array, output: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Adds the sinks to the denominator, divides, and takes the logarithm."""
-    # The maximum itself weighs 1. Not asked of it, since a use of it keeps XLA's CPU library from fusing the softmax.
+    # A row's maximum weighs 1. (To ask whether `top` is -inf would keep XLA's CPU library from fusing the softmax.)
     empty = total == 0
     if chunk.inputs.sinks is not None:
         sink = chunk.inputs.sinks.astype(top.dtype)[chunk.heads][:, None]

@@ -88,7 +88,7 @@ def all_gather(
 
 
 def ring(call: Call, axis: str, devices: int, *, balanced: bool) -> tuple[jax.Array, jax.Array]:
-    """The same with keys and values that travel from device to device: memory falls with the axis. By blockwise."""
+    """As `all_gather`, but keys and values travel from device to device: memory falls with the axis. By blockwise."""
     dealing, parts = _deal(call, axis, devices, balanced)
     return _collect(dealing, _ring(parts, dealing))
 

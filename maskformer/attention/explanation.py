@@ -22,7 +22,7 @@ class Explanation:
       passed_over: the backends preferred to it, each with the reason it was not taken.
       platform: the platform that the order of preference is for.
       block: tile size ``(block_q, block_kv)`` of the figures below; the backend's own where it is blockwise.
-      band: tiles of a row that blockwise visits at once, empty ones among them; 1 where it visits them one by one.
+      band: tiles of a row that blockwise visits at once, empty ones among them; None where it visits them one by one.
       density: share of the logits that lie in visited tiles, in [0, 1]; None where the mask is traced.
       active_flops: floating-point operations of the forward pass over those tiles; None where the mask is traced.
       dense_flops: the same over all logits.
@@ -34,7 +34,7 @@ class Explanation:
     passed_over: dict[str, str]
     platform: str
     block: tuple[int, int] | None
-    band: int
+    band: int | None
     density: float | None
     active_flops: float | None
     dense_flops: float
@@ -45,7 +45,7 @@ class Explanation:
         lines += [f"  passed over {name}: {reason}" for name, reason in self.passed_over.items()]
         if self.block is not None:
             tiles = f"tiles of {self.block[0]} x {self.block[1]}"
-            if self.band > 1:
+            if self.band is not None:
                 tiles += f", {self.band} at once"
             if self.density is None:
                 lines.append(f"mask: traced, its tiles are known at run time ({tiles})")
@@ -108,14 +108,14 @@ def _figures(call: Call, backend: str) -> dict[str, Any]:
     value_dim = call.value.shape[3]
     dense = 2.0 * batch * heads * q_len * call.kv_len * (head_dim + value_dim)
     if blocks.refuses(call) is not None:
-        return dict(block=None, band=1, density=None, active_flops=None, dense_flops=dense)
+        return dict(block=None, band=None, density=None, active_flops=None, dense_flops=dense)
     _, block_map = blocks.block_map(call)
-    band = blocks.band_blocks(block_map, transposed=False) if backend == "blockwise" else 1
+    band = blocks.band_blocks(block_map, transposed=False) if backend == "blockwise" else None
     block = (block_map.block_q, block_map.block_kv)
     figures = dict(block=block, band=band, dense_flops=dense, widened=tuple(block_map.widened))
     if not isinstance(block_map.partial.count, np.ndarray):
         return dict(density=None, active_flops=None, **figures)
-    if band > 1:
+    if band is not None:
         density = min(1.0, band * block_map.block_kv / call.kv_len)
     else:
         density = block_map.active_flops(head_dim, batch, heads, value_dim) / dense

@@ -89,7 +89,7 @@ def attend(call: Call) -> tuple[jax.Array, jax.Array]:
         place = jnp.asarray(tiles.stored)
         if stored is not None:
             # The kernel indexes one list of tiles for all heads.
-            place = place + jnp.arange(stored.shape[1])[:, None, None] * stored.shape[2]
+            place = place + jnp.arange(stored.shape[1], dtype=jnp.int32)[:, None, None] * stored.shape[2]
             stored = stored.reshape(stored.shape[0], -1, *stored.shape[3:])
         turn = (lambda x: jnp.asarray(x).swapaxes(-1, -2)) if transposed else jnp.asarray
         return MaskInfo(

@@ -13,7 +13,7 @@ from maskformer.masks.checks import offset, whole_number
 from maskformer.masks.composites import PerHead, Shift
 from maskformer.masks.expression import Mask
 from maskformer.masks.intervals import BOTH, Analysis
-from maskformer.masks.tile_lists import Band, TileLists, band, compacted, listed, stacked, stacked_bands
+from maskformer.masks.tile_lists import Band, TileLists, band, compacted, listed, stacked
 from maskformer.masks.tiles import Found, Programs, bounds, search, tile_set
 
 
@@ -28,7 +28,7 @@ class BlockMap:
     Attributes:
       partial, full: rows are q-blocks, entries kv-blocks (the forward pass and dQ).
       partial_t, full_t: the same tiles with rows kv-blocks and entries q-blocks (dK and dV).
-      band, band_t: the consecutive blocks among which a row's tiles lie; of a traced map, all that it might have.
+      band, band_t: the consecutive blocks among which a row's tiles lie; None where arrays are traced.
       q_len, kv_len, block_q, block_kv: static ints.
       q_offset: the position of query 0; static where it was given as an int.
       widened: what the analysis had no rule for, e.g. ``"sort in predicate(fn)"``; such tiles are partial.
@@ -38,8 +38,8 @@ class BlockMap:
     full: TileLists
     partial_t: TileLists
     full_t: TileLists
-    band: Band
-    band_t: Band
+    band: Band | None
+    band_t: Band | None
     q_len: int
     kv_len: int
     block_q: int
@@ -150,10 +150,10 @@ def block_map(mask: Mask, q_len: int, kv_len: int, block: int | tuple[int, int],
     Interval analysis of the predicate (see ``maskformer.masks.intervals``): sound, so a tile in no list attends
     nowhere and a full one everywhere; a partial one may be either.
 
-    With concrete arrays this runs on the host, coarse tiles first, and the lists are as narrow as the mask
-    allows; the arrays of the map are NumPy's. With traced arrays (under ``jit``) the host search takes them as
-    unknown and bounds the width of the lists, and the rest is a traced computation on those candidates: memory
-    follows what the static parts of the mask leave, e.g. O(length) under a window.
+    With concrete arrays this runs on the host, coarse tiles first, and the lists are as long as the mask has
+    tiles; the arrays of the map are NumPy's. With traced arrays (under ``jit``) the host search takes them as
+    unknown, and the rest is a traced computation on the candidates that it finds: memory follows what the static
+    parts of the mask leave, e.g. O(length) under a window.
 
     Args:
       mask: the mask.
@@ -188,8 +188,8 @@ def _is_static(mask: Mask, programs: Programs) -> bool:
     return not any(isinstance(const, jax.core.Tracer) for leaf in leaves for const in programs.of(leaf)[0].consts)
 
 
-_Tiles = tuple[TileLists, TileLists, TileLists, TileLists, Band, Band]
-"""partial, full, and both transposed; then the band of the rows, and of the columns."""
+_Tiles = tuple[TileLists, TileLists, TileLists, TileLists, Band | None, Band | None]
+"""partial, full, and both transposed; then the band of the rows and that of the columns, where they are known."""
 
 
 class _Builder:
@@ -224,10 +224,8 @@ class _Builder:
             over_heads = jax.vmap(lambda h: self.over_batch(mask, batch, h), out_axes=1)
             return over_heads(jnp.arange(heads))
         # Heads of different kinds have lists of different sizes.
-        partial, full, partial_t, full_t, bands, bands_t = zip(*(self.over_batch(mask, batch, h) for h in range(heads)))
-        rows, columns = self.grid
-        lists = stacked(partial), stacked(full), stacked(partial_t), stacked(full_t)
-        return *lists, stacked_bands(bands, columns), stacked_bands(bands_t, rows)
+        partial, full, partial_t, full_t, *_ = zip(*(self.over_batch(mask, batch, h) for h in range(heads)))
+        return stacked(partial), stacked(full), stacked(partial_t), stacked(full_t), None, None
 
     def over_batch(self, mask: Mask, batch: int, h: Any) -> _Tiles:
         """The tiles of one head, ``[batch, ...]``."""
@@ -241,31 +239,25 @@ class _Builder:
         found = self.search(mask)
         rows, columns = (np.concatenate(both) for both in zip(found.partial, found.full))
         by_row, by_column = listed([[(rows, columns)]], self.grid), listed([[(columns, rows)]], self.grid[::-1])
-        rows, columns = by_row.pairs()
-        if 2 * rows.size > self.grid[0] * self.grid[1]:
-            # Most of the grid: bounds of whole rows and columns of tiles are cheaper than those of each tile.
-            where = np.arange(self.grid[0])[:, None], np.arange(self.grid[1])[None, :]
-        else:
-            where = rows, columns
-        tiles = tile_set(jnp, (self.q_len, self.kv_len), self.block, *where)
+        pairs = by_row.pairs()
+        order = jnp.asarray(np.lexsort(pairs), jnp.int32)
+        # One constant each, however often they are read.
+        rows, columns = (jnp.asarray(axis, jnp.int32) for axis in pairs)
+        whole = 2 * rows.size > self.grid[0] * self.grid[1]
+        # Of most of the grid, bounds of whole rows and columns of tiles are cheaper than those of each tile.
+        axes = (np.arange(self.grid[0])[:, None], np.arange(self.grid[1])[None, :]) if whole else (rows, columns)
+        tiles = tile_set(jnp, (self.q_len, self.kv_len), self.block, *axes)
         result = Analysis(tiles).expand(bounds(mask, tiles, self.programs, self.widened), BOTH)
-        shape = np.broadcast_shapes(*(axis.shape for axis in where))
+        shape = np.broadcast_shapes(*(axis.shape for axis in axes))
         low, high = (jnp.broadcast_to(end, shape) for end in (result.lo, result.hi))
-        if where[0] is not rows:
+        if whole:
             low, high = low[rows, columns], high[rows, columns]
         full = low & self.inside(rows, columns)
         partial = high & ~full
-        order = np.lexsort((rows, columns))
-        bands = (band([by_row], self.grid[1]), band([by_column], self.grid[0]))
-        rows_band, columns_band = (dataclasses.replace(x, first=x.first[0, 0], every_row=False) for x in bands)
-        return (
-            compacted(partial, by_row),
-            compacted(full, by_row),
-            compacted(partial[order], by_column),
-            compacted(full[order], by_column),
-            rows_band,
-            columns_band,
-        )
+        turned = columns[order], rows[order]
+        lists = [compacted(flags, rows, columns, by_row) for flags in (partial, full)]
+        lists_t = [compacted(flags[order], *turned, by_column) for flags in (partial, full)]
+        return lists[0], lists[1], lists_t[0], lists_t[1], None, None
 
     def inside(self, rows: Any, columns: Any) -> np.ndarray:
         """Tiles that do not hang over an end."""

@@ -23,7 +23,8 @@ class TileLists:
       start: int32 ``[batch | 1, heads | 1, rows]``, where each row begins in ``index``.
       count: int32 ``[batch | 1, heads | 1, rows]``, how many columns it has.
       index: int32 ``[batch | 1, heads | 1, size]``, size >= 1.
-      width: static; no row has more columns.
+      width: static; no row has more columns. Like the size of ``index`` it may differ from one packing to the next: to
+        share a compilation between packings, pass the mask into ``jit`` and make the map inside.
     """
 
     start: Any
@@ -49,12 +50,12 @@ class TileLists:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Band:
-    """Where a row's tiles lie, full and partial: among ``reach`` consecutive columns.
+    """Where a row's tiles lie, full and partial, in a map of known arrays: among ``reach`` consecutive columns.
 
     Attributes:
       first: int32 ``[batch | 1, heads | 1, rows]``, the first of those columns; the last is inside the grid.
       reach: static, 1 or more; the same for all rows.
-      every_row: static; whether every row is known to have a tile.
+      every_row: static; whether every row has a tile.
     """
 
     first: Any
@@ -86,15 +87,19 @@ def band(lists: Sequence[TileLists], columns: int) -> Band:
     return Band(np.minimum(low, columns - reach).astype(np.int32), reach, bool((high >= 0).all()))
 
 
-def compacted(flags: jax.Array, candidates: TileLists) -> TileLists:
-    """Of one entry's concrete candidates, those flagged: bool ``[size]``. Without the leading axes."""
-    start, count, index = (x[0, 0] for x in (candidates.start, candidates.count, candidates.index))
-    rows = np.repeat(np.arange(count.size), count)
+def compacted(flags: jax.Array, rows: jax.Array, columns: jax.Array, candidates: TileLists) -> TileLists:
+    """Of one entry's concrete candidates ``(rows, columns)``, in their order, those flagged: bool ``[size]``.
+
+    The lists come without the leading axes.
+    """
+    start, count = jnp.asarray(candidates.start[0, 0]), candidates.count[0, 0]
+    size = candidates.index.shape[-1]
     before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(flags, dtype=jnp.int32)])
+    first = before[start]
     # A flagged candidate moves to its row's start, past the flagged ones before it in the row; the others fall off.
-    place = jnp.where(flags, start[rows] + before[:-1] - before[start][rows], index.size)
-    kept = jnp.zeros(index.size, jnp.int32).at[place].set(index[: rows.size], mode="drop")
-    return TileLists(jnp.asarray(start), before[start + count] - before[start], kept, candidates.width)
+    place = jnp.where(flags, start[rows] + before[:-1] - first[rows], size)
+    kept = jnp.zeros(size, jnp.int32).at[place].set(columns, mode="drop")
+    return TileLists(start, before[start + count] - first, kept, candidates.width)
 
 
 def stacked(entries: Sequence[TileLists]) -> TileLists:
@@ -107,13 +112,6 @@ def stacked(entries: Sequence[TileLists]) -> TileLists:
         jnp.stack(index, axis=1),
         max(entry.width for entry in entries),
     )
-
-
-def stacked_bands(bands: Sequence[Band], columns: int) -> Band:
-    """``[batch, heads, rows]`` from the ``[batch, rows]`` bands of each head."""
-    reach = max(entry.reach for entry in bands)
-    first = jnp.stack([entry.first for entry in bands], axis=1)
-    return Band(jnp.minimum(first, columns - reach), reach, all(entry.every_row for entry in bands))
 
 
 def _ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:

@@ -48,7 +48,7 @@ class TileSet:
         chosen = self.rows if depends == QUERY else self.columns
         if np.size(chosen) == array.shape[0] and not isinstance(chosen, jax.core.Tracer) and self._is_range(chosen):
             return self.xp.reshape(array, chosen.shape + array.shape[1:])
-        return array[chosen]
+        return self.xp.asarray(array)[chosen]
 
     @staticmethod
     def _is_range(chosen: np.ndarray) -> bool:

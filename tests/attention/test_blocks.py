@@ -52,14 +52,13 @@ def test_no_other_size_is_cheaper(mask, length):
     assert costs[chosen(mask, length)] == min(costs.values())
 
 
-def test_a_mask_known_at_run_time_gets_small_tiles_unless_one_holds_it_or_they_are_too_many():
+def test_a_mask_known_at_run_time_gets_small_tiles_unless_they_are_too_many():
     def at_run_time(length):
         found = []
         jax.eval_shape(lambda ids: found.append(chosen(masks.segments(ids), length)), jnp.zeros(length, jnp.int32))
         return found[0]
 
-    assert at_run_time(512) == (512, 512)
-    assert at_run_time(1024) == (128, 128)
+    assert at_run_time(512) == at_run_time(1024) == (128, 128)
     assert at_run_time(1 << 20) == (512, 512)
 
 
@@ -75,10 +74,18 @@ def test_a_dense_mask_is_not_mapped_in_small_tiles(monkeypatch):
     assert set(asked) == {(512, 512)}
 
 
+def test_a_mask_of_partial_tiles_alone_is_not_mapped_in_ever_smaller_ones(monkeypatch):
+    asked = []
+    original = masks.Mask.block_map
+    monkeypatch.setattr(masks.Mask, "block_map", lambda self, *a, **k: asked.append(a[2]) or original(self, *a, **k))
+    chosen(CAUSAL & masks.predicate(lambda q, k: (q - k) % 7 == 0), 8192)
+    assert set(asked) == {(512, 512), (256, 256), (128, 128)}
+
+
 def test_queries_from_a_traced_position_get_the_tiles_of_their_mask():
-    def tiles(mask):
-        q = jax.ShapeDtypeStruct((1, 1024, 2, 8), np.float32)
-        kv = jax.ShapeDtypeStruct((1, 4096, 2, 8), np.float32)
+    def tiles(mask, q_len=1024, kv_len=4096):
+        q = jax.ShapeDtypeStruct((1, q_len, 2, 8), np.float32)
+        kv = jax.ShapeDtypeStruct((1, kv_len, 2, 8), np.float32)
         found = []
         explain = lambda at: found.append(mf.explain(mask, q, kv, kv, q_offset=at, implementation="blockwise").block)
         jax.eval_shape(explain, jax.ShapeDtypeStruct((), np.int32))
@@ -87,3 +94,4 @@ def test_queries_from_a_traced_position_get_the_tiles_of_their_mask():
     assert tiles(CAUSAL) == (512, 512)
     assert tiles(CAUSAL & masks.sliding_window(100)) == (128, 128)
     assert tiles(CAUSAL & masks.key_padding(lengths=np.array([4096]))) == (128, 128)
+    assert tiles(CAUSAL & masks.sliding_window(100), 1 << 17, 1 << 20) == (256, 256)  # 128 would be 8 Mi tiles

@@ -387,7 +387,8 @@ def broken_tiles(block_map: masks.BlockMap, matrix: np.ndarray) -> list[str]:
     ):
         view = matrix.T if turned else matrix
         rows, columns = (block_map.block_q, block_map.block_kv)[:: -1 if turned else 1]
-        if not (0 <= band.first).all() or (band.first + band.reach > -(-view.shape[1] // columns)).any():
+        first, reach = (None, 0) if band is None else (band.first, band.reach)
+        if first is not None and ((first < 0).any() or (first + reach > -(-view.shape[1] // columns)).any()):
             complaints.append(f"the band {band} leaves the grid")
         for i in range(-(-view.shape[0] // rows)):
             listed = {}
@@ -402,7 +403,7 @@ def broken_tiles(block_map: masks.BlockMap, matrix: np.ndarray) -> list[str]:
                 if padded != entries + [entries[-1] if entries else 0] * (len(padded) - count):
                     complaints.append(f"{name} row {i} is {entries}, and padded {padded}")
                 for entry in entries:
-                    if not band.first[0, 0, i] <= entry < band.first[0, 0, i] + band.reach:
+                    if first is not None and not first[0, 0, i] <= entry < first[0, 0, i] + reach:
                         complaints.append(f"tile {i},{entry} lies outside the band")
                     if entry in listed:
                         complaints.append(f"tile {i},{entry} is listed twice")
