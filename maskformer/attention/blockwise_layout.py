@@ -23,7 +23,7 @@ from maskformer.attention import platform
 BAND = 768
 
 # Where only the run knows how many blocks a row has: those that it is seen at once by, and the keys they may have.
-WIDTHS, WIDEST = (2, 4, 6, 8), 1024
+WIDTHS, WIDEST = (1, 2, 4, 6, 8), 1024
 
 # Logits held at once. Smaller tiles leave the CPU's matmul short of work, larger ones leave its caches.
 TILE_LOGITS = 8 * 256 * 512
@@ -48,7 +48,7 @@ class Layout:
     def widths(self) -> tuple[int, ...]:
         """Blocks of keys by which a row may be seen at once, on a CPU; none where the blocks are large."""
         fitting = tuple(width for width in WIDTHS if width * self.block_kv <= WIDEST and width <= self.kv_blocks)
-        return fitting if len(fitting) > 1 and platform.current() == "cpu" else ()
+        return fitting if 4 * self.block_kv <= WIDEST and platform.current() == "cpu" else ()
 
     @property
     def q_blocks(self) -> int:
