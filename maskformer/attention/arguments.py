@@ -12,6 +12,7 @@ import numpy as np
 from maskformer import masks
 from maskformer.attention import dropout, score_mods
 from maskformer.masks.arbitrary import open_closures
+from maskformer.masks.checks import offset
 
 DTYPES = tuple(map(jnp.dtype, (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)))
 
@@ -104,7 +105,8 @@ def check(
     kv_len, kv_heads = key.shape[1:3]
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"key: expected a head count that divides query's {heads}, got {kv_heads}")
-    q_offset = _offset(q_offset)
+    q_offset = offset("dot_product_attention", "q_offset", q_offset)
+    q_offset = q_offset if isinstance(q_offset, int) else jnp.asarray(q_offset, jnp.int32)
 
     if bias is not None:
         bias = _logits("bias", bias)
@@ -137,18 +139,6 @@ def check(
         q_offset=q_offset,
         return_residual=return_residual,
     )
-
-
-def _offset(value) -> int | jax.Array:
-    if isinstance(value, np.ndarray) and value.shape == ():
-        value = value[()]
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        if not -(2**31) <= value < 2**31:
-            raise ValueError(f"q_offset: positions are int32, got {value}")
-        return int(value)
-    if isinstance(value, jax.Array) and value.shape == () and jnp.issubdtype(value.dtype, jnp.integer):
-        return value.astype(jnp.int32)
-    raise ValueError(f"q_offset: expected an integer or an integer scalar array, got {value!r}")
 
 
 def _logits(name: str, value) -> jax.Array:
