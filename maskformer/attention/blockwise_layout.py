@@ -146,6 +146,11 @@ class Walk:
             return cls(full, partial, None, size, blocks, False)
         return cls(full, partial, jnp.asarray(band.first)[entry], size, blocks, band.every_row)
 
+    def band_start(self, row: jax.Array) -> jax.Array:
+        """Where the visit of a row's band begins."""
+        assert self.first is not None
+        return self.first[row] * self.size
+
     def span(self, row: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The first block of a row's tiles, and the number of blocks from it to the last; 0 if it has none."""
         firsts, lasts = [], []
@@ -162,8 +167,8 @@ class Walk:
 
     def fold(self, row: jax.Array, visit: Callable[..., Any], carry: Any) -> Any:
         """``carry`` after ``visit(start, carry, masked)`` of all that the row has to visit."""
-        if self.first is not None:
-            start = self.first[row] * self.size
+        if self.banded:
+            start = self.band_start(row)
             if self.every_row:
                 return visit(start, carry, masked=True)
             # A loop of one turn or none: a conditional would copy what it carries, the gradient of all queries.

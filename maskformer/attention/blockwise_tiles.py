@@ -300,7 +300,7 @@ def forward(options: Options, inputs: Inputs, fixed: Fixed, dtype: Any) -> tuple
                 _full(inputs, (*shape, value_dim), 0, precise),
             )
             if plain and walk.banded:
-                carry = walk.fold(row, lambda kv_start, _, masked: only_visit(chunk, kv_start), carry)
+                carry = only_visit(chunk, walk.band_start(row))
             elif plain and layout.widths:
                 # Known at run time only: a row whose tiles span no more than so many blocks is visited at once too.
                 first, span = walk.span(row)

@@ -247,3 +247,14 @@ def test_vmap_over_arrays_and_masks_equals_a_loop(tiny_tiles):
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *looped)
     for actual, expected in zip(jax.tree.leaves(found), jax.tree.leaves(stacked)):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=5e-6)
+
+
+def test_a_mapped_mask_is_computed_an_entry_at_a_time_and_a_common_one_at_once(tiny_tiles):
+    """Mapped together, every entry would run the loops of the longest and every branch."""
+    q = jnp.zeros((7, 1, 32, 1, 8))
+    call = lambda q, mask: mf.dot_product_attention(q, q, q, mask=mask, implementation="blockwise")
+    attend = lambda q, ids: call(q, masks.segments(ids)).sum()
+    for pass_ in (attend, jax.grad(attend)):
+        mapped = str(jax.make_jaxpr(jax.vmap(pass_))(q, jnp.zeros((7, 32), jnp.int32)))
+        common = str(jax.make_jaxpr(jax.vmap(pass_, (0, None)))(q, jnp.zeros(32, jnp.int32)))
+        assert "length=7" in mapped and "length=7" not in common
