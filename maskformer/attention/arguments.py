@@ -185,3 +185,9 @@ def _as_mask(mask, batch: int, heads: int) -> masks.Mask:
         if size not in (1, want):
             raise ValueError(f"mask: its {name} dimension is {size}, but query has {want}")
     return open_closures(mask)
+
+
+def fill(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """Zeros behind an axis up to ``size``, as kernels that work on whole blocks want it."""
+    missing = size - x.shape[axis]
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from maskformer import masks
 from maskformer.attention import platform
+from maskformer.attention.arguments import fill
 
 # Keys (or queries) of the widest band that is visited at once.
 BAND = 768
@@ -69,16 +70,16 @@ class Layout:
 
     def pad_queries(self, x: jax.Array) -> jax.Array:
         """[batch, q_len, ...] padded to whole blocks."""
-        return _pad(x, 1, self.q_blocks * self.block_q)
+        return fill(x, 1, self.q_blocks * self.block_q)
 
     def pad_keys(self, x: jax.Array) -> jax.Array:
         """[batch, kv_len, ...] padded to whole blocks."""
-        return _pad(x, 1, self.kv_blocks * self.block_kv)
+        return fill(x, 1, self.kv_blocks * self.block_kv)
 
     def pad_bias(self, bias: jax.Array) -> jax.Array:
         """Pads the q and k axes that a bias has to whole blocks."""
         for axis, size in ((2, self.q_blocks * self.block_q), (3, self.kv_blocks * self.block_kv)):
-            bias = _pad(bias, axis, size) if bias.shape[axis] > 1 else bias
+            bias = fill(bias, axis, size) if bias.shape[axis] > 1 else bias
         return bias
 
 
@@ -198,11 +199,6 @@ def add_cut(array: jax.Array, tile: jax.Array, starts) -> jax.Array:
     starts = [jnp.int32(0) if size == 1 else start for size, start in zip(array.shape, starts, strict=True)]
     old = jax.lax.dynamic_slice(array, starts, tile.shape)
     return jax.lax.dynamic_update_slice(array, old + tile, starts)
-
-
-def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
-    missing = size - x.shape[axis]
-    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
 
 
 def _divisor(number: int, limit: int) -> int:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from maskformer import masks
 from maskformer.attention import intervals, platform
-from maskformer.attention.arguments import Call
+from maskformer.attention.arguments import Call, fill
 
 HEAD_DIM_LIMIT = 128
 KERNEL = "cudnn"
@@ -51,10 +51,8 @@ def attend(call: Call) -> tuple[jax.Array, None]:
     if lengths is not None:
         lengths = jnp.broadcast_to(intervals.by_entry(jnp.asarray(lengths, jnp.int32), 0), (call.batch,))
     # JAX trains the kernel at even lengths only. A last query is cut off; a last key is hidden by its length or place.
-    query, key, value = (
-        jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) if more else x
-        for x, more in ((call.query, odd_q), (call.key, odd_kv), (call.value, odd_kv))
-    )
+    query = fill(call.query, 1, call.q_len + odd_q)
+    key, value = (fill(x, 1, call.kv_len + odd_kv) for x in (call.key, call.value))
     # An entry without keys is given one, and its output set to 0: nothing undefined reaches a gradient.
     given = dict(query=query, key=key, value=value)
     if lengths is not None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from maskformer import masks
 from maskformer.attention import platform
-from maskformer.attention.arguments import Call
+from maskformer.attention.arguments import Call, fill
 from maskformer.attention.splash_maps import Positions, grid, split, stored_tiles
 
 try:
@@ -104,7 +104,7 @@ def attend(call: Call) -> tuple[jax.Array, jax.Array]:
     # In half precision the kernel wants its scale in the queries, which costs one rounding.
     query = (call.query.astype(jnp.float32) * call.scale).astype(call.query.dtype)
     query, key, value = (
-        jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, pad), (0, 0)))
+        fill(x, 1, x.shape[1] + pad).transpose(0, 2, 1, 3)
         for x, pad in ((query, q_pad), (call.key, kv_pad), (call.value, kv_pad))
     )
     options = _Options(block_q, block_kv, call.logits_soft_cap, function)

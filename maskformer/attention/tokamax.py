@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from maskformer.attention import intervals, platform
-from maskformer.attention.arguments import Call
+from maskformer.attention.arguments import Call, fill
 
 KERNEL = "mosaic_gpu"
 
@@ -64,21 +64,17 @@ def attend(call: Call) -> tuple[jax.Array, None]:
         starts = None if starts is None else _range(jnp.where(empty, 0, first), q_pad)
         ends = None if ends is None else _range(jnp.where(empty, 1, jnp.minimum(ends, call.kv_len)), q_pad)
     bias = call.bias
-    if bias is not None:
-        sizes = zip(bias.shape[2:], (call.q_len, call.kv_len), (q_pad, kv_pad))
-        bias = jnp.pad(bias, ((0, 0), (0, 0), *((0, pad if size == full else 0) for size, full, pad in sizes)))
+    for axis, full, pad in ((2, call.q_len, q_pad), (3, call.kv_len, kv_pad)):
+        if bias is not None and bias.shape[axis] == full:
+            bias = fill(bias, axis, full + pad)
     output = kernel(
-        *(_pad(x, pad) for x, pad in ((call.query, q_pad), (call.key, kv_pad), (call.value, kv_pad))),
+        *(fill(x, 1, x.shape[1] + pad) for x, pad in ((call.query, q_pad), (call.key, kv_pad), (call.value, kv_pad))),
         bias=bias,
         mask=mask_type(None, k_start=starts, k_end=ends, is_causal=rows.causal),
         logits_scale=float(call.scale),
         logits_soft_cap=call.logits_soft_cap,
     )[:, : call.q_len]
     return output if empty is None else jnp.where(empty[:, :, None, None], 0, output), None
-
-
-def _pad(x: jax.Array, pad: int) -> jax.Array:
-    return jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) if pad else x
 
 
 def _range(bound: jax.Array, pad: int) -> jax.Array:
