@@ -106,7 +106,8 @@ def check(
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"key: expected a head count that divides query's {heads}, got {kv_heads}")
     q_offset = offset("dot_product_attention", "q_offset", q_offset)
-    q_offset = q_offset if isinstance(q_offset, int) else jnp.asarray(q_offset, jnp.int32)
+    # What NumPy holds is known now, and so is its block map.
+    q_offset = jnp.asarray(q_offset, jnp.int32) if isinstance(q_offset, jax.Array) else int(q_offset)
 
     if bias is not None:
         bias = _logits("bias", bias)

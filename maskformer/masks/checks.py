@@ -33,12 +33,12 @@ def identifier(builder: str, name: str, value: Any, *arrays: Any) -> int:
 
 def offset(builder: str, name: str, value: Any) -> Any:
     """``value`` as a difference of positions: an int, or an integer scalar array, which may be traced."""
-    if isinstance(value, np.ndarray) and value.shape == ():
-        value = value[()]
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return whole_number(builder, name, value, -LARGEST)
     if not hasattr(value, "dtype") or np.shape(value) != () or not jnp.issubdtype(value.dtype, jnp.integer):
         raise ValueError(f"{builder}: {name}={value!r}, expected an int or an integer scalar array")
+    if isinstance(value, np.ndarray):
+        return np.asarray(whole_number(builder, name, value[()], -LARGEST), np.int32)
     return value
 
 

@@ -41,6 +41,7 @@ def x(*shape):
         ((SHORT,) * 3, dict(dropout_rate=0.1, dropout_key=0.5), "dropout key: expected a PRNG key or an integer"),
         ((SHORT,) * 3, dict(q_offset=1.5), "q_offset=1.5, expected an int or an integer scalar array"),
         ((SHORT,) * 3, dict(q_offset=2**31), "q_offset=2147483648, expected an int of at most 2147483647"),
+        ((SHORT,) * 3, dict(q_offset=np.array(2**31)), "q_offset=.*2147483648.*, expected an int of at most"),
         ((SHORT,) * 3, dict(mask=lambda q, k: q >= k), "functions through masks.predicate"),
         ((SHORT,) * 3, dict(score_mod=lambda score, b, h, q, k: q >= k), "got a bool; who may attend"),
         ((SHORT,) * 3, dict(mask=x(16, 16) > 0), r"wrap it with masks.dense\(array\)"),
