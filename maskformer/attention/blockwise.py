@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from maskformer import masks
-from maskformer.attention import blocks
+from maskformer.attention import batching, blocks
 from maskformer.attention.arguments import Call
-from maskformer.attention.blockwise_tiles import Fixed, Inputs, Options, Residuals, backward, forward, vary, varying
+from maskformer.attention.blockwise_backward import backward
+from maskformer.attention.blockwise_chunk import Fixed, Inputs, Options, Residuals, vary, varying
+from maskformer.attention.blockwise_forward import forward
 
 
 def refuses(call: Call) -> str | None:
@@ -86,32 +87,8 @@ def run(options: Options, inputs: Inputs, fixed: Fixed):
 
 
 def _forward(options: Options, inputs: Inputs, fixed: Fixed, dtype: Any):
-    compute = _map_by_map(functools.partial(forward, options, dtype=dtype), lambda batched: batched[1].block_map)
-    return compute(inputs, fixed)
-
-
-def _map_by_map(function: Callable[..., Any], block_map: Callable[[Any], Any]) -> Callable[..., Any]:
-    """``function`` under a vmap that goes from one block map to the next, each with its own tiles.
-
-    Mapped together, the loops over the tiles of a row would run as long as the longest, and every branch would.
-
-    Args:
-      function: of arrays.
-      block_map: picks the block map from a structure like the arguments.
-    """
-    mapped = jax.custom_batching.custom_vmap(function)
-
-    @mapped.def_vmap
-    def rule(size, batched, *arguments):
-        if any(jax.tree.leaves(block_map(batched))):
-            pick = lambda i: jax.tree.map(lambda x, some: x[i] if some else x, arguments, tuple(batched))
-            results = jax.lax.map(lambda i: mapped(*pick(i)), jnp.arange(size))
-        else:
-            axes = jax.tree.map(lambda some: 0 if some else None, tuple(batched))
-            results = jax.vmap(function, in_axes=axes, axis_size=size)(*arguments)
-        return results, jax.tree.map(lambda _: True, results)
-
-    return mapped
+    compute = functools.partial(forward, options, dtype=dtype)
+    return batching.map_by_map(compute, lambda batched: batched[1].block_map)(inputs, fixed)
 
 
 def _run_forward(options, inputs, fixed):
@@ -133,7 +110,8 @@ def _run_backward(options, residuals, cotangents):
     if d_output is None:
         d_output = jnp.zeros_like(residuals.output)
     compute = functools.partial(backward, options, wanted=residuals.wanted.tree())
-    return _map_by_map(compute, lambda batched: batched[0].fixed.block_map)(residuals, d_output, d_residual), None
+    compute = batching.map_by_map(compute, lambda batched: batched[0].fixed.block_map)
+    return compute(residuals, d_output, d_residual), None
 
 
 run.defvjp(_run_forward, _run_backward, symbolic_zeros=True)

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 from maskformer import masks
 from maskformer.attention import blocks, blockwise
 from maskformer.attention.arguments import Call
-from maskformer.attention.blockwise_tiles import Inputs, Residuals, backward, forward
+from maskformer.attention.blockwise_backward import backward
+from maskformer.attention.blockwise_chunk import Inputs, Residuals
+from maskformer.attention.blockwise_forward import forward
 
 
 @dataclasses.dataclass(frozen=True)

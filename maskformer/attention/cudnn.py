@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from maskformer import masks
-from maskformer.attention import intervals, platform
+from maskformer.attention import batching, intervals, platform
 from maskformer.attention.arguments import Call, fill
 
 HEAD_DIM_LIMIT = 128
@@ -61,53 +61,14 @@ def attend(call: Call) -> tuple[jax.Array, None]:
     bias = call.bias
     if bias is not None and bias.shape[:2] == (call.batch, call.heads):
         given["bias"], bias = bias, None  # any other is the same for the whole batch, mapped or not
-    given = _alike(given)
+    # JAX's batching rule of the kernel reads one leading axis off the queries, and takes it that all other operands,
+    # and the cotangent of the output, have it too.
+    given = batching.alike(given)
     if bias is not None:
         given["bias"] = bias
     output = jax.nn.dot_product_attention(**given, **options, scale=float(call.scale), implementation=KERNEL)
-    output = _cotangent_like(output, given["query"])[:, : call.q_len]
+    output = batching.cotangent_like(output, given["query"])[:, : call.q_len]
     return output if lengths is None else jnp.where(lengths[:, None, None, None] > 0, output, 0), None
-
-
-# JAX's batching rule of the kernel reads one leading axis off the queries and takes it that all other operands, and the
-# cotangent of the output, have it too. Under `jax.vmap` that is made true here.
-
-
-@jax.custom_batching.custom_vmap
-def _all_batched(*arrays):
-    return arrays
-
-
-@_all_batched.def_vmap
-def _(size, batched, *arrays):
-    arrays = [x if has_axis else jnp.broadcast_to(x, (size, *x.shape)) for x, has_axis in zip(arrays, batched)]
-    return _all_batched(*arrays), (True,) * len(arrays)
-
-
-def _batch_alike(tree):
-    leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, _all_batched(*leaves))
-
-
-@jax.custom_vjp
-def _alike(arrays):
-    """The same arrays; under `jax.vmap` all have the mapped axis if one has."""
-    return _batch_alike(arrays)
-
-
-_alike.defvjp(lambda arrays: (_batch_alike(arrays), None), lambda _, cotangents: (cotangents,))
-
-
-@jax.custom_vjp
-def _cotangent_like(output, query):
-    """The output, whose cotangent has the mapped axis under `jax.vmap` if the query has."""
-    return output
-
-
-_cotangent_like.defvjp(
-    lambda output, query: (output, query),
-    lambda query, cotangent: (_batch_alike((cotangent, query))[0], None),
-)
 
 
 def _parse(call: Call) -> tuple[dict, jax.Array | None] | str:
