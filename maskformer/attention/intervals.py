@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,11 +17,11 @@ from maskformer.attention.arguments import Call
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Query i of entry b sees ``starts[b, i] <= k < ends[b, i]``.
+    """Query i of entry b sees ``starts[b, i] <= k < ends[b, i]``, and if causal no key after it.
 
     Attributes:
-      causal: whether ``ends`` may be left to the kernel's own causal mask (queries at offset 0).
-      starts, ends: int32 [batch | 1, q_len], or None for no bound of that side (other than causal).
+      causal: whether the kernel's own causal mask applies (queries at offset 0), of which ``ends`` says nothing.
+      starts, ends: int32 [batch | 1, q_len], from 0 to kv_len, or None for no bound of that side.
     """
 
     causal: bool
@@ -47,47 +49,116 @@ def rows(call: Call) -> Rows | str:
     Raises:
       ValueError: for arrays of the mask that are too short for the call.
     """
-    if call.mask is not None:
-        call.mask.check_lengths(call.q_len, call.kv_len, call.q_offset)
+    if call.mask is None:
+        return Rows(False, None, None)
+    if call.mask.shape[1] > 1:
+        return "its mask differs between heads"
+    call.mask.check_lengths(call.q_len, call.kv_len, call.q_offset)
+    parts = terms(call.mask)
+    from_zero = isinstance(call.q_offset, int) and call.q_offset == 0
+    causal = from_zero and any(isinstance(part, masks.Causal) for part in parts)
+    found = _runs([part for part in parts if not (causal and isinstance(part, masks.Causal))], call)
+    if isinstance(found, str):
+        return found
+    # Within the keys, whatever the arrays said; so also within int32.
+    return Rows(causal, *(b if b is None else jnp.clip(b, 0, call.kv_len).astype(jnp.int32) for b in found))
+
+
+Bounds = tuple[Any, Any]
+"""The first key of each query and the one past its last, int32 [batch | 1, q_len]; None where nothing bounds it."""
+
+
+def _runs(parts: Iterable[masks.Mask], call: Call) -> Bounds | str:
+    """What all parts attend to."""
+    starts: list[jax.Array] = []
+    ends: list[jax.Array] = []
+    for part in parts:
+        found = _run(part, call)
+        if isinstance(found, str):
+            return found
+        for bounds, bound in zip((starts, ends), found, strict=True):
+            if bound is not None:
+                bounds.append(bound)
+    return (
+        functools.reduce(jnp.maximum, starts) if starts else None,
+        functools.reduce(jnp.minimum, ends) if ends else None,
+    )
+
+
+def _run(mask: masks.Mask, call: Call) -> Bounds | str:
     q = call.q_offset + jnp.arange(call.q_len, dtype=jnp.int32)[None]
-    causal, starts, ends = False, [], []
-    for term in terms(call.mask):
-        if term.shape[1] > 1:
-            return "its mask differs between heads"
-        if isinstance(term, masks.Causal):
-            causal = True
-        elif isinstance(term, masks.SlidingWindow):
-            starts.append(q - term.left)
-            ends.append(q + min(term.right, call.kv_len) + 1)  # the sum stays within int32
-        elif isinstance(term, masks.KeyPadding) and term.valid is None:
-            ends.append(by_entry(jnp.asarray(term.lengths, jnp.int32), 0)[:, None] + 0 * q)
-        elif isinstance(term, masks.Segments):
-            found = _runs(term, call)
-            if isinstance(found, str):
-                return found
-            starts.append(found[0])
-            ends.append(found[1])
-        else:
-            return f"its mask has the term {term!r}, which is not one run of keys per query"
-    if causal and not (isinstance(call.q_offset, int) and call.q_offset == 0):
-        causal = False
-        ends.append(q + 1)
-    return Rows(causal, _join(jnp.maximum, starts), _join(jnp.minimum, ends))
+    none, every = jnp.zeros_like(q), jnp.full_like(q, call.kv_len)
+    match mask:
+        case masks.Everything():
+            return None, None
+        case masks.Nothing():
+            return None, none
+        case masks.Causal():
+            return None, q + 1
+        case masks.SlidingWindow():
+            return q - mask.left, q + min(mask.right, call.kv_len) + 1  # the sum stays within int32
+        case masks.Chunked():
+            chunk, chunks = q // mask.size, -(-call.kv_len // mask.size)
+            left = min(mask.left, (2**31 - 1) // mask.size)
+            return (chunk - left) * mask.size, jnp.minimum(chunk + min(mask.right, chunks) + 1, chunks) * mask.size
+        case masks.KeyPadding(valid=None):
+            return None, _lengths(mask) + none
+        case masks.QueryPadding():
+            seen = every if mask.lengths is None else jnp.where(q < _lengths(mask), every, none)
+            if mask.valid is not None:
+                seen = jnp.where(_at(mask.valid, q).astype(bool), seen, none)
+            return None, seen
+        case masks.Prefix(marked=None):
+            return None, jnp.where(q < _lengths(mask), _lengths(mask), none)
+        case masks.QueryRanges():
+            return _at(mask.begin, q), _at(mask.end, q)
+        case masks.Documents():
+            starts = by_entry(jnp.asarray(mask.starts), 1)
+            first = jnp.arange(starts.shape[1], dtype=jnp.int32)
+            # The next document begins at the smallest start that comes later.
+            later = jnp.where(starts == first, first, starts.shape[1])
+            ends = jax.lax.cummin(later, axis=1, reverse=True)
+            ends = jnp.concatenate([ends[:, 1:], jnp.full_like(ends[:, :1], starts.shape[1])], axis=1)
+            return _at(starts, q), _at(ends, q)
+        case masks.Segments():
+            return _segments(mask, call)
+        case masks.And():
+            return _runs(mask.terms, call)
+        case masks.Or():
+            return _union(mask, call)
+    return f"its mask has the term {mask!r}, which is not one run of keys per query"
 
 
-def _join(function, bounds):
-    result = None
-    for bound in bounds:
-        result = bound if result is None else function(result, bound)
-    return result
+def _union(mask: masks.Or, call: Call) -> Bounds | str:
+    """Runs from the first key on are one run together; of others it is not known."""
+    ends = []
+    for term in mask.terms:
+        found = _run(term, call)
+        if isinstance(found, str) or found[0] is not None:
+            return f"its mask has the term {mask!r}, which is not known to be one run of keys per query"
+        ends.append(found[1])
+    return None, None if any(end is None for end in ends) else functools.reduce(jnp.maximum, ends)
 
 
-def _runs(term: masks.Segments, call: Call):
-    """First and last-plus-one key of each query's segment, where every segment is known to be one run."""
+def _lengths(mask: Any) -> jax.Array:
+    """[batch | 1, 1]"""
+    return by_entry(jnp.asarray(mask.lengths, jnp.int32), 0)[:, None]
+
+
+def _at(array: Any, q: jax.Array) -> jax.Array:
+    """An array of all positions, [batch | 1, q_len] of those of the queries."""
+    return by_entry(jnp.asarray(array), 1)[:, q[0]]
+
+
+def _segments(term: masks.Segments, call: Call) -> Bounds | str:
+    """Where every segment is known to be one run."""
     if any(isinstance(ids, jax.core.Tracer) for ids in (term.q_ids, term.kv_ids)) or isinstance(
         call.q_offset, jax.core.Tracer
     ):
-        return "its segment ids are traced, so that each segment is one run of keys cannot be known"
+        return (
+            "its segment ids are traced, so that each segment is one run of keys cannot be known; "
+            "where ids stand together, masks.documents says so"
+        )
     q_ids = by_entry(np.asarray(term.q_ids), 1)
     kv_ids = q_ids if term.kv_ids is None else by_entry(np.asarray(term.kv_ids), 1)
     q_ids = q_ids[:, np.asarray(call.q_offset) + np.arange(call.q_len)]

@@ -48,6 +48,7 @@ class Split:
 def split(mask: masks.Mask, q_len: int, kv_len: int, q_offset: Any) -> Split | None:
     """Splits a conjunction, or returns None where a part is neither positions, one segments leaf nor padding."""
     terms = mask.terms if isinstance(mask, masks.And) else (mask,)
+    terms = tuple(masks.Segments(term.starts) if isinstance(term, masks.Documents) else term for term in terms)
     positions = [term for term in terms if not jax.tree.leaves(term) and not has_heads(term)]
     rest = [term for term in terms if jax.tree.leaves(term) or has_heads(term)]
     if not all(isinstance(term, (masks.Segments, masks.KeyPadding, masks.QueryPadding)) for term in rest):

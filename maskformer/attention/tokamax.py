@@ -55,14 +55,14 @@ def attend(call: Call) -> tuple[jax.Array, None]:
     if kv_pad and ends is None and not (rows.causal and call.q_len <= call.kv_len):
         ends = jnp.full((1, call.q_len), call.kv_len, jnp.int32)
     if starts is not None or ends is not None:
-        first = jnp.zeros((1, call.q_len), jnp.int32) if starts is None else jnp.maximum(starts, 0)
-        last = jnp.full((1, call.q_len), call.kv_len) if ends is None else jnp.minimum(ends, call.kv_len)
+        first = jnp.zeros((1, call.q_len), jnp.int32) if starts is None else starts
+        last = jnp.full((1, call.q_len), call.kv_len) if ends is None else ends
         if rows.causal:
             last = jnp.minimum(last, jnp.arange(call.q_len) + 1)
         empty = first >= last
         # A query without keys is given key 0 and its output set to 0: nothing undefined reaches a gradient.
         starts = None if starts is None else _range(jnp.where(empty, 0, first), q_pad)
-        ends = None if ends is None else _range(jnp.where(empty, 1, jnp.minimum(ends, call.kv_len)), q_pad)
+        ends = None if ends is None else _range(jnp.where(empty, 1, ends), q_pad)
     bias = call.bias
     for axis, full, pad in ((2, call.q_len, q_pad), (3, call.kv_len, kv_pad)):
         if bias is not None and bias.shape[axis] == full:

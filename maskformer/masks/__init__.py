@@ -46,6 +46,7 @@ from maskformer.masks.ranges import (
 )
 from maskformer.masks.registry import builder
 from maskformer.masks.sequences import (
+    Documents,
     GlobalTokens,
     KeyPadding,
     Prefix,
@@ -53,6 +54,7 @@ from maskformer.masks.sequences import (
     Segments,
     SharedPrefix,
     ToLastImage,
+    documents,
     global_tokens,
     key_padding,
     prefix,
@@ -74,6 +76,7 @@ __all__ = [
     "Chunked",
     "Dense",
     "DilatedWindow",
+    "Documents",
     "Everything",
     "GlobalTokens",
     "Graph",
@@ -110,6 +113,7 @@ __all__ = [
     "chunked",
     "dense",
     "dilated_window",
+    "documents",
     "draw",
     "everything",
     "global_tokens",

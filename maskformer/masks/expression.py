@@ -73,16 +73,24 @@ class Mask:
     # --- what every mask can do -----------------------------------------------------------------------------
 
     def __and__(self, other: Mask) -> Mask:
-        return And(_terms(And, self) + _terms(And, check_mask("&", other)))
+        return _join(And, self, check_mask("&", other), lambda kept, term: kept.implies(term))
 
     def __or__(self, other: Mask) -> Mask:
-        return Or(_terms(Or, self) + _terms(Or, check_mask("|", other)))
+        return _join(Or, self, check_mask("|", other), lambda kept, term: term.implies(kept))
 
     __rand__ = __and__
     __ror__ = __or__
 
     def __invert__(self) -> Mask:
         return Not(self)
+
+    def implies(self, other: Mask) -> bool:
+        """Whether ``other`` is known to attend wherever this mask does: here, if it is the same of the same arrays.
+
+        ``&`` leaves out what another term implies: an objective's mask and a config's may both say "segments".
+        """
+        mine, theirs = jax.tree.flatten(self), jax.tree.flatten(other)
+        return mine[1] == theirs[1] and all(map(operator.is_, mine[0], theirs[0]))
 
     def __bool__(self) -> bool:
         raise TypeError("a mask has no truth value: combine masks with & | ~ (not `and`, `or`, `not`)")
@@ -323,8 +331,14 @@ def _take_row(array: Any, index: Any) -> Any:
     return jax.lax.dynamic_index_in_dim(jnp.asarray(array), index, keepdims=False)
 
 
-def _terms(kind: type, mask: Mask) -> tuple[Mask, ...]:
-    return mask.terms if type(mask) is kind else (mask,)  # type: ignore[attr-defined]
+def _join(kind: type, first: Mask, second: Mask, covers: Callable[[Mask, Mask], bool]) -> Mask:
+    """The terms of both, in order, without those that another one ``covers``."""
+    terms: list[Mask] = []
+    for mask in (first, second):
+        for term in mask.terms if type(mask) is kind else (mask,):  # type: ignore[attr-defined]
+            if not any(covers(kept, term) for kept in terms):
+                terms = [kept for kept in terms if not covers(term, kept)] + [term]
+    return kind(tuple(terms)) if len(terms) > 1 else terms[0]
 
 
 def _is_default(value: Any, default: Any) -> bool:

@@ -10,6 +10,7 @@ import functools
 import operator
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -67,6 +68,25 @@ class _Equals(Mask):
 
     def spell(self) -> tuple[str, list[tuple[str | None, Any]]]:
         return "segments", [("q_ids", self.ids), ("padding", self.value)]
+
+
+@leaf(ids=1, starts=1)
+class Documents(Mask):
+    """Equal ``starts``, which say where the run of equal ``ids`` begins that a position is in."""
+
+    ids: Any
+    starts: Any
+
+    axes: ClassVar[dict[str, str]] = {"ids": "both", "starts": "both"}
+
+    def attend(self, q: Any, k: Any) -> Any:
+        return take(self.starts, q) == take(self.starts, k)
+
+    def implies(self, other: Mask) -> bool:
+        """A run of equal ids is part of a segment of the same ids."""
+        if isinstance(other, Segments):
+            return other.q_ids is self.ids and other.kv_ids is None and other.padding is None
+        return super().implies(other)
 
 
 @leaf(valid=1, lengths=0)
@@ -192,6 +212,35 @@ def segments(q_ids: Any, kv_ids: Any = None, padding: int | None = None) -> Mask
     if padding is not None:
         padding = identifier("segments", "padding", padding, q_ids)
     return Segments(q_ids, kv_ids, padding)
+
+
+@builder(ids="segment_ids")
+def documents(ids: Any) -> Mask:
+    """Packed documents: query and key in the same run of equal ids.
+
+    What `segments` says of ids that stand together, as packing puts them. That they do is no assumption here but the
+    definition, so every query sees one run of keys, whatever the ids turn out to be: all that some GPU kernels take.
+
+    Args:
+      ids: int ``[batch, length]``; a document ends where the id changes. Padding is a document like any other.
+
+    >>> import numpy as np
+    >>> from maskformer import masks
+    >>> print((masks.causal() & masks.documents(np.array([1, 1, 2, 2, 1, 0]))).to_string(6, 6))
+    █ · · · · ·
+    █ █ · · · ·
+    · · █ · · ·
+    · · █ █ · ·
+    · · · · █ ·
+    · · · · · █
+    """
+    ids = array("documents", "ids", ids, 1)
+    known = isinstance(ids, np.ndarray)
+    xp = np if known else jnp
+    changes = xp.concatenate([xp.ones_like(ids[..., :1], bool), ids[..., 1:] != ids[..., :-1]], axis=-1)
+    starts = xp.where(changes, xp.arange(ids.shape[-1], dtype=np.int32), 0)
+    starts = np.maximum.accumulate(starts, axis=-1) if known else jax.lax.cummax(starts, axis=starts.ndim - 1)
+    return Documents(ids, starts)
 
 
 @builder(valid="valid", lengths="lengths")

@@ -22,8 +22,11 @@ from maskformer.objectives.vocabulary import Vocabulary
 
 
 def attend_within_segments(corrupted: Corrupted) -> masks.Mask:
-    """Bidirectional attention inside each packed segment. Padding (segment 0) sees padding only, and is never read."""
-    return masks.segments(corrupted.segment_ids)
+    """Bidirectional attention inside each packed segment. Padding (segment 0) sees padding only, and is never read.
+
+    Said as documents, which are the segments of a packed row: each is one run.
+    """
+    return masks.documents(corrupted.segment_ids)
 
 
 @dataclass(frozen=True, eq=False)

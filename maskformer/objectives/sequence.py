@@ -21,7 +21,7 @@ PREFIX, CUTS, ORDER_OF_PARTS = 40, 41, 42
 
 def attend_causally(corrupted: Corrupted) -> masks.Mask:
     """Keys up to the query's own position, within the segment."""
-    return masks.causal() & masks.segments(corrupted.segment_ids)
+    return masks.causal() & masks.documents(corrupted.segment_ids)
 
 
 def attend_by_prefix(corrupted: Corrupted) -> masks.Mask:

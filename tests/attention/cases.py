@@ -42,6 +42,10 @@ CASES = {
         lambda: masks.causal() & masks.segments(jnp.asarray(SEGMENTS)),
         by_batch([(K <= Q) & (row[:Q_LEN, None] == row[None]) for row in SEGMENTS]),
     ),
+    "documents": (
+        lambda: masks.causal() & masks.documents(jnp.asarray(SEGMENTS)),
+        by_batch([(K <= Q) & (row[:Q_LEN, None] == row[None]) for row in SEGMENTS]),
+    ),
     "lengths, one of them zero": (
         lambda: masks.key_padding(lengths=jnp.asarray(LENGTHS)),
         by_batch([(K < n) & (Q >= 0) for n in LENGTHS]),

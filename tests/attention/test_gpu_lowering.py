@@ -1,5 +1,7 @@
 """The GPU backends lowered for CUDA on a machine that has none: what they ask of the GPU, not what it computes."""
 
+import types
+
 import absl.flags
 import jax
 import jax.numpy as jnp
@@ -121,11 +123,27 @@ def tokamax_is_there(monkeypatch):
     gpu_utils = pytest.importorskip("tokamax._src.gpu_utils")
     monkeypatch.setattr(gpu_utils, "has_mosaic_gpu_support", lambda device=None: True)
     monkeypatch.setattr(gpu_utils, "_compute_capability", lambda device=None: 9.0)
+    # From 0.0.17 on its schedule asks how many cores the GPU has.
+    mosaic = pytest.importorskip("tokamax._src.mosaic_gpu")
+    hopper = types.SimpleNamespace(get_default_device=lambda: types.SimpleNamespace(core_count=132))
+    monkeypatch.setattr(mosaic, "backend", hopper, raising=False)
 
 
 @pytest.mark.parametrize("name", TOKAMAX_MASKS)
 def test_tokamax_lowers_its_kernels_for_cuda(tokamax_is_there, name):
     assert "mosaic_gpu" in lowered(TOKAMAX_MASKS[name], "tokamax")
+
+
+def test_packed_documents_of_ids_known_only_at_run_time_run_in_tokamaxs_kernels(tokamax_is_there):
+    def loss(query, key, value, ids):
+        mask = masks.causal() & masks.sliding_window(64) & masks.documents(ids)
+        assert mf.explain(mask, query, key, value).backend == "tokamax"
+        return mf.dot_product_attention(query, key, value, mask=mask).astype(jnp.float32).sum()
+
+    ids = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+    with platform.assume("gpu"):
+        module = export(jax.jit(jax.grad(loss, argnums=(0, 1, 2))), [*SHAPES, ids])
+    assert "mosaic_gpu" in module
 
 
 @pytest.mark.parametrize("mask", [None, masks.causal(), masks.sliding_window(9, 4)], ids=["none", "causal", "window"])

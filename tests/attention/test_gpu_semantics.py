@@ -70,6 +70,11 @@ RUNS = {
         segments_of(UNEQUAL, causal=True),
         UNEQUAL,
     ),
+    "documents": (
+        lambda: masks.causal() & masks.documents(jnp.asarray(cases.SEGMENTS)),
+        segments_of(UNEQUAL, causal=True),
+        UNEQUAL,
+    ),
     "packed, bidirectional, padding and an axis for heads": (
         lambda: masks.segments(jnp.asarray(cases.SEGMENTS)[:, None], padding=1),
         segments_of(UNEQUAL, causal=False) & (cases.SEGMENTS[:, None, : UNEQUAL[0], None] != 1),
@@ -101,9 +106,9 @@ def on_cpu(monkeypatch):
     return backend
 
 
-def known(call, mask):
-    """The call with its mask as a constant: the runs of traced segment ids are not known."""
-    return lambda nothing, *arrays: call(mask, *arrays)
+def known(call, mask, name):
+    """The call with its mask as a constant, where it is of traced segment ids, whose runs are not known."""
+    return (lambda nothing, *arrays: call(mask, *arrays)) if name.startswith("packed") else call
 
 
 def case(name):
@@ -123,7 +128,7 @@ def check(call, mask, attends, arrays, **options):
 def test_what_is_asked_of_a_gpu_library_is_the_mask_in_value_and_gradient(on_cpu, backend, name):
     mask, attends, sizes = case(name)
     call = on_cpu(backend)
-    found = check(known(call, mask) if name in RUNS else call, mask, attends, cases.arrays(**sizes)[:3])
+    found = check(known(call, mask, name), mask, attends, cases.arrays(**sizes)[:3])
     full = np.broadcast_to(attends, (cases.BATCH, cases.HEADS, sizes["q_len"], sizes["kv_len"]))
     if not full.any(-1).all():
         transforms.assert_empty_rows_are_exact([found[0], np.full(found[0].shape[:3], -np.inf), found[2]], attends)
@@ -135,7 +140,7 @@ def test_what_is_asked_of_a_gpu_library_stands_under_vmap_scan_and_remat(on_cpu,
     arrays = transforms.mapped(**sizes)
     given = transforms.cotangents(arrays)
     call = on_cpu(backend)
-    found = transforms.transformed(known(call, mask) if name in RUNS else call, mask, arrays, given)
+    found = transforms.transformed(known(call, mask, name), mask, arrays, given)
     dense = transforms.transformed(DENSE, mask, arrays, given)
     for entry in range(2):
         here = lambda tree, entry=entry: [x[entry] for x in tree]
@@ -166,7 +171,10 @@ def test_a_mask_mapped_without_its_queries_and_queries_without_their_keys_equal_
                 np.testing.assert_allclose(actual[entry], expected.gradients[what], rtol=1e-5, atol=5e-6)
 
 
-@pytest.mark.parametrize("backend, name", [("cudnn", "causal lengths"), ("tokamax", "packed"), ("tokamax", "none")])
+OVER_A_MESH = [("cudnn", "causal lengths"), ("tokamax", "packed"), ("tokamax", "documents")]
+
+
+@pytest.mark.parametrize("backend, name", OVER_A_MESH)
 def test_what_is_asked_of_a_gpu_library_stands_over_data_and_tensor(on_cpu, backend, name):
     mask, attends, sizes = case(name)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))

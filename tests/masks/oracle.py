@@ -64,6 +64,13 @@ def segments_pair(seed: int, order: str, padding: Any) -> Pair:
     return Pair(masks.segments(ids, padding=padding), oracle)
 
 
+def documents_pair(seed: int, order: str) -> Pair:
+    ids = random_ids(seed, order)
+    # The number of changes up to each position.
+    document = np.concatenate([[0], np.cumsum(ids[1:] != ids[:-1])])
+    return Pair(masks.documents(ids), lambda q, k: document[q] == document[k])
+
+
 def window_pair(left: int, right: int) -> Pair:
     return Pair(masks.sliding_window(left, right), lambda q, k: (k >= q - left) & (k <= q + right))
 
@@ -238,6 +245,7 @@ leaves = st.one_of(
         )
     ),
     st.builds(segments_pair, seeds, st.sampled_from(["none", "sorted", "packed"]), st.sampled_from([None, 0])),
+    st.builds(documents_pair, seeds, st.sampled_from(["none", "packed"])),
     st.builds(padding_pair, seeds, st.booleans()),
     st.builds(graph_pair, seeds, st.sampled_from([1, 2, 5, 8, 16])),
     st.builds(dense_pair, seeds),

@@ -38,6 +38,32 @@ def test_operators_flatten_and_follow_boolean_algebra():
     np.testing.assert_array_equal((~(a & b) | c).dense(8, 8), ~(matrices[0] & matrices[1]) | matrices[2])
 
 
+def test_a_term_that_another_implies_is_left_out():
+    ids = np.array([1, 1, 2, 2, 1], np.int32)
+    causal, window, segments = masks.causal(), masks.sliding_window(2), masks.segments(ids)
+    both = causal & segments
+    assert both & masks.causal() & window & masks.segments(ids) == both & window
+    assert causal & masks.causal() == causal
+    assert causal | window | masks.causal() == causal | window
+    assert (both & masks.segments(ids.copy())).terms == (causal, segments, segments)  # values are not looked at
+
+    documents = masks.documents(ids)
+    assert documents.implies(segments) and not segments.implies(documents)
+    assert segments & causal & documents == causal & documents == causal & documents & segments
+    assert documents | causal | segments == causal | segments
+    assert len((documents & masks.segments(ids, padding=1)).terms) == 2
+    assert len((documents & masks.segments(ids, ids)).terms) == 2
+
+
+def test_documents_equal_segments_where_ids_stand_together():
+    packed = np.array([[3, 3, 1, 1, 1, 0], [0, 2, 2, 7, 7, 7]])
+    np.testing.assert_array_equal(masks.documents(packed).dense(6, 6), masks.segments(packed).dense(6, 6))
+    known, traced = masks.documents(packed), jax.jit(masks.documents)(packed)
+    np.testing.assert_array_equal(known.starts, [[0, 0, 2, 2, 2, 5], [0, 1, 1, 3, 3, 3]])
+    np.testing.assert_array_equal(known.starts, traced.starts)
+    assert masks.documents(known.starts).starts.tolist() == known.starts.tolist()
+
+
 def test_a_mask_is_a_pytree_whose_leaves_are_its_arrays():
     ids = jnp.array([[1, 1, 2]])
     mask = masks.causal() & masks.segments(ids)

@@ -11,6 +11,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from maskformer import masks, models
+from maskformer.models import layers
 
 TINY = models.EncoderConfig(
     vocab_size=23, max_length=12, layers=3, width=16, heads=4, hidden_dropout=0.0, attention_dropout=0.0
@@ -86,6 +87,24 @@ def test_the_masks_of_config_and_call_are_both_obeyed():
     ours = windowed.apply(params, TOKENS, mask=masks.segments(SEGMENTS), segment_ids=SEGMENTS)
     assert_close(ours, expected, 1e-5)
     assert np.abs(ours - plain.apply(params, TOKENS, mask=masks.segments(SEGMENTS))).max() > 1e-2
+
+
+def test_what_config_and_objective_both_say_is_evaluated_once(monkeypatch):
+    seen = []
+
+    def spy(query, key, value, *, mask, **options):
+        seen.append(repr(mask))
+        return query
+
+    monkeypatch.setattr(layers, "dot_product_attention", spy)
+    model, params = build(mask="causal & window(2) & segments")
+
+    def apply(segment_ids):
+        mask = masks.causal() & masks.documents(segment_ids)  # what a causal objective says of packed rows
+        return model.apply(params, TOKENS, mask=mask, segment_ids=segment_ids)
+
+    jax.eval_shape(apply, SEGMENTS)
+    assert set(seen) == {"causal & documents(segment_ids) & sliding_window(2)"}
 
 
 def array_shapes(jaxpr):
