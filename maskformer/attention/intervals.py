@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -65,7 +65,9 @@ def rows(call: Call) -> Rows | str:
 
 
 Bounds = tuple[Any, Any]
-"""The first key of each query and the one past its last, int32 [batch | 1, q_len]; None where nothing bounds it."""
+"""The first key of each query and the one past its last, [batch | 1, q_len]; None where nothing bounds it."""
+
+SEE_THEMSELVES = (masks.Everything, masks.Causal, masks.SlidingWindow, masks.Chunked, masks.Documents)
 
 
 def _runs(parts: Iterable[masks.Mask], call: Call) -> Bounds | str:
@@ -95,6 +97,8 @@ def _run(mask: masks.Mask, call: Call) -> Bounds | str:
             return None, none
         case masks.Causal():
             return None, q + 1
+        case masks.Sinks():
+            return None, jnp.full_like(q, mask.count)
         case masks.SlidingWindow():
             return q - mask.left, q + min(mask.right, call.kv_len) + 1  # the sum stays within int32
         case masks.Chunked():
@@ -130,14 +134,26 @@ def _run(mask: masks.Mask, call: Call) -> Bounds | str:
 
 
 def _union(mask: masks.Or, call: Call) -> Bounds | str:
-    """Runs from the first key on are one run together; of others it is not known."""
-    ends = []
+    """Runs that have a key in common are one run together: the first of all keys, or the query's own position."""
+    starts, ends = [], []
     for term in mask.terms:
         found = _run(term, call)
-        if isinstance(found, str) or found[0] is not None:
-            return f"its mask has the term {mask!r}, which is not known to be one run of keys per query"
+        if isinstance(found, str):
+            return found
+        starts.append(found[0])
         ends.append(found[1])
-    return None, None if any(end is None for end in ends) else functools.reduce(jnp.maximum, ends)
+    if not (all(start is None for start in starts) or all(map(_sees_itself, mask.terms))):
+        return f"its mask has the term {mask!r}, which is not known to be one run of keys per query"
+    return _unless_open(jnp.minimum, starts), _unless_open(jnp.maximum, ends)
+
+
+def _sees_itself(mask: masks.Mask) -> bool:
+    """Whether every query sees the key at its own position, if there is one."""
+    return all(map(_sees_itself, mask.terms)) if isinstance(mask, masks.And) else isinstance(mask, SEE_THEMSELVES)
+
+
+def _unless_open(function: Callable[[Any, Any], Any], bounds: list[Any]) -> Any:
+    return None if any(bound is None for bound in bounds) else functools.reduce(function, bounds)
 
 
 def _lengths(mask: Any) -> jax.Array:

@@ -25,16 +25,12 @@ def attend_causally(corrupted: Corrupted) -> masks.Mask:
 
 
 def attend_by_prefix(corrupted: Corrupted) -> masks.Mask:
-    """Causal within the segment, and both ways between the positions that are `bidirectional`.
-
-    The second term is written as segments with one id for queries and another for keys outside the prefix, so that
-    all of the mask is made of named leaves.
-    """
-    both = corrupted.bidirectional
-    prefix = masks.segments(
-        jnp.where(both, corrupted.segment_ids, -1), jnp.where(both, corrupted.segment_ids, -2)
-    )
-    return attend_causally(corrupted) | prefix
+    """Causal within the segment, and both ways within each run of positions that are `bidirectional`."""
+    segment_ids = corrupted.segment_ids
+    # One id for a run, and one for each position outside: such a position sees itself, as causally.
+    places = jnp.arange(segment_ids.shape[-1], dtype=jnp.int32)
+    runs = masks.documents(jnp.where(corrupted.bidirectional, -1, places))
+    return masks.documents(segment_ids) & (masks.causal() | runs)
 
 
 def next_token(row: Row) -> tuple[jax.Array, jax.Array]:

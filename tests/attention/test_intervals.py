@@ -32,6 +32,7 @@ def some_ids(rng):
 from_zero = st.one_of(
     st.just(masks.causal()),
     st.just(masks.nothing()),
+    st.builds(masks.sinks, numbers),
     of_seed(lambda rng: masks.key_padding(lengths=some_lengths(rng))),
     of_seed(lambda rng: masks.prefix(lengths=some_lengths(rng))),
     of_seed(lambda rng: masks.query_padding(some_ids(rng) > 0, lengths=some_lengths(rng))),
@@ -47,7 +48,17 @@ leaves = st.one_of(
     of_seed(lambda rng: masks.segments(np.sort(some_ids(rng), axis=-1))),
     of_seed(lambda rng: masks.query_ranges(10 * some_ids(rng) - 5, 15 * some_ids(rng))),
 )
-unions = st.builds(lambda a, b: a | b, from_zero, st.builds(lambda a, b: a & b, from_zero, from_zero))
+sees_itself = st.one_of(
+    st.just(masks.causal()),
+    st.builds(masks.sliding_window, numbers, numbers),
+    st.builds(masks.chunked, st.integers(1, 30), numbers, numbers),
+    of_seed(lambda rng: masks.documents(some_ids(rng))),
+)
+both = lambda a, b: a & b
+unions = st.one_of(
+    st.builds(lambda a, b: a | b, from_zero, st.builds(both, from_zero, from_zero)),
+    st.builds(lambda a, b: a | b, sees_itself, st.builds(both, sees_itself, sees_itself)),
+)
 runs = st.builds(lambda a, b, c: a & b & c, leaves, leaves, st.one_of(leaves, unions))
 
 
@@ -93,7 +104,7 @@ def test_documents_are_runs_whatever_their_ids_turn_out_to_be():
     "mask, reason",
     [
         (masks.causal() & (masks.sliding_window(3) | masks.sinks(2)), r"sliding_window\(3\) \| sinks\(2\), which"),
-        (masks.sliding_window(3) | masks.chunked(4), "which is not known to be one run"),
+        (masks.sliding_window(3) | masks.prefix(lengths=np.array(2)), "which is not known to be one run"),
         (~masks.causal(), "~causal, which is not one run"),
         (masks.dilated_window(4, 0, 2), "dilated_window.*not one run"),
         (masks.segments(np.array([1, 2, 1])), "segment 1 is not one run of keys"),

@@ -7,6 +7,8 @@ import pytest
 from scipy import stats
 
 from maskformer import objectives
+from maskformer.attention import intervals
+from tests.attention.test_intervals import rows_of
 from tests.objectives.examples import make_batch, make_vocabulary
 from tests.objectives.test_mlm import corrupt
 
@@ -236,3 +238,15 @@ def test_diffusion_bounds_are_checked():
         objectives.create("diffusion", VOCABULARY, 8, epsilon=0.0)
     with pytest.raises(ValueError, match="sampling='sobol'"):
         objectives.create("diffusion", VOCABULARY, 8, sampling="sobol")
+
+
+@pytest.mark.parametrize("name", ["mlm", "causal_lm", "prefix_lm", "ul2", "diffusion"])
+def test_every_query_sees_one_run_of_keys_so_that_a_gpu_kernel_takes_any_batch(name):
+    objective = objectives.create(name, make_vocabulary(size=128, sentinels=40), 64)
+    found = []
+
+    def trace(batch):
+        found.append(rows_of(objective.attend(objective(jax.random.key(0), batch)), 64, 64, 0))
+
+    jax.eval_shape(trace, two_documents(2, 64, 20, 60))
+    assert isinstance(found[0], intervals.Rows), found
