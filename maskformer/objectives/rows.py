@@ -68,7 +68,7 @@ class Corrupted:
       kinds: int8 `[batch, budget]`, 0 mask, 1 random, 2 keep; None where nothing is replaced.
       denominators: float32 `[batch]`, what the row adds to the loss denominator; None for the sum of its weights.
       bidirectional: bool `[batch, length]`, positions that attend to each other in both directions although the rest
-        is causal (a prefix); None where there is no such distinction.
+        is causal (a prefix, one run in each segment); None where there is no such distinction.
       selected: bool `[batch, length]`, the corrupted positions (`kinds` covers the predicted ones only).
       units: int32 `[batch, length]`, the first position of each selected position's unit, or None.
     """
