@@ -119,7 +119,7 @@ def _operands(call: Call, kv_offset: Any):
     """Blockwise operands of a query part against keys that start at ``kv_offset``."""
     mask = masks.everything() if call.mask is None else call.mask
     block = blocks.choose(call)
-    moved = masks.Shift(mask, call.q_offset, kv_offset)
+    moved = masks.Shift.of(mask, call.q_offset, kv_offset)
     block_map = moved.block_map(call.q_len, call.kv_len, block)
     return blockwise.operands(call, mask, block_map, q_offset=call.q_offset, kv_offset=kv_offset)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from maskformer import masks
 from maskformer.attention.arguments import Call
+from maskformer.masks.expression import pytree
 
 Axes = str | tuple[str, ...] | None
 
@@ -190,18 +192,18 @@ def map_arrays(mask: masks.Mask, function: Callable[[Any, int], Any]) -> masks.M
     children = mask.children()
     node = mask.rebuild([map_arrays(child, function) for child in children]) if children else mask
     if isinstance(mask, masks.Shift):
-        return masks.Shift(node.children()[0], PartitionSpec(), PartitionSpec())
+        return masks.Shift(node.children()[0], jax.tree.map(lambda _: PartitionSpec(), mask.by))
     return node if children else node.select_leaf(function)
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(pytree, data=["term", "start"], static=["heads"])
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class HeadsFrom(masks.Mask):
     """Heads ``start, start + 1, ...`` of a mask whose heads are different expressions."""
 
     term: masks.Mask
     start: Any
-    heads: int = dataclasses.field(metadata=dict(static=True))
+    heads: int
 
     @property
     def lead(self) -> tuple[int, ...]:

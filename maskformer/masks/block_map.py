@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -17,6 +18,11 @@ from maskformer.masks.tile_lists import Band, TileLists, band, compacted, listed
 from maskformer.masks.tiles import Found, Programs, bounds, search, tile_set
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["partial", "full", "partial_t", "full_t", "band", "band_t"],
+    meta_fields=["q_len", "kv_len", "block_q", "block_kv", "widened"],
+)
 @dataclasses.dataclass(frozen=True)
 class BlockMap:
     """The tiles that attention under a mask has to visit, and how.
@@ -30,7 +36,6 @@ class BlockMap:
       partial_t, full_t: the same tiles with rows kv-blocks and entries q-blocks (dK and dV).
       band, band_t: the consecutive blocks among which a row's tiles lie; None where arrays are traced.
       q_len, kv_len, block_q, block_kv: static ints.
-      q_offset: the position of query 0; static where it was given as an int.
       widened: what the analysis had no rule for, e.g. ``"sort in predicate(fn)"``; such tiles are partial.
     """
 
@@ -44,7 +49,6 @@ class BlockMap:
     kv_len: int
     block_q: int
     block_kv: int
-    q_offset: Any = 0
     widened: tuple[str, ...] = ()
 
     @property
@@ -127,23 +131,6 @@ class BlockMap:
         return "\n".join(" ".join("·▒█"[kind] for kind in row) for row in self.kinds()[batch, head])
 
 
-def _flatten(block_map: BlockMap) -> tuple[Any, Any]:
-    # An offset that is traced travels as data, one that is an int stays static.
-    static_offset = block_map.q_offset if isinstance(block_map.q_offset, int) else None
-    lists = (block_map.partial, block_map.full, block_map.partial_t, block_map.full_t)
-    children = (*lists, block_map.band, block_map.band_t) + (() if static_offset is not None else (block_map.q_offset,))
-    sizes = (block_map.q_len, block_map.kv_len, block_map.block_q, block_map.block_kv)
-    return children, (sizes, static_offset, block_map.widened)
-
-
-def _unflatten(static: Any, children: Any) -> BlockMap:
-    sizes, offset, widened = static
-    return BlockMap(*children[:6], *sizes, q_offset=children[6] if offset is None else offset, widened=widened)
-
-
-jax.tree_util.register_pytree_node(BlockMap, _flatten, _unflatten)
-
-
 def block_map(mask: Mask, q_len: int, kv_len: int, block: int | tuple[int, int], q_offset: Any = 0) -> BlockMap:
     """Classifies the tiles of a mask as empty, full or partial, without ever forming the matrix.
 
@@ -171,13 +158,13 @@ def block_map(mask: Mask, q_len: int, kv_len: int, block: int | tuple[int, int],
     q_len, kv_len = whole_number("block_map", "q_len", q_len, 1), whole_number("block_map", "kv_len", kv_len, 1)
     q_offset = offset("block_map", "q_offset", q_offset)
     mask.check_lengths(q_len, kv_len, q_offset)
-    shifted = mask if isinstance(q_offset, int) and q_offset == 0 else Shift(mask, q_offset, 0)
+    shifted = mask if isinstance(q_offset, int) and q_offset == 0 else Shift.of(mask, q_offset)
 
     programs = Programs()
     build = _Builder(q_len, kv_len, (block_q, block_kv), programs)
     found = build.static(shifted) if _is_static(shifted, programs) else build.traced(shifted)
     widened = tuple(sorted(build.widened))
-    return BlockMap(*found, q_len, kv_len, block_q, block_kv, q_offset=q_offset, widened=widened)
+    return BlockMap(*found, q_len, kv_len, block_q, block_kv, widened=widened)
 
 
 def _is_static(mask: Mask, programs: Programs) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -15,19 +16,43 @@ from maskformer.masks.expression import Mask, broadcast_leads, check_mask, node
 from maskformer.masks.registry import builder
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """A number that is part of a mask's structure, and so stays known under any transformation."""
+
+    value: int
+
+
 @node
 class Shift(Mask):
-    """``term`` with positions counted from elsewhere: attends where ``term(q + q_offset, k + k_offset)`` does."""
+    """``term`` with positions counted from elsewhere: attends where ``term(q + q_offset, k + k_offset)`` does.
+
+    Attributes:
+      by: the two offsets, each a `Known` or an integer scalar array.
+    """
 
     term: Mask
-    q_offset: Any = 0
-    k_offset: Any = 0
+    by: tuple[Any, Any]
+
+    @classmethod
+    def of(cls, term: Mask, q_offset: Any = 0, k_offset: Any = 0) -> Shift:
+        """Of ints or arrays, which are not checked."""
+        return cls(term, tuple(Known(x) if isinstance(x, int) else x for x in (q_offset, k_offset)))
+
+    @property
+    def q_offset(self) -> Any:
+        return self.by[0].value if isinstance(self.by[0], Known) else self.by[0]
+
+    @property
+    def k_offset(self) -> Any:
+        return self.by[1].value if isinstance(self.by[1], Known) else self.by[1]
 
     def children(self) -> tuple[Mask, ...]:
         return (self.term,)
 
     def rebuild(self, children: Sequence[Mask]) -> Mask:
-        return Shift(children[0], self.q_offset, self.k_offset)
+        return Shift(children[0], self.by)
 
     def attend(self, q: Any, k: Any) -> Any:
         return self.term.attend(q + self.q_offset, k + self.k_offset)
@@ -138,4 +163,4 @@ def shift(mask: Mask, q_offset: Any = 0, k_offset: Any = 0) -> Mask:
            [1, 1, 1]], dtype=int32)
     """
     offsets = (offset("shift", name, value) for name, value in (("q_offset", q_offset), ("k_offset", k_offset)))
-    return Shift(check_mask("shift", mask), *offsets)
+    return Shift.of(check_mask("shift", mask), *offsets)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -129,15 +129,11 @@ class Mask:
         are of no concern to it, and a name still open raises when the mask is evaluated.
         """
         children = self.children()
-        return self.rebuild([child.bind(**arrays) for child in children]) if children else self.resolve(arrays)
+        return self.rebuild([child.bind(**arrays) for child in children]) if children else self
 
     def names(self) -> tuple[str, ...]:
         """The open names of this leaf itself."""
         return ()
-
-    def resolve(self, arrays: Mapping[str, Any]) -> Mask:
-        """This leaf with its open names filled from ``arrays``, where they are there."""
-        return self
 
     def leaves(self) -> Iterator[Mask]:
         """All leaves, left to right."""
@@ -255,16 +251,36 @@ def leaf(**ranks: int) -> Callable[[type], type]:
         cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
         cls.ranks = dict(ranks)  # type: ignore[attr-defined]
         names = [field.name for field in dataclasses.fields(cls)]
-        static = [name for name in names if name not in ranks]
-        return jax.tree_util.register_dataclass(cls, data_fields=list(ranks), meta_fields=static)
+        return pytree(cls, list(ranks), [name for name in names if name not in ranks])
 
     return register
 
 
 def node(cls: type) -> type:
+    """Class decorator: a frozen dataclass registered as a pytree, all of its fields being data."""
     cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-    return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
+    return pytree(cls, [field.name for field in dataclasses.fields(cls)], [])
+
+
+def pytree(cls: type, data: Sequence[str], static: Sequence[str]) -> type:
+    """Registers a dataclass of masks.
+
+    Not by `jax.tree_util.register_dataclass`: JAX (0.10.2) then compares the fields alone, and `jax.jit` may run for
+    ``a | b`` what it compiled for ``a & b``.
+    """
+
+    def flatten(mask: Any) -> tuple[Any, Any]:
+        return tuple(getattr(mask, name) for name in data), tuple(getattr(mask, name) for name in static)
+
+    def flatten_with_keys(mask: Any) -> tuple[Any, Any]:
+        children, fixed = flatten(mask)
+        return tuple((jax.tree_util.GetAttrKey(name), child) for name, child in zip(data, children)), fixed
+
+    def unflatten(fixed: Any, children: Any) -> Any:
+        return cls(**dict(zip(data, children)), **dict(zip(static, fixed)))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
 
 
 @node

@@ -8,13 +8,15 @@ holds the text, and the model binds the batch's arrays while it is being traced.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import functools
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from maskformer.masks.expression import Mask, leaf
+from maskformer.masks.expression import Mask, pytree
 from maskformer.masks.registry import NAMES, Builder
 from maskformer.masks.writing import Reference
 
@@ -165,7 +167,7 @@ class _Parser:
                 self.fail(f"{word}(): {key!r} takes a value, not the name {named[0]!r}", column=column)
 
     def value(self, parameter: inspect.Parameter | None) -> Any:
-        if parameter is not None and parameter.annotation == "Mask":
+        if _takes_mask(parameter):
             if self.accept("["):
                 return self.sequence("]", parameter)
             return self.any_of()
@@ -228,23 +230,61 @@ class _Parser:
 # --- placeholders -------------------------------------------------------------------------------------------
 
 
-@leaf()
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """The place of a mask among a builder's arguments."""
+
+    index: int
+
+
+@functools.partial(pytree, data=["masks"], static=["builder", "positional", "named"])
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Unbound(Mask):
-    """A builder call that waits for the arrays it names; ``bind`` makes the mask."""
+    """A builder call that waits for the arrays it names; ``bind`` makes the mask.
+
+    The masks among its arguments are its children, and may wait for arrays of their own.
+    """
 
     builder: str
     positional: tuple[Any, ...]
     named: tuple[tuple[str, Any], ...]
+    masks: tuple[Mask, ...]
+
+    @classmethod
+    def call(cls, builder: str, positional: Iterable[Any], named: Mapping[str, Any]) -> Unbound:
+        found: list[Mask] = []
+
+        def slot(value: Any) -> Any:
+            if not isinstance(value, Mask):
+                return tuple(map(slot, value)) if isinstance(value, tuple) else value
+            found.append(value)
+            return _Slot(len(found) - 1)
+
+        positional = tuple(map(slot, positional))
+        return cls(builder, positional, tuple((name, slot(value)) for name, value in named.items()), tuple(found))
+
+    def children(self) -> tuple[Mask, ...]:
+        return self.masks
+
+    def rebuild(self, children: Sequence[Mask]) -> Mask:
+        return dataclasses.replace(self, masks=tuple(children))
+
+    def leaves(self) -> Iterator[Mask]:
+        yield self
+        for child in self.masks:
+            yield from child.leaves()
 
     def names(self) -> tuple[str, ...]:
         values = list(self.positional) + [value for _, value in self.named]
         return tuple(dict.fromkeys(name for value in values for name in _references(value)))
 
-    def resolve(self, arrays: Mapping[str, Any]) -> Mask:
+    def bind(self, **arrays: Any) -> Mask:
+        masks = tuple(mask.bind(**arrays) for mask in self.masks)
         if not set(self.names()) <= set(arrays):
-            return self
-        positional = tuple(_replace(value, arrays) for value in self.positional)
-        return build(NAMES[self.builder], positional, {name: _replace(value, arrays) for name, value in self.named})
+            return self.rebuild(masks)
+        positional = tuple(_replace(value, arrays, masks) for value in self.positional)
+        named = {name: _replace(value, arrays, masks) for name, value in self.named}
+        return build(NAMES[self.builder], positional, named)
 
     def attend(self, q: Any, k: Any) -> Any:
         self.refuse()
@@ -256,19 +296,20 @@ class Unbound(Mask):
         self.refuse()
 
     def refuse(self) -> NoReturn:
-        names = self.names()
+        names = self.unbound
         example = ", ".join(f"{name}=..." for name in names)
         raise ValueError(f"mask {self!r} needs {', '.join(map(repr, names))}: call mask.bind({example}) first")
 
     def spell(self) -> tuple[str, list[tuple[str | None, Any]]]:
-        return self.builder, [(None, value) for value in self.positional] + list(self.named)
+        written: list[tuple[str | None, Any]] = [(None, value) for value in self.positional]
+        return self.builder, [(name, _replace(value, {}, self.masks)) for name, value in (*written, *self.named)]
 
 
 def build(entry: Builder, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Mask:
     """Calls the builder, or keeps the call for later where a reference is still open."""
     values = list(positional) + list(named.values())
     if any(True for value in values for _ in _references(value)):
-        return Unbound(entry.name, positional, tuple(named.items()))
+        return Unbound.call(entry.name, positional, named)
     mask = entry.function(*positional, **named)
     if not isinstance(mask, Mask):
         raise TypeError(
@@ -286,10 +327,18 @@ def _references(value: Any) -> Iterator[str]:
             yield from _references(item)
 
 
-def _replace(value: Any, arrays: Mapping[str, Any]) -> Any:
+def _replace(value: Any, arrays: Mapping[str, Any], masks: tuple[Mask, ...]) -> Any:
+    if isinstance(value, _Slot):
+        return masks[value.index]
     if isinstance(value, Reference):
-        return arrays[value.name]
-    return tuple(_replace(item, arrays) for item in value) if isinstance(value, tuple) else value
+        return arrays.get(value.name, value)
+    return tuple(_replace(item, arrays, masks) for item in value) if isinstance(value, tuple) else value
+
+
+def _takes_mask(parameter: inspect.Parameter | None) -> bool:
+    """Whether a builder's parameter is annotated as a mask, by the class or by its name."""
+    annotation = None if parameter is None else parameter.annotation
+    return annotation is Mask or (isinstance(annotation, str) and annotation.rpartition(".")[2] == "Mask")
 
 
 def _nth(parameters: Mapping[str, inspect.Parameter], index: int) -> inspect.Parameter | None:

@@ -1,5 +1,7 @@
 """What blockwise attention does not do: visit excluded tiles, recompile for a packing, or grow with T^2."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +67,24 @@ def test_a_thousand_packings_share_one_compilation(tiny_tiles):
             expected = oracle.attention(q, k, v, causal & (ids[0][:, None] == ids[0]), d_output=d_output)
             np.testing.assert_allclose(found[1][0], expected.gradients["query"], atol=5e-6)
     assert traces == 1
+
+
+def test_sequences_decoded_together_may_each_stand_at_a_position_of_their_own(tiny_tiles):
+    q, k, v, _ = cases.arrays(q_len=3, kv_len=45)
+    mask = masks.causal() & masks.sliding_window(9)
+
+    def loss(implementation, q, k, v, position):
+        options = dict(mask=mask, q_offset=position, implementation=implementation)
+        output = mf.dot_product_attention(q[None], k[None], v[None], **options)[0]
+        return (output**2).sum(), output
+
+    def mapped(implementation, position, axis):
+        step = jax.value_and_grad(functools.partial(loss, implementation), argnums=(0, 1, 2), has_aux=True)
+        return jax.jit(jax.vmap(step, in_axes=(0, 0, 0, axis)))(q, k, v, position)
+
+    for position, axis in ((jnp.array([4, 41]), 0), (jnp.int32(17), None)):
+        found, dense = mapped("blockwise", position, axis), mapped("reference", position, axis)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), found, dense)
 
 
 def test_temporary_memory_grows_with_the_length_not_its_square():

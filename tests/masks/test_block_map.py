@@ -221,7 +221,6 @@ def test_a_traced_offset_is_data_and_gives_the_map_of_that_offset():
         block_map = build(offset)
         assert oracle.broken_tiles(block_map, np.asarray(mask.dense(32, 64, offset))) == []
         np.testing.assert_array_equal(block_map.kinds(), mask.block_map(32, 64, 8, offset).kinds())
-        assert block_map.q_offset == offset
 
 
 def test_shifted_masks_agree_with_a_slice_of_the_whole():

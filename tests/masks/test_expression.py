@@ -64,6 +64,14 @@ def test_documents_equal_segments_where_ids_stand_together():
     assert masks.documents(known.starts).starts.tolist() == known.starts.tolist()
 
 
+def test_a_known_shift_is_structure_and_a_traced_one_is_data():
+    shifted = masks.shift(masks.segments(jnp.array([[1, 1, 2], [1, 2, 2]])), 1, -1)
+    assert len(jax.tree.leaves(shifted)) == 1
+    mapped = jax.vmap(lambda mask: mask.dense(2, 3))(shifted)
+    np.testing.assert_array_equal(mapped, shifted.dense(2, 3))
+    assert len(jax.tree.leaves(masks.shift(masks.causal(), jnp.int32(1)))) == 1
+
+
 def test_a_mask_is_a_pytree_whose_leaves_are_its_arrays():
     ids = jnp.array([[1, 1, 2]])
     mask = masks.causal() & masks.segments(ids)
@@ -79,6 +87,20 @@ def test_equal_masks_are_equal_and_hash_alike():
     assert make() != masks.causal() & masks.segments(ids + 1)
     assert masks.sliding_window(3) != masks.sliding_window(4)
     assert {masks.causal(): 1}[masks.causal()] == 1
+
+
+def test_masks_of_different_kinds_are_different_structures_to_jax():
+    ids, a, b = np.array([1, 1, 2], np.int32), masks.causal(), masks.sliding_window(2)
+    kinds = [
+        a, masks.everything(), masks.nothing(), ~a, ~masks.nothing(), a & b, a | b, masks.per_head([a, b]),
+        masks.sinks(2), masks.strided(2), masks.key_padding(ids), masks.query_padding(ids), masks.prefix(marked=ids),
+        masks.query_ranges(ids, ids + 1), masks.key_ranges(ids, ids + 1), masks.segments(ids), masks.shared_prefix(ids),
+        masks.shift(a, 1), masks.shift(a, 2), masks.parse("segments"), masks.parse("documents"),
+    ]  # fmt: skip
+    structures = list(map(jax.tree.structure, kinds))
+    for i, mine in enumerate(structures):
+        assert [j for j, other in enumerate(structures) if mine == other] == [i], kinds[i]
+        assert [j for j, other in enumerate(kinds) if kinds[i] == other] == [i], kinds[i]
 
 
 def test_dense_has_only_the_batch_dimensions_of_the_arrays():

@@ -121,6 +121,32 @@ def test_a_builder_of_ones_own_cannot_take_the_name_of_ours(alias):
         masks.builder()(lambda: masks.everything())
 
 
+def test_names_inside_a_mask_argument_are_open_until_they_are_bound_in_any_order():
+    ids = np.array([1, 1, 2, 2, 1], np.int32)
+    mask = masks.parse("shift(segments, q_offset=start)")
+    assert set(mask.unbound) == {"segment_ids", "start"}
+    expected = masks.shift(masks.segments(ids), 3)
+    assert mask.bind(segment_ids=ids, start=3) == expected == masks.parse(str(mask), segment_ids=ids, start=3)
+    assert mask.bind(segment_ids=ids).bind(start=3) == mask.bind(start=3).bind(segment_ids=ids) == expected
+    traced = masks.shift(masks.segments(ids), np.array(3, np.int32), -2)
+    assert masks.parse(repr(traced), **traced.bindings()) == traced
+    with pytest.raises(ValueError, match="needs 'start', 'segment_ids'"):
+        mask.dense(2, 2)
+
+
+def test_a_builder_of_ones_own_may_take_masks_and_arrays():
+    @masks.builder(ids="segment_ids")
+    def same_segment_of(mask: masks.Mask, ids):
+        return mask & masks.segments(ids)
+
+    ids = np.array([1, 1, 2], np.int32)
+    for arguments in ("window(1) & key_padding", "mask=window(1) & key_padding, ids=segment_ids"):
+        mask = masks.parse(f"same_segment_of({arguments})")
+        assert set(mask.unbound) == {"segment_ids", "valid"}
+        bound = mask.bind(segment_ids=ids, valid=ids > 0)
+        np.testing.assert_array_equal(bound.dense(3, 3), [[1, 0, 0], [1, 1, 0], [0, 0, 1]])
+
+
 def test_an_offset_that_is_an_array_has_a_name_in_the_text():
     mask = masks.shift(masks.causal(), np.array(2, np.int32), np.array(1, np.int32))
     assert repr(mask) == "shift(causal, q_offset, k_offset)"
