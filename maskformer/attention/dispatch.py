@@ -70,7 +70,8 @@ def choose(call: Call, implementation: str | None = None) -> Choice:
                 f"implementation {implementation!r} cannot honour this call: {reason}; "
                 "implementation=None picks a backend that can"
             )
-        return Choice(implementation, "asked for by name", {})
+        against = BACKENDS[implementation].prefers(call)
+        return Choice(implementation, "asked for by name" + (f"; {against}" if against else ""), {})
     passed_over = {}
     for name, backend in BACKENDS.items():
         reason = backend.prefers(call) or backend.refuses(call)

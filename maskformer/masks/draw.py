@@ -151,7 +151,7 @@ def picture(
         if name not in EXAMPLES:
             raise ValueError(f"mask {text!r} needs the array {name!r}, for which there is no example; give {name}=...")
         examples[name] = EXAMPLES[name](reach)
-    mask = mask.bind(**examples)
+    mask = mask.bind(**{name: value[None] if name in BATCHED else value for name, value in examples.items()})
     lines = [repr(mask)]
     lines += [f"with an example {name} = {_short(value)}" for name, value in examples.items()]
     small = length * kv_length <= 256 * 256
@@ -199,6 +199,9 @@ def _segment_example(length: int) -> np.ndarray:
     ids = 1 + (np.arange(length)[:, None] >= ends).sum(1)
     return np.where(ids > 3, 0, ids).astype(np.int32)
 
+
+BATCHED = ("segment_ids", "valid")
+"""What a model gives, [batch, length]: a mask of one's own may ask for the batch dimension."""
 
 EXAMPLES: dict[str, Callable[[int], Any]] = {
     "segment_ids": _segment_example,

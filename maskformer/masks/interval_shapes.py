@@ -288,7 +288,8 @@ def _batch_shape(analysis: Analysis, index: Interval) -> tuple[int, ...]:
 
 def _table(analysis: Analysis, operand: Interval, axis: int, depends: int) -> RangeTable:
     """The table of an array along an axis; a captured array's is made once for all levels of a search."""
-    tables, unit = analysis.tiles.tables, _unit(analysis.tiles.unit(depends), operand.lo.shape[axis])
+    tables, size = analysis.tiles.tables, operand.lo.shape[axis]
+    unit = _unit(analysis.tiles.unit(depends, size), size)
     key = (id(operand.lo), axis, unit)
     if not operand.exact or key not in tables:
         xp = analysis.xp
@@ -356,7 +357,7 @@ def _by_unit(xp: Any, array: Any, unit: int, count: int, reduce: Any) -> Any:
 def _read_pair(analysis: Analysis, lo: Any, hi: Any, first: Interval, second: Interval) -> Interval:
     """``matrix[i, j]`` with one index from the query and one from the key: minima of the matrix's own blocks."""
     xp = analysis.xp
-    units = [min(analysis.tiles.unit(i.depends), size) for i, size in zip((first, second), lo.shape)]
+    units = [min(analysis.tiles.unit(i.depends, size), size) for i, size in zip((first, second), lo.shape)]
     counts = [-(-size // unit) for size, unit in zip(lo.shape, units)]
 
     def reduce(array: Any, function: Any) -> Any:

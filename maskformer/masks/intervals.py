@@ -55,7 +55,7 @@ class TilesLike(Protocol):
     def expand(self, array: Any, depends: int) -> Any:
         """``[q_blocks, ...]`` or ``[kv_blocks, ...]`` to ``[*tiles, ...]``."""
 
-    def unit(self, depends: int) -> int:
+    def unit(self, depends: int, size: int) -> int:
         """The length of the finest tiles along what an index depends on."""
 
     @property

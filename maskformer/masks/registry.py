@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +42,9 @@ def builder(*aliases: str, **references: str) -> Callable[[Callable[..., Any]], 
 
     Raises:
       ValueError: for a name that is taken by a mask of this package, or that is none.
+
+    Warns:
+      UserWarning: if another file registered the name.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,12 +57,24 @@ def builder(*aliases: str, **references: str) -> Callable[[Callable[..., Any]], 
             taken = NAMES.get(name)
             if taken and taken.function.__module__.startswith(ours) and not function.__module__.startswith(ours):
                 raise ValueError(f"builder: {name!r} is a mask of {ours} already; choose another name")
+            if taken and _source(taken.function) != _source(function):
+                warnings.warn(
+                    f"builder: {name!r} of {_source(taken.function)} now means that of {_source(function)}; "
+                    "two masks need two names",
+                    stacklevel=2,
+                )
         BUILDERS[entry.name] = entry
         for name in (entry.name, *aliases):
             NAMES[name] = entry
         return function
 
     return register
+
+
+def _source(function: Callable[..., Any]) -> str:
+    """The file that a function was written in; the module, where there is none (a notebook's cells)."""
+    path = inspect.unwrap(function).__code__.co_filename
+    return path if os.path.exists(path) else function.__module__
 
 
 def builder_name(cls: type) -> str:

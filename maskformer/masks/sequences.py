@@ -209,6 +209,13 @@ def segments(q_ids: Any, kv_ids: Any = None, padding: int | None = None) -> Mask
     """
     q_ids = array("segments", "q_ids", q_ids, 1)
     kv_ids = None if kv_ids is None else array("segments", "kv_ids", kv_ids, 1)
+    if kv_ids is not None:
+        common = jax.dtypes.canonicalize_dtype(jnp.promote_types(q_ids.dtype, kv_ids.dtype))
+        if any(jnp.iinfo(common).max < jnp.iinfo(each.dtype).max for each in (q_ids, kv_ids)):
+            raise ValueError(
+                f"segments: q_ids are {q_ids.dtype} and kv_ids {kv_ids.dtype}, which JAX compares as {common}, where "
+                "large ids wrap around; give both in one dtype"
+            )
     if padding is not None:
         padding = identifier("segments", "padding", padding, q_ids)
     return Segments(q_ids, kv_ids, padding)

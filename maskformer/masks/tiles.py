@@ -26,6 +26,7 @@ class TileSet:
     Attributes:
       xp: numpy, or jax.numpy where arrays are traced.
       q, k: the positions in each block, intervals of shape ``[q_blocks]`` and ``[kv_blocks]``.
+      lengths: the number of queries and keys.
       block: the ``(q, kv)`` size of the finest tiles.
       finest: False for the coarse tiles of the search.
       tables: of the arrays read, shared by the levels of a search; their unit comes from the finest tiles.
@@ -35,6 +36,7 @@ class TileSet:
     xp: Any
     q: Interval
     k: Interval
+    lengths: tuple[int, int]
     block: tuple[int, int]
     finest: bool
     rows: Any
@@ -62,8 +64,17 @@ class TileSet:
     def lead(self, depends: int) -> int:
         return len(self.shape(depends))
 
-    def unit(self, depends: int) -> int:
-        return {QUERY: self.block[0], KEY: self.block[1]}.get(depends, min(self.block))
+    def unit(self, depends: int, size: int) -> int:
+        """How many neighbours among ``size`` entries the positions of a finest tile read, if they read all in order.
+
+        An array with fewer entries than there are positions has one for each chunk of them.
+        """
+        sides = {QUERY: [0], KEY: [1]}.get(depends, [0, 1])
+        block, length = min(self.block[side] for side in sides), min(self.lengths[side] for side in sides)
+        if size >= length:
+            return block
+        chunks = max(1, block * size // length)
+        return 1 << (chunks.bit_length() - 1)
 
 
 def tile_set(
@@ -81,7 +92,7 @@ def tile_set(
         size = base * scale
         start = np.arange(0, length, size, dtype=np.int32)
         ends.append(Interval(start, np.minimum(start + (size - 1), length - 1).astype(np.int32), depends))
-    return TileSet(xp, ends[0], ends[1], block, scale == 1, rows, columns, {} if tables is None else tables)
+    return TileSet(xp, ends[0], ends[1], lengths, block, scale == 1, rows, columns, {} if tables is None else tables)
 
 
 # --- the bounds of a whole expression -----------------------------------------------------------------------

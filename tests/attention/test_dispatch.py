@@ -106,6 +106,11 @@ def test_explain_names_the_backend_that_runs(length, implementation):
     assert explanation.passed_over == choices[0].passed_over
 
 
+def test_a_backend_named_on_another_platform_than_its_own_is_explained_as_such():
+    explanation = mf.explain(masks.causal(), LONG, LONG, LONG, implementation="splash")
+    assert explanation.why == "asked for by name; it is a TPU kernel and the platform is cpu"
+
+
 def test_long_sequences_take_blockwise_and_the_figures_follow_the_mask():
     causal = mf.explain(masks.causal(), LONG, LONG, LONG)
     window = mf.explain(masks.causal() & masks.sliding_window(256), LONG, LONG, LONG)

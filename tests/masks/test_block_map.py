@@ -223,6 +223,25 @@ def test_a_traced_offset_is_data_and_gives_the_map_of_that_offset():
         np.testing.assert_array_equal(block_map.kinds(), mask.block_map(32, 64, 8, offset).kinds())
 
 
+@pytest.mark.parametrize("traced", [False, True])
+def test_tables_with_an_entry_for_each_chunk_of_positions_leave_the_tiles_that_they_say(traced):
+    table = np.random.default_rng(3).random((16, 16)) < 0.2
+    wide = np.repeat(table, 32, axis=1)
+    for mask in (
+        masks.predicate(lambda q, k, t: t[q // 32, k // 32], table),
+        masks.predicate(lambda q, k, t: t[q >> 5, k], wide),
+        masks.predicate(lambda q, k, t: t[q, k // 32], wide.T),
+    ):
+        build = lambda mask: mask.block_map(512, 512, 32)
+        block_map = jax.jit(build)(mask) if traced else build(mask)
+        attends = np.asarray(mask.dense(512, 512)).reshape(16, 32, 16, 32)
+        np.testing.assert_array_equal(block_map.kinds()[0, 0] == 2, attends.all((1, 3)))
+        np.testing.assert_array_equal(block_map.kinds()[0, 0] > 0, attends.any((1, 3)))
+    chosen = masks.predicate(lambda q, k, t: t[k // 32], table[0])
+    np.testing.assert_array_equal(chosen.block_map(512, 512, 32).kinds()[0, 0, 0] > 0, table[0])
+
+
+
 def test_shifted_masks_agree_with_a_slice_of_the_whole():
     mask = masks.causal() & masks.segments(packed(5, 96))
     whole = np.asarray(mask.dense(96, 96))

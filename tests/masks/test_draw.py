@@ -61,3 +61,11 @@ def test_a_picture_in_a_folder_that_is_not_there_is_refused(tmp_path):
 def test_picture_of_a_long_mask_prints_only_tiles():
     text = masks.picture("causal & window(4096)", 1 << 17, block=1 << 14)
     assert len(text.splitlines()) == 12 and "pairs attend" not in text
+
+
+def test_a_picture_gives_ones_own_mask_arrays_with_a_batch_dimension_as_a_model_does():
+    @masks.builder(ids="segment_ids")
+    def same_id_of_batch(ids):
+        return masks.predicate(lambda q, k, ids: ids[q] == ids[k], ids, batch_dims=1)
+
+    assert masks.picture("same_id_of_batch", 8).splitlines()[-1] == masks.picture("segments", 8).splitlines()[-1]

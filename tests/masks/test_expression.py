@@ -200,6 +200,7 @@ def test_arrays_of_a_predicate_may_have_batch_and_head_dimensions():
         (lambda: masks.tree(np.array([-1, 0]), context=-1), "context=-1"),
         (lambda: masks.tree(np.zeros(0, int)), "parents is empty"),
         (lambda: masks.shift(masks.causal(), 1.5), "shift: q_offset=1.5"),
+        (lambda: masks.segments(np.uint32([1]), np.int32([1])), "uint32 and kv_ids int32, which JAX compares as int32"),
         (lambda: masks.shift(masks.causal(), 0, np.array([1, 2])), "k_offset=array"),
         (lambda: masks.graph(np.ones((4, 3), int)), r"shape \(4, 3\)"),
         (lambda: masks.per_head([]), "one mask for each head"),

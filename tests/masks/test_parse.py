@@ -1,5 +1,7 @@
 """Masks as text, both ways."""
 
+import warnings
+
 import hypothesis
 import numpy as np
 import pytest
@@ -132,6 +134,24 @@ def test_names_inside_a_mask_argument_are_open_until_they_are_bound_in_any_order
     assert masks.parse(repr(traced), **traced.bindings()) == traced
     with pytest.raises(ValueError, match="needs 'start', 'segment_ids'"):
         mask.dense(2, 2)
+
+
+def test_a_name_that_another_file_took_is_warned_about(tmp_path):
+    for number in (1, 2):
+        (tmp_path / f"recipe_{number}.py").write_text(
+            "from maskformer import masks\n\n@masks.builder()\ndef taken_twice():\n    return masks.causal()\n"
+        )
+
+    def read(number):
+        path = tmp_path / f"recipe_{number}.py"
+        exec(compile(path.read_text(), str(path), "exec"), {"__name__": "recipe"})
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read(1)
+        read(1)
+    with pytest.warns(UserWarning, match=r"'taken_twice' of .*recipe_1.py now means that of .*recipe_2.py"):
+        read(2)
 
 
 def test_a_builder_of_ones_own_may_take_masks_and_arrays():
