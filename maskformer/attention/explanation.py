@@ -21,12 +21,14 @@ class Explanation:
       why: why this one, or why none.
       passed_over: the backends preferred to it, each with the reason it was not taken.
       platform: the platform that the order of preference is for.
-      block: tile size ``(block_q, block_kv)`` of the figures below; the backend's own where it is blockwise.
+      block: tile size ``(block_q, block_kv)`` of the figures below; the backend's own where it is blockwise and has the
+        whole sequence.
       band: tiles of a row that blockwise visits at once, empty ones among them; None where it visits them one by one.
       density: share of the logits that lie in visited tiles, in [0, 1]; None where the mask is traced.
       active_flops: floating-point operations of the forward pass over those tiles; None where the mask is traced.
       dense_flops: the same over all logits.
       widened: what the mask's analysis had no rule for; such tiles are visited and masked.
+      devices: how many share the sequence, each of which cuts its part into tiles of its own.
     """
 
     backend: str | None
@@ -39,6 +41,7 @@ class Explanation:
     active_flops: float | None
     dense_flops: float
     widened: tuple[str, ...] = ()
+    devices: int = 1
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend or 'none'} ({self.why})"]
@@ -53,6 +56,8 @@ class Explanation:
                 lines.append(f"mask: {self.density:.1%} of the logits lie in visited {tiles}")
         active = "" if self.active_flops is None else f"{_giga(self.active_flops)} active of "
         lines.append(f"forward: {active}{_giga(self.dense_flops)} dense")
+        if self.devices > 1:
+            lines.append(f"note: these are of the whole sequence, of which {self.devices} devices cut their parts")
         if self.backend == "reference":
             lines.append("note: the reference computes all logits, whatever the mask")
         if self.widened:
@@ -68,6 +73,8 @@ def explain_call(mask, query, key, value, implementation: str | None, options: d
     """See `maskformer.attention.explain`."""
     query, key, value = (_array_like(x) for x in (query, key, value))
     found: dict[str, Any] = {}
+    placement = sharding.current()
+    devices = 1 if placement is None else placement.size(placement.context)
     # What has a shape alone is traced like the queries; the rest, a concrete mask above all, stays known.
     leaves, structure = jax.tree.flatten((mask, options))
     shapes = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)}
@@ -77,14 +84,14 @@ def explain_call(mask, query, key, value, implementation: str | None, options: d
         call = arguments.check(query, key, value, mask=mask, **options)
         with dispatch.recorded() as choices:
             try:
-                if sharding.current() is None:
+                if placement is None:
                     choices.append(dispatch.choose(call, implementation))
                 else:
                     dispatch.run(call, implementation)
             except ValueError as error:
                 choices[:] = [dispatch.Choice("", str(error), {})]
         found["choice"] = choices[0]
-        found["figures"] = _figures(call, choices[0].backend)
+        found["figures"] = _figures(call, choices[0].backend if devices == 1 else "")
 
     # The arrays are abstract, so nothing is computed; the mask is what the caller gave, so a concrete one is analysed.
     jax.eval_shape(trace, query, key, value, shapes)
@@ -94,6 +101,7 @@ def explain_call(mask, query, key, value, implementation: str | None, options: d
         why=choice.why,
         passed_over=choice.passed_over,
         platform=platform.current(),
+        devices=devices,
         **found["figures"],
     )
 

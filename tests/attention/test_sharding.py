@@ -155,6 +155,7 @@ def test_a_sharded_sequence_refuses_a_dense_backend_by_name():
         explanation = mf.explain(masks.causal(), q, q, q)
     assert explanation.backend == "blockwise"
     assert "ring" in explanation.why
+    assert explanation.devices == 4 and "of which 4 devices cut their parts" in str(explanation)
 
 
 def test_gathered_keys_take_the_platforms_own_backend():
