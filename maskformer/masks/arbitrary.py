@@ -79,7 +79,11 @@ class Predicate(Mask):
                 f"predicate({name}): `and`, `or`, `not` and `if` ask for one answer, and q and k stand for all "
                 "positions at once; use &, |, ~ and jnp.where"
             ) from error
-
+        except (jax.errors.TracerArrayConversionError, jax.errors.TracerIntegerConversionError) as error:
+            raise ValueError(
+                f"predicate({name}): NumPy and Python cannot compute with q and k, nor read an array at them; use "
+                "jax.numpy, and give arrays as arguments, predicate(fn, array)"
+            ) from error
 
     def open(self) -> Predicate:
         """The same predicate with the traced arrays that its function closes over among its ``captured`` ones."""

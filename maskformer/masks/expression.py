@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskformer.masks.checks import offset
+from maskformer.masks.checks import LARGEST, offset
 from maskformer.masks.registry import BUILDERS, builder_name
 
 
@@ -215,7 +215,10 @@ class Mask:
         return None
 
     def check_lengths(self, q_len: int, kv_len: int, q_offset: Any = 0) -> None:
-        """Raises ValueError where an array does not cover the positions asked for."""
+        """Raises ValueError where an array does not cover the positions asked for, or int32 does not."""
+        last = max(kv_len, q_offset + q_len if isinstance(q_offset, (int, np.integer)) else 0) - 1
+        if last > LARGEST:
+            raise ValueError(f"{self!r}: position {last} is asked for, and positions are int32, up to {LARGEST}")
         for child in self.children():
             child.check_lengths(q_len, kv_len, q_offset)
         for name, array, _ in self.arrays():
