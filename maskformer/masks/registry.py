@@ -73,7 +73,7 @@ def builder(*aliases: str, **references: str) -> Callable[[Callable[..., Any]], 
 
 def _source(function: Callable[..., Any]) -> str:
     """The file that a function was written in; the module, where there is none (a notebook's cells)."""
-    path = inspect.unwrap(function).__code__.co_filename
+    path = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_filename", "")
     return path if os.path.exists(path) else function.__module__
 
 

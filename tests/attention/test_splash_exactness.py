@@ -188,6 +188,10 @@ def test_a_traced_offset_and_a_soft_cap_equal_the_oracle(eight_lanes):
 
 
 FLAGS = np.arange(64) % 5 < 3
+def said_twice(ids):
+    return masks.causal() & masks.documents(ids) & masks.parse("causal & segments").bind(segment_ids=ids)
+
+
 UNUSUAL = {
     # What the kernel cannot look up goes with the stored tiles.
     "a predicate that closes over an array": (
@@ -199,6 +203,11 @@ UNUSUAL = {
         lambda: masks.predicate(lambda q, k: (jnp.arange(7) > 3)[k % 7] | (k == q)),
         (cases.K % 7 > 3) | (cases.K == cases.Q),
         False,
+    ),
+    "documents of an objective, and a config that says segments again": (
+        lambda: said_twice(jnp.asarray(cases.SEGMENTS)),
+        cases.by_batch([(row[: cases.Q_LEN, None] == row) & (cases.K <= cases.Q) for row in cases.SEGMENTS]),
+        True,
     ),
     # Leaves that say [batch, 1] where [batch] would do.
     "segments and padding with an axis for heads": (
