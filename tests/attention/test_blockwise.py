@@ -79,7 +79,7 @@ def test_sequences_decoded_together_may_each_stand_at_a_position_of_their_own(ti
         return (output**2).sum(), output
 
     def mapped(implementation, position, axis):
-        step = jax.value_and_grad(functools.partial(loss, implementation), argnums=(0, 1, 2), has_aux=True)
+        step = jax.grad(functools.partial(loss, implementation), argnums=(0, 1, 2), has_aux=True)
         return jax.jit(jax.vmap(step, in_axes=(0, 0, 0, axis)))(q, k, v, position)
 
     for position, axis in ((jnp.array([4, 41]), 0), (jnp.int32(17), None)):
