@@ -34,7 +34,7 @@ def evaluate(workdir: pathlib.Path, seeds: Sequence[int]) -> dict[str, Any]:
             overrides = {"seed": seed, "objective.rate": corrupt, "objective.predict_rate": predict}
             run = runs.load(workdir / cards.arm_name(overrides), checkpoint="latest")
             for e, rate in enumerate(EVALUATION_RATES):
-                metrics = run.evaluate("test", {"rate": rate})
+                metrics = run.measure("loss", rate=rate)
                 loss[s, a, e], accuracy[s, a, e] = metrics["loss"], metrics["accuracy"]
     return {
         "arms": [list(arm) for arm in ARMS],

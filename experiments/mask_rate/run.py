@@ -33,7 +33,7 @@ def evaluate(workdir: pathlib.Path, seeds: Sequence[int]) -> dict[str, Any]:
             name = cards.arm_name({"seed": seed, "objective.rate": train_rate})
             run = runs.load(workdir / name, checkpoint="latest")
             for e, eval_rate in enumerate(RATES):
-                metrics = run.evaluate("test", {"rate": eval_rate})
+                metrics = run.measure("loss", rate=eval_rate)
                 loss[s, t, e], accuracy[s, t, e] = metrics["loss"], metrics["accuracy"]
                 unigram[s, t, e] = metrics["unigram_accuracy"]
     return {

@@ -54,11 +54,11 @@ def evaluate(workdir: pathlib.Path, seeds: Sequence[int]) -> dict[str, Any]:
             for checkpoint, values in (("best", best), ("latest", last)):
                 run = runs.load(workdir / folder(name, seed), checkpoint=checkpoint)
                 if name == "diffusion":
-                    bound = run.nll_bound("test", samples=SAMPLES)
+                    bound = run.measure("nll_bound", samples=SAMPLES)
                     values[s, o] = bound["nll_bound"]
                     error[s, o] = max(error[s, o], bound["nll_bound_stderr"])
                 else:
-                    values[s, o] = run.evaluate("test")["loss"]
+                    values[s, o] = run.measure("loss")["loss"]
             rows = len(data.load_dataset(run.experiment.data, "train", run.tokenizer))
             epochs = [step * run.experiment.train.batch_size / rows for step in steps]
     return {
