@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from maskformer.checks import integer
 from maskformer.cli.parser import CONFIG_HELP, Parser
 
 
@@ -14,6 +15,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
+    integer("--rows", arguments.rows, 1)
     from maskformer import objectives
     from maskformer.training import runs
 

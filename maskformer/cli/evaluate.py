@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from maskformer.cli.files import check_writable, writing
+from maskformer.checks import choose, nearest, require
+from maskformer.cli.files import check_writable, folder, writing
 from maskformer.cli.parser import REGISTERS_HELP, Parser
 
 if TYPE_CHECKING:
@@ -27,11 +28,14 @@ def add_arguments(parser: Parser) -> None:
     from maskformer.evaluation import MEASURES
 
     parser.epilog = f"--config.evaluation.KEY=VALUE changes how it is evaluated; {REGISTERS_HELP}"
-    parser.add_argument("--workdir", required=True, nargs="+", help="folder of a run; several make a table")
+    parser.add_argument(
+        "--workdir", required=True, nargs="+", type=folder, help="folder of a run; several make a table"
+    )
     parser.add_argument("--split", default="test", help="train, validation or test (the default)")
     parser.add_argument("--checkpoint", default="best", choices=("best", "latest"))
     said = "; ".join(f"{name}: {_in_passing(measure.summary)}" for name, measure in MEASURES.items())
-    parser.add_argument("--metric", nargs="+", default=["loss"], choices=MEASURES, help=said)
+    known = f"{{{','.join(MEASURES)}}}"
+    parser.add_argument("--metric", nargs="+", default=["loss"], metavar=known, help=said)
     parser.add_argument("--json", metavar="FILE", help="write the results to a file too")
     for argument, options in _options().items():
         _add_option(parser, argument, options)
@@ -40,7 +44,6 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     check_writable("--json", arguments.json)
     columns = _columns(arguments)
-    from maskformer.checks import choose
     from maskformer.data.config import SPLITS
     from maskformer.training import comparison, distributed
 
@@ -119,6 +122,10 @@ def _columns(arguments: argparse.Namespace) -> dict[str, Column]:
     """What to do with each run, by name; every flag is used or refused."""
     from maskformer.evaluation import MEASURES
 
+    for name in arguments.metric:
+        registered = "" if arguments.parser.recipes else "; one that a recipe registers needs --config=RECIPE.py"
+        expected = f"one of {', '.join(MEASURES)}{nearest(name, MEASURES)}{registered}"
+        require(name in MEASURES, "--metric", name, expected)
     given: dict[str, dict[str, Any]] = {name: {} for name in arguments.metric}
     for argument, options in _options().items():
         value = getattr(arguments, argument)

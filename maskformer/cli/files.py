@@ -1,13 +1,35 @@
-"""Files that a command writes beside its answer: refused before the work, one line where writing fails after it."""
+"""Paths on the command line.
+
+A file that a command writes beside its answer is refused before the work, and one line says where writing fails after
+it; a folder of a run is not the current directory by mistake.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 
-from maskformer.checks import require
+from maskformer.checks import require, shown
+
+
+def folder(text: str) -> str:
+    """The type of a `--workdir`: as written, unless it names no folder of this machine.
+
+    >>> folder("gs://bucket/run")
+    Traceback (most recent call last):
+        ...
+    argparse.ArgumentTypeError: 'gs://bucket/run': gs:// addresses are not supported; expected a local or mounted folder
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("'': expected a folder; '.' is the current one")
+    if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
+        said = f"{scheme[0]} addresses are not supported; expected a local or mounted folder"
+        raise argparse.ArgumentTypeError(f"{shown(text)}: {said}")
+    return text
 
 
 def check_writable(flag: str, path: str | None) -> None:
@@ -43,4 +65,4 @@ def writing(flag: str, path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{flag}={path!r}: cannot be written ({error.strerror or error})") from error
+        raise ValueError(f"{flag}={shown(path)}: cannot be written ({error.strerror or error})") from error

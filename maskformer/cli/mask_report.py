@@ -7,6 +7,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from maskformer.checks import integer
 from maskformer.cli.files import check_writable, writing
 from maskformer.cli.parser import CONFIG_HELP, Parser
 
@@ -19,6 +20,8 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
+    integer("--batches", arguments.batches, 1)
+    integer("--step", arguments.step, 0)
     check_writable("--html", arguments.html)
     from maskformer import objectives
     from maskformer.training import runs

@@ -6,12 +6,12 @@ import argparse
 import pathlib
 from collections.abc import Sequence
 
-from maskformer.cli.files import check_writable, writing
+from maskformer.cli.files import check_writable, folder, writing
 from maskformer.cli.parser import Parser, no_config
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("workdirs", nargs="+")
+    parser.add_argument("workdirs", nargs="+", type=folder)
     parser.add_argument("--output", help="PNG file (default: report.png in the first workdir)")
 
 

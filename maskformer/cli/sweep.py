@@ -7,12 +7,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from maskformer.cli.files import folder
 from maskformer.cli.parser import CONFIG_HELP, Parser
 
 
 def add_arguments(parser: Parser) -> None:
     parser.epilog = CONFIG_HELP
-    parser.add_argument("--workdir", default="runs/sweep")
+    parser.add_argument("--workdir", default="runs/sweep", type=folder)
     parser.add_argument("--sweep", default="sweep", metavar="NAME", help="which sweep of the recipe (sweep_NAME)")
     parser.add_argument("--list", action="store_true", help="list and check the runs only")
 

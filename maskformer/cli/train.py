@@ -7,23 +7,29 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from maskformer.checks import shown
+from maskformer.cli.files import folder
 from maskformer.cli.parser import CONFIG_HELP, Parser
 
 
 def add_arguments(parser: Parser) -> None:
     parser.epilog = CONFIG_HELP
-    parser.add_argument("--workdir", required=True, help="folder of the run; the same command resumes it")
-    parser.add_argument("--sweep", default="sweep", metavar="NAME", help="which sweep of the recipe (sweep_NAME)")
+    parser.add_argument(
+        "--workdir", required=True, type=folder, help="folder of the run; the same command resumes it"
+    )
+    parser.add_argument("--sweep", metavar="NAME", help="which sweep of the recipe (sweep_NAME)")
     parser.add_argument("--sweep-index", type=int, help="train this run of the sweep, in WORKDIR/INDEX")
 
 
 def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
+    if arguments.sweep is not None and arguments.sweep_index is None:
+        raise ValueError(f"--sweep={shown(arguments.sweep)}: needs --sweep-index, the run of the sweep to train")
     from maskformer.training import EX_TEMPFAIL, NonFiniteError, Preempted, distributed, loop, recipes, resolve, sweeps
 
     config, recipe = recipes.load_config(config_flags)
     workdir = pathlib.Path(arguments.workdir)
     if arguments.sweep_index is not None:
-        runs = recipes.load_sweep(recipe, arguments.sweep)
+        runs = recipes.load_sweep(recipe, arguments.sweep or "sweep")
         if not 0 <= arguments.sweep_index < len(runs):
             raise ValueError(f"--sweep-index={arguments.sweep_index}: expected 0 to {len(runs) - 1}, the sweep's runs")
         config = sweeps.apply(config, runs[arguments.sweep_index])

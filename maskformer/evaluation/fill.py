@@ -14,7 +14,6 @@ import numpy as np
 from maskformer import masks
 from maskformer.data import Tokenizer
 from maskformer.evaluation.measure import Measurable
-from maskformer.models import ElectraModel, Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +69,14 @@ def example_texts(run: Measurable, count: int, seed: int = 0) -> list[str]:
 
 
 def fill_masks(
-    model: Model | ElectraModel, params: Any, tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray, top: int = 5
+    model: Any, params: Any, tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray, top: int = 5
 ) -> list[list[Guess]]:
     """The `top` most probable pieces at each mask token of one sequence, most probable first.
 
     Special tokens are not guessed: they were never targets.
 
     Args:
-      model, params: a masked language model and its parameters; of ELECTRA's pair, the generator is asked.
+      model, params: a masked language model and its parameters; of two networks, the one that predicts tokens.
       tokenizer: whose ids the tokens are.
       tokens: [length], with the mask token where a guess is wanted.
 
@@ -112,9 +111,7 @@ def fill_masks(
 
 # One function for all calls, so that a model's program is compiled once and not for each text.
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(
-    model: Model | ElectraModel, params: Any, tokens: jax.Array, lengths: jax.Array, predict: jax.Array
-) -> jax.Array:
+def _logits(model: Any, params: Any, tokens: jax.Array, lengths: jax.Array, predict: jax.Array) -> jax.Array:
     # One sequence is one segment, and its padding belongs to none, as in a packed row.
     inside = jnp.arange(tokens.shape[1]) < lengths[:, None]
     return model.apply(

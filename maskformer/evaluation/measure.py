@@ -283,8 +283,8 @@ def _agrees(measure: str, option: Option) -> None:
             same = (theirs.name, theirs.kind, theirs.choices) == (option.name, option.kind, option.choices)
             if name != measure and one_flag and not same:
                 raise ValueError(
-                    f"measure {measure!r}: its option {option.name!r} is of another type than that of {name!r}; give it "
-                    "another name"
+                    f"measure {measure!r}: its option {option.name!r} is of another type than that of {name!r}; give "
+                    "it another name"
                 )
 
 

@@ -120,6 +120,16 @@ def test_mask_knows_the_masks_of_a_recipe(tmp_path, capsys, monkeypatch):
         (["evaluate", "--workdir={tmp}/nothing", "--split=nope"], "--split='nope': expected one of train, validation"),
         (["evaluate", "--workdir={tmp}/nothing", "--config={tmp}/nothing.py"], "no such file"),
         (["fill", "--workdir={tmp}/nothing", "--top=0"], "--top=0: expected an integer of at least 1"),
+        (["fill", "--workdir={tmp}/nothing", "--examples=2", "a [MASK]"], "--examples=2: expected no text"),
+        (["check", "--config={tmp}/nothing.py", "--rows=0"], "--rows=0: expected an integer of at least 1"),
+        (["mask-report", "--config={tmp}/nothing.py", "--batches=-1"], "--batches=-1: expected an integer"),
+        (["mask-report", "--config={tmp}/nothing.py", "--step=-1"], "--step=-1: expected an integer of at least 0"),
+        (["train", "--config={tmp}/nothing.py", "--workdir={tmp}/run", "--sweep=seeds"], "needs --sweep-index"),
+        (["train", "--config={tmp}/nothing.py", "--workdir="], "--workdir: '': expected a folder"),
+        (["evaluate", "--workdir", "{tmp}/nothing", ""], "--workdir: '': expected a folder"),
+        (["sweep", "--config={tmp}/nothing.py", "--workdir=gs://bucket/run"], "gs:// addresses are not supported"),
+        (["fill", "--workdir=s3://bucket/run"], "s3:// addresses are not supported"),
+        (["report", ""], "'': expected a folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, tmp_path, capsys):

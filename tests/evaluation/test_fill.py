@@ -6,7 +6,7 @@ import pytest
 from maskformer import evaluation
 
 
-def test_three_texts_are_one_compilation_and_another_model_is_another(load, monkeypatch):
+def test_all_texts_of_a_run_are_one_compilation(load, monkeypatch):
     compiled = []
 
     def listen(event, _duration, **_):
@@ -36,7 +36,7 @@ def test_examples_are_passages_of_the_test_split_with_a_word_masked(load):
     "objective, options, text, said",
     [
         ("causal_lm", {}, "a [MASK]", "fill: this run's objective is 'causal_lm', which never saw"),
-        ("mlm", {"objective__policy": (0.0, 0.5, 0.5)}, "a [MASK]", "which never saw \\[MASK\\]"),
+        ("mlm", {"objective__replacement": [0.0, 0.5, 0.5]}, "a [MASK]", "which never saw \\[MASK\\]"),
         ("mlm", {}, "no question", "the text has no \\[MASK\\]"),
         ("mlm", {}, "[MASK] lady" * 40, "tokens and the model reads 32; shorten it"),
     ],
