@@ -16,7 +16,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--workdir", required=True, type=folder)
     parser.add_argument("--checkpoint", default="best", choices=("best", "latest"))
     parser.add_argument("--top", type=int, default=5, help="predictions to show for each [MASK]")
-    parser.add_argument("--examples", type=int, metavar="N", help="sentences of the test split when there is no text (5)")
+    parser.add_argument(
+        "--examples", type=int, metavar="N", help="sentences of the test split, where no text is given (5)"
+    )
 
 
 def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
