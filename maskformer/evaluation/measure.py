@@ -42,11 +42,11 @@ class Measurable(Protocol):
     def objective(self) -> Objective:
         """What the run was trained on."""
 
-    def evaluated(self, changes: Mapping[str, Any]) -> Objective:
+    def evaluated(self, changes: Mapping[str, Any] | None = None) -> Objective:
         """What it is evaluated on: its objective with those changes, of which `name` makes it another one."""
 
-    def metrics_step(self, objective: Objective, unigram: np.ndarray) -> Callable[[Any, Batch], Sums]:
-        """`params, batch -> sums` of every metric of `objective`, to be finished by `evaluation.finish`."""
+    def metrics(self, split: str, changes: Mapping[str, Any] | None = None) -> Results:
+        """The metrics of the task that trains on `evaluated(changes)`: its losses and accuracies."""
 
     def dataset(self, split: str) -> PackedDataset: ...
 

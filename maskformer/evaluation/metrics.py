@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskformer.objectives import Corrupted, Objective
-from maskformer.objectives.loss import cross_entropy, token_cross_entropy
+from maskformer.objectives.loss import token_cross_entropy
 
 # metric name -> float32 [2]: sum, weight.
 Sums = dict[str, jax.Array]
@@ -80,11 +80,12 @@ def objective_sums(
     """
     logits = objective.transform_logits(logits, corrupted)
     targets, weights = corrupted.target_tokens, corrupted.loss_weights
-    if corrupted.denominators is None:
+    if objective.loss_is_mean:
         return prediction_sums(logits, targets, weights, corrupted.kinds, unigram=unigram)
     sums = prediction_sums(logits, targets, weights, unigram=unigram)
-    used, denominator = weights > 0, objective.weight_sum(corrupted)
-    sums["loss"] = jnp.stack([cross_entropy(logits, targets, weights)[0], denominator])
+    used = weights > 0
+    loss, denominator = objective.loss(logits, corrupted)
+    sums["loss"] = jnp.stack([loss, denominator])
     sums["token_loss"] = jnp.stack(
         [jnp.sum(jnp.where(used, token_cross_entropy(logits, targets, used), 0.0)), jnp.sum(used).astype(jnp.float32)]
     )

@@ -33,6 +33,7 @@ class MaskedDiffusion(Objective):
 
     shows_mask = True
     takes_label_smoothing = False
+    loss_is_mean = False
 
     convention: str = "llada"
     epsilon: float = 1e-3

@@ -60,6 +60,9 @@ def to_common_shape(corrupted: Corrupted, length: int, budget: int | None, causa
 class Mixture(Objective):
     """See `mixture`."""
 
+    # Rows of different parts are weighted and divided as their own parts do it.
+    loss_is_mean = False
+
     parts: tuple[Objective, ...] = ()
     weights: tuple[float | Schedule, ...] = ()
 

@@ -59,6 +59,8 @@ class Objective:
       makes_pairs: it gives `CorruptedPair`s, for an encoder and a decoder.
       trains_generator: it takes a second, smaller network beside the model.
       takes_label_smoothing: its loss is one of predictions, and may be smoothed.
+      loss_is_mean: its loss is the mean cross-entropy of its predictions, whose exponential is a perplexity. A class
+        that overrides `loss` has to say that it is not.
     """
 
     # No annotation, and so no fields of the dataclass.
@@ -69,6 +71,12 @@ class Objective:
     makes_pairs = False
     trains_generator = False
     takes_label_smoothing = True
+    loss_is_mean = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "loss" in vars(cls) and cls.loss_is_mean is True:
+            raise TypeError(f"class {cls.__name__} has a loss of its own: let it say loss_is_mean = False")
 
     name: str
     vocabulary: Vocabulary
@@ -181,7 +189,7 @@ class Objective:
     def transform_logits(self, logits: jax.Array, corrupted: Corrupted) -> jax.Array:
         """The logits that the objective's predictions are made with, from the model's `[batch, budget, vocabulary]`.
 
-        What it rules out is ruled out for all that is computed from them: the loss, accuracies, ranks, samples. Doing
+        What it rules out is ruled out for all that is computed from them: the loss, accuracies, ranks, samples. To do
         it twice changes nothing.
         """
         return logits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -14,30 +13,29 @@ import jax
 import ml_collections
 import numpy as np
 
-from maskformer import evaluation, models, objectives
-from maskformer.data import DataConfig, PackedDataset, Tokenizer, load_dataset, load_tokenizer
-from maskformer.models.partitioning import Rules
-from maskformer.training import recipes, sharding
+from maskformer import evaluation
+from maskformer.data import DataConfig, PackedDataset, Tokenizer
+from maskformer.objectives import Objective
+from maskformer.training import recipes
 from maskformer.training.checkpoints import restore_params
-from maskformer.training.config import ExperimentConfig, change_objective, resolve
-from maskformer.training.loop import total_sums
+from maskformer.training.config import ExperimentConfig, resolve
+from maskformer.training.program import Placed, Program
 from maskformer.training.step import create_eval_step, masking_key
-
-Step = Callable[[Any, Any], evaluation.Sums]
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run's config, tokenizer, model and parameters, on this machine's devices."""
+    """A run's program and parameters, on this machine's devices.
 
-    experiment: ExperimentConfig
-    tokenizer: Tokenizer
-    model: models.Model | models.ElectraModel
-    mesh: jax.sharding.Mesh
-    rules: Rules
+    Attributes:
+      step: of the checkpoint.
+      max_batches: how many batches of `evaluation.batch_size` rows are measured; None for `evaluation.max_batches`.
+    """
+
+    placed: Placed
     params: Any
-    params_at: Any
     step: int
+    max_batches: int | None = None
 
     def measure(
         self, name: str, split: str = "test", *, max_batches: int | None = None, **options: Any
@@ -47,21 +45,25 @@ class Run:
         Args:
           name: such as "loss", "nll", "nll_bound" or "pseudo_perplexity".
           split: "train", "validation" or "test".
-          max_batches: batches of `evaluation.batch_size` rows; None for `evaluation.max_batches`.
+          max_batches: as the attribute, for this call.
           options: of the measure.
 
         Raises:
           ValueError: no such measure or option, or it is not defined for this run, and why.
         """
-        run = self
-        if max_batches is not None:
-            shorter = dataclasses.replace(self.experiment.evaluation, max_batches=max_batches)
-            run = dataclasses.replace(self, experiment=dataclasses.replace(self.experiment, evaluation=shorter))
+        run = self if max_batches is None else dataclasses.replace(self, max_batches=max_batches)
         return evaluation.get_measure(name)(run, split, **options)
 
     @property
+    def _program(self) -> Program:
+        return self.placed.program
+
+    @property
+    def experiment(self) -> ExperimentConfig:
+        return self._program.experiment
+
+    @property
     def data(self) -> DataConfig:
-        """Where the text comes from."""
         return self.experiment.data
 
     @property
@@ -69,56 +71,63 @@ class Run:
         """Of what an evaluation draws."""
         return self.experiment.evaluation.seed
 
-    @functools.cached_property
-    def objective(self) -> objectives.Objective:
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._program.tokenizer
+
+    @property
+    def model(self) -> Any:
+        return self._program.model
+
+    @property
+    def objective(self) -> Objective:
         """What the run was trained on."""
-        return self.experiment.create_objective(self.tokenizer.vocabulary)
+        return self._program.objective
 
-    def evaluated(self, changes: Mapping[str, Any]) -> objectives.Objective:
-        """What it is evaluated on: its objective with those of `evaluation.objective` and with `changes`.
+    def evaluated(self, changes: Mapping[str, Any] | None = None) -> Objective:
+        """What the run is evaluated on; see `Program.evaluation_objective`."""
+        return self._program.evaluation_objective(changes)
 
-        Another `name` is another objective with its own defaults.
-        """
-        changed = change_objective(self.experiment.objective, self.experiment.evaluation.objective)
-        experiment = dataclasses.replace(self.experiment, objective=changed)
-        return experiment.create_objective(self.tokenizer.vocabulary, **changes)
-
-    def metrics_step(self, objective: objectives.Objective, unigram: np.ndarray) -> Step:
-        """`params, batch -> sums` of every metric of `objective`."""
-        return create_eval_step(self.model, objective, seed=self.seed, unigram=jax.numpy.asarray(unigram))
+    def metrics(self, split: str, changes: Mapping[str, Any] | None = None) -> evaluation.Results:
+        """The metrics of the task that trains on `evaluated(changes)`."""
+        task = self._program.evaluation_task(changes)
+        return task.finish(self.sums(create_eval_step(task, seed=self.seed), split))
 
     def dataset(self, split: str) -> PackedDataset:
-        """The rows of `split`."""
-        return load_dataset(self.data, split, self.tokenizer)
+        return self._program.dataset(split)
 
     def rows(self, split: str = "test") -> tuple[int, int]:
-        """How many rows of `split` are evaluated, and how many it has."""
+        """How many rows of `split` are measured, and how many it has."""
         config, total = self.experiment.evaluation, len(self.dataset(split))
-        return total if config.max_batches is None else min(total, config.max_batches * config.batch_size), total
+        batches = config.max_batches if self.max_batches is None else self.max_batches
+        return total if batches is None else min(total, batches * config.batch_size), total
 
-    def sums(self, step: Step, split: str) -> dict[str, np.ndarray]:
+    def sums(self, step: Callable[[Any, Any], evaluation.Sums], split: str) -> dict[str, np.ndarray]:
         """The sums of `step(params, batch)` over a split, on all of this run's devices."""
-
-        def placed_step(params: Any, batch: Any) -> evaluation.Sums:
-            with sharding.activations(self.mesh, self.rules, self.experiment.mesh.context_method):
-                return step(params, batch)
-
-        compiled = jax.jit(
-            placed_step,
-            in_shardings=(self.params_at, sharding.batch_sharding(self.mesh)),
-            out_shardings=sharding.replicated(self.mesh),
-        )
-        return total_sums(compiled, self.params, self.dataset(split), self.experiment.evaluation, self.mesh)
+        return self.placed.totals(self.placed.summing(step), self.params, split, self.max_batches)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """What a run would start with, before any parameter exists: to be looked at."""
 
-    experiment: ExperimentConfig
-    tokenizer: Tokenizer
-    objective: objectives.Objective
-    model: models.Model | models.ElectraModel
+    program: Program
+
+    @property
+    def experiment(self) -> ExperimentConfig:
+        return self.program.experiment
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.program.tokenizer
+
+    @property
+    def objective(self) -> Objective:
+        return self.program.objective
+
+    @property
+    def model(self) -> Any:
+        return self.program.model
 
     @property
     def objective_key(self) -> jax.Array:
@@ -127,18 +136,14 @@ class Setup:
 
     def first_batch(self, rows: int, number: int = 0) -> dict[str, np.ndarray]:
         """Batch `number` of `rows` rows of the training stream."""
-        dataset = load_dataset(self.experiment.data, "train", self.tokenizer)
+        dataset = self.program.dataset("train")
         return next(dataset.train_batches(rows, self.experiment.seed, start_example=number * rows))
 
 
 def prepare(flags: Sequence[str]) -> Setup:
     """Everything that a recipe and its overrides describe, short of parameters and devices."""
     config, _ = recipes.load_config(flags)
-    experiment = resolve(config)
-    tokenizer = load_tokenizer(experiment.data)
-    objective = experiment.create_objective(tokenizer.vocabulary)
-    model = models.create(experiment.create_model_config(tokenizer.vocabulary))
-    return Setup(experiment, tokenizer, objective, model)
+    return Setup(Program.of(config))
 
 
 def load(workdir: str | os.PathLike[str], overrides: Sequence[str] = (), checkpoint: str = "best") -> Run:
@@ -169,14 +174,6 @@ def load(workdir: str | os.PathLike[str], overrides: Sequence[str] = (), checkpo
                 f"{error}; what a recipe registers needs --config=RECIPE.py (in Python: import the recipe first)"
             ) from error
         raise
-    tokenizer = load_tokenizer(experiment.data)
-    model = models.create(experiment.create_model_config(tokenizer.vocabulary))
-    mesh = sharding.create_mesh(experiment.mesh)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    rules, _ = sharding.create_rules(mesh, model.config)
-    params_at = sharding.param_shardings(mesh, model.logical_axes(), rules)
-    abstract = jax.tree.map(
-        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where), shapes, params_at
-    )
-    params, step = restore_params(path, abstract, checkpoint)
-    return Run(experiment, tokenizer, model, mesh, rules, params, params_at, step)
+    placed = Program(experiment).on()
+    params, step = restore_params(path, placed.params, checkpoint)
+    return Run(placed, params, step)

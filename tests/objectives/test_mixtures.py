@@ -17,6 +17,7 @@ from scipy import stats
 
 from maskformer import objectives
 from maskformer.objectives import schedules
+from maskformer.objectives.electra import Discrimination
 from tests.objectives.examples import make_batch, make_vocabulary
 from tests.objectives.test_mlm import corrupt
 
@@ -80,7 +81,7 @@ def test_the_generators_samples_follow_its_softmax_and_are_stateless():
 def test_discriminator_loss_is_binary_cross_entropy_over_real_tokens():
     objective = objectives.create("electra", VOCABULARY, 4)
     logits = jnp.array([[0.5, -1.0, 2.0, jnp.nan]])
-    asked = objectives.Discrimination(jnp.zeros((1, 4), int), jnp.array([[1.0, 0, 0, 0]]), jnp.array([[1.0, 1, 1, 0]]))
+    asked = Discrimination(jnp.zeros((1, 4), int), jnp.array([[1.0, 0, 0, 0]]), jnp.array([[1.0, 1, 1, 0]]))
     loss, weight = objective.discriminator_loss(logits, asked)
     p = 1 / (1 + np.exp(-np.array([0.5, -1.0, 2.0])))
     assert float(loss) == pytest.approx(-np.log(p[0]) - np.log(1 - p[1]) - np.log(1 - p[2]), rel=1e-5)

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from maskformer.evaluation.measure import Help, Measurable, Results, builder
-from maskformer.evaluation.metrics import finish
-from maskformer.evaluation.unigram import unigram_baseline
 
 
 @builder(shows=("loss {loss:.4f}", "accuracy {accuracy:.2%}"))
@@ -36,12 +34,4 @@ def loss(
       ValueError: the objective is not defined for this run: its tokenizer lacks a token, its model positions.
     """
     given = {name: value for name, value in (("name", objective), ("rate", rate)) if value is not None}
-    evaluated = run.evaluated({**(changes or {}), **given})
-    longest = run.model.config.max_length
-    if evaluated.output_length > longest:
-        raise ValueError(
-            f"objective.name={evaluated.name!r}: makes rows of {evaluated.output_length} tokens, and the run's "
-            f"model was built for {longest}; evaluate under an objective that keeps their length"
-        )
-    baseline = unigram_baseline(run.dataset("train"))
-    return finish(run.sums(run.metrics_step(evaluated, baseline), split))
+    return run.metrics(split, {**(changes or {}), **given})
