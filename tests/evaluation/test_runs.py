@@ -64,13 +64,13 @@ def test_special_tokens_are_part_of_the_bound_where_training_hid_them(load):
 )
 def test_a_run_is_evaluated_under_another_objective_with_its_own_attention(load, name, objective, monkeypatch):
     run = load(name)
-    masks, apply = [], run.model.apply
+    masks, apply = [], type(run.model).apply
 
-    def spy(*arguments, mask, **rest):
+    def spy(model, *arguments, mask, **rest):
         masks.append(str(mask))
-        return apply(*arguments, mask=mask, **rest)
+        return apply(model, *arguments, mask=mask, **rest)
 
-    monkeypatch.setattr(run.model, "apply", spy)
+    monkeypatch.setattr(type(run.model), "apply", spy)
     results = run.measure("loss", objective=objective, max_batches=1)
     assert results["predicted"] > 0 and 0 < results["loss"] < 12
     assert masks and all(("causal" in mask) == (objective in ("causal_lm", "prefix_lm")) for mask in masks)
