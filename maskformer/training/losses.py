@@ -129,7 +129,7 @@ def detection_sums(
       key: the key that the batch was corrupted with.
       logits: the generator's, [batch, predicted, vocabulary]; no gradient flows into them from here.
     """
-    asked = objective.discriminate(key, batch, corrupted, logits)
+    asked = objective.discriminate(objective.row_keys(key, batch), batch["tokens"], corrupted, logits)
     answers = model.discriminate(
         params,
         asked.input_tokens,

@@ -63,7 +63,9 @@ def by_hand(**params):
         return generator, model.discriminator.apply(params["discriminator"], inputs, **options)
 
     tokens = jnp.asarray(BATCH["tokens"])
-    inputs = objective.discriminate(key, BATCH, corrupted, both(before, tokens)[0]).input_tokens
+    inputs = objective.discriminate(
+        objective.row_keys(key, BATCH), BATCH["tokens"], corrupted, both(before, tokens)[0]
+    ).input_tokens
     labels = np.asarray(inputs) != BATCH["tokens"]
     asked = BATCH["segment_ids"] > 0
     if params:

@@ -1,0 +1,46 @@
+"""Files that a command writes besides its answer: refused before the work, and one line where writing fails after it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+from maskformer.checks import require
+
+
+def check_writable(flag: str, path: str | None) -> None:
+    """Refuse a file that cannot be written, before any work is done for it; None is no file.
+
+    Raises:
+      ValueError: the path is empty or a folder, its folder is not there, or writing is not permitted.
+
+    >>> check_writable("--json", "/no/such/folder/results.json")
+    Traceback (most recent call last):
+        ...
+    ValueError: --json='/no/such/folder/results.json': expected a file in a folder that exists; there is no folder
+    '/no/such/folder'
+    """
+    if path is None:
+        return
+    require(path != "" and "\0" not in path, flag, path, "the path of a file")
+    file = pathlib.Path(path)
+    require(not file.is_dir(), flag, path, "a file, and this is a folder")
+    folder = file.parent
+    require(folder.is_dir(), flag, path, f"a file in a folder that exists; there is no folder {str(folder)!r}")
+    may = os.access(file, os.W_OK) if file.exists() else os.access(folder, os.W_OK)
+    require(may, flag, path, "a file that may be written; permission is denied")
+
+
+@contextlib.contextmanager
+def writing(flag: str, path: str) -> Iterator[None]:
+    """What fails while `path` is written is said in one line: a full disk, a folder that has gone.
+
+    Raises:
+      ValueError: in place of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{flag}={path!r}: cannot be written ({error.strerror or error})") from error

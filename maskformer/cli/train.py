@@ -1,0 +1,47 @@
+"""Train a recipe, resuming where its workdir left off."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from maskformer.cli.parser import CONFIG_HELP, Parser
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.epilog = CONFIG_HELP
+    parser.add_argument("--workdir", required=True, help="folder of the run; the same command resumes it")
+    parser.add_argument("--sweep", default="sweep", metavar="NAME", help="which sweep of the recipe (sweep_NAME)")
+    parser.add_argument("--sweep-index", type=int, help="train this run of the sweep, in WORKDIR/INDEX")
+
+
+def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
+    from maskformer.training import EX_TEMPFAIL, NonFiniteError, Preempted, distributed, loop, recipes, resolve, sweeps
+
+    config, recipe = recipes.load_config(config_flags)
+    workdir = pathlib.Path(arguments.workdir)
+    if arguments.sweep_index is not None:
+        runs = recipes.load_sweep(recipe, arguments.sweep)
+        if not 0 <= arguments.sweep_index < len(runs):
+            raise ValueError(f"--sweep-index={arguments.sweep_index}: expected 0 to {len(runs) - 1}, the sweep's runs")
+        config = sweeps.apply(config, runs[arguments.sweep_index])
+        workdir = workdir / f"{arguments.sweep_index:03d}"
+    resolve(config)
+    loop.prepare_workdir(workdir)
+    distributed.initialize()
+    try:
+        loop.train_and_evaluate(config, workdir)
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        return EX_TEMPFAIL
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    import jax
+
+    if jax.process_index() == 0:
+        print(f"checkpoints  {workdir / 'checkpoints'}\nmetrics      {workdir / 'metrics.jsonl'}")
+        print(f"curves       maskformer report {workdir}    (or tensorboard --logdir {workdir})")
+    return 0
