@@ -120,10 +120,14 @@ class Card:
           ValueError: a config is not possible, or a run's folder holds another run.
         """
         # By seed first: what an interrupted card has finished is then complete pairs.
-        plan = {(arm, seed): self.run_config(arm, seed, steps) for seed in seeds for arm in self.arms}
-        for run, config in plan.items():
-            resolve(config)
-            running.refuse_another(config, workdir / self.folder(*run))
+        plan = {}
+        for arm, seed in ((arm, seed) for seed in seeds for arm in self.arms):
+            try:
+                plan[arm, seed] = self.run_config(arm, seed, steps)
+                resolve(plan[arm, seed])
+            except ValueError as error:
+                raise ValueError(f"arm {arm!r}: {error}") from error
+            running.refuse_another(plan[arm, seed], workdir / self.folder(arm, seed))
         return plan
 
     def run(self, workdir: pathlib.Path, plan: Mapping[tuple[str, int], ConfigDict]) -> Results:

@@ -1,6 +1,5 @@
 """The experiment cards: each runs from its command line, and its verdicts follow from the numbers alone."""
 
-import dataclasses
 import json
 import math
 
@@ -14,37 +13,11 @@ from experiments.corruption_prediction import card as corruption_prediction
 from experiments.mask_rate import card as mask_rate
 from experiments.repeated_data import card as repeated_data
 from maskformer import objectives
-from maskformer.training import sharding
 from maskformer.training.checkpoints import checkpoint_steps
 from maskformer.training.sweeps import apply
-from tests.training.tiny import tiny_config, write_corpus
+from tests.training.tiny import tiny_config
 
 VOCABULARY = objectives.Vocabulary(size=64, pad=0, unk=1, cls=2, sep=3, mask=4)
-
-
-@pytest.fixture
-def small(tmp_path, monkeypatch):
-    """Makes a card's runs tiny, on a page of text."""
-    corpus = write_corpus(tmp_path / "text")
-    # One device: what eight do is tested elsewhere, and compiles far longer.
-    create_mesh = sharding.create_mesh
-    monkeypatch.setattr(sharding, "create_mesh", lambda config: create_mesh(config, jax.devices()[:1]))
-
-    def shrink(card):
-        def tiny_card(*arguments):
-            config = card.config(*arguments)
-            tiny = tiny_config(corpus)
-            for key in ("name", "vocabulary_size", "length", "segment_by"):
-                config.data[key] = tiny.data[key]
-            config.data.max_rows = 8 if config.data.max_rows else None
-            config.model.layers, config.model.width, config.model.heads = 2, 16, 2
-            config.train.batch_size = config.evaluation.batch_size = 8
-            config.evaluation.max_batches = 1
-            return config
-
-        return dataclasses.replace(card, config=tiny_card)
-
-    return shrink
 
 
 @pytest.mark.parametrize(
