@@ -48,7 +48,8 @@ class Card:
 
     Attributes:
       file: the card's own file (`__file__`); results lie beside it, and its folder gives the card its name.
-      config: a recipe's `get_config(arg=None)`.
+      config: a recipe's `get_config(arg=None)`. The card trains without progress lines and TensorBoard, and keeps the
+        latest checkpoint and the best.
       arms: name, as tables show it -> what distinguishes the arm: `{"objective.rate": 0.4}` sets keys of the config,
         a string is the argument of `config`, as behind the colon of `--config=RECIPE.py:ARG`.
       measure: a finished run -> name -> number, or a list of numbers (a curve). Of every run the same names.
@@ -60,7 +61,7 @@ class Card:
       plot: draws results on an empty figure. By default a panel for each number.
 
     Raises:
-      ValueError: no arms, no seeds, or two runs that would share a folder.
+      ValueError: no arms, no seeds, an arm with a seed of its own, or two runs that would share a folder.
     """
 
     file: str
@@ -75,6 +76,9 @@ class Card:
     def __post_init__(self) -> None:
         require(len(self.arms) > 0, "card.arms", self.arms, "at least one arm")
         require(len(set(self.seeds)) == len(self.seeds) > 0, "card.seeds", self.seeds, "at least one seed, each once")
+        for arm, what in self.arms.items():
+            seeded = not isinstance(what, str) and "seed" in what
+            require(not seeded, f"card.arms[{arm!r}]", what, "no seed; card.seeds has them")
         folders = [self.folder(arm, seed) for arm in self.arms for seed in self.seeds]
         require(len(set(folders)) == len(folders), "card.arms", list(self.arms), "arms that differ from each other")
 
@@ -97,8 +101,8 @@ class Card:
           ValueError: an override of the arm is not possible.
         """
         what = self.arms[arm]
-        config = self.config(what) if isinstance(what, str) else sweeps.apply(self.config(), what)
-        config = sweeps.apply(running.quiet(config), {"seed": seed})
+        config = running.quiet(self.config(what) if isinstance(what, str) else self.config())
+        config = sweeps.apply(config, {"seed": seed, **({} if isinstance(what, str) else what)})
         return config if steps is None else running.shortened(config, steps)
 
     def sweep(self) -> Iterator[sweeps.Overrides]:

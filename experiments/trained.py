@@ -30,28 +30,33 @@ class Trained:
     _loaded: dict[str, runs.Run] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def load(self, checkpoint: str = "latest") -> runs.Run:
-        """The run at its "latest" or "best" checkpoint, for what the methods below do not offer."""
+        """The run at its "latest" or "best" checkpoint, for what the methods below lack."""
         if checkpoint not in self._loaded:
             self._loaded[checkpoint] = runs.load(self.folder, checkpoint=checkpoint)
         return self._loaded[checkpoint]
 
-    def evaluate(
-        self, split: str = "test", *, checkpoint: str = "latest", max_batches: int | None = None, **objective: Any
+    def measure(
+        self,
+        name: str = "loss",
+        split: str = "test",
+        *,
+        checkpoint: str = "latest",
+        max_batches: int | None = None,
+        **options: Any,
     ) -> dict[str, float]:
-        """Loss, accuracies and the rest under the run's objective, with changes: `run.evaluate("test", rate=0.4)`."""
-        return self.load(checkpoint).evaluate(split, objective, max_batches=max_batches)
+        """What a measure says of a split: `run.measure("loss", rate=0.4)`, `run.measure("nll_bound", samples=8)`.
 
-    def nll(self, split: str = "test", *, checkpoint: str = "latest", **options: Any) -> dict[str, float]:
-        """The exact negative log-likelihood after next-token prediction, and bits per byte."""
-        return self.load(checkpoint).nll(split, **options)
-
-    def nll_bound(self, split: str = "test", *, checkpoint: str = "latest", **options: Any) -> dict[str, float]:
-        """The upper bound on it after diffusion or masking: `run.nll_bound("test", samples=8)`."""
-        return self.load(checkpoint).nll_bound(split, **options)
-
-    def pseudo_perplexity(self, split: str = "test", *, checkpoint: str = "latest", **options: Any) -> dict[str, float]:
-        """Every token hidden in turn and predicted from all others."""
-        return self.load(checkpoint).pseudo_perplexity(split, **options)
+        Args:
+          name: as behind `maskformer evaluate --metric`.
+          split: "train", "validation" or "test".
+          checkpoint: "latest" or "best".
+          max_batches: batches of `evaluation.batch_size` rows; None for `evaluation.max_batches`.
+          options: of the measure.
+        """
+        run = self.load(checkpoint)
+        if name == "loss":
+            return run.evaluate(split, options, max_batches=max_batches)
+        return getattr(run, name)(split, max_batches=max_batches, **options)
 
     def rows(self, split: str = "train") -> int:
         """How many rows a split has."""

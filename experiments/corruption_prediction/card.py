@@ -32,7 +32,7 @@ def get_config(arg=None):
 
 
 def measure(run):
-    at = {name: run.evaluate("test", rate=rate) for name, rate in EVALUATED.items()}
+    at = {name: run.measure("loss", rate=rate) for name, rate in EVALUATED.items()}
     return {f"{key} at {name}": metrics[key] for key in ("loss", "accuracy") for name, metrics in at.items()}
 
 

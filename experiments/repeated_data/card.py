@@ -52,11 +52,11 @@ def measure(run):
     errors = [0.0]
     for name, checkpoint in (("test_best", "best"), ("test_last", "latest")):
         if run.arm == "diffusion":
-            bound = run.nll_bound("test", checkpoint=checkpoint, samples=SAMPLES)
+            bound = run.measure("nll_bound", checkpoint=checkpoint, samples=SAMPLES)
             values[name] = bound["nll_bound"]
             errors.append(bound["nll_bound_stderr"])
         else:
-            values[name] = run.evaluate("test", checkpoint=checkpoint)["loss"]
+            values[name] = run.measure("loss", checkpoint=checkpoint)["loss"]
     return {**values, "test_standard_error": max(errors)}
 
 

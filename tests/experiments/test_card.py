@@ -239,9 +239,11 @@ def test_a_claim_of_no_difference_needs_its_interval_within_the_margin():
 
 
 def test_arms_that_would_share_a_folder_are_refused(skeleton):
-    for arms in ({}, {"a": {"objective.rate": 0.2}, "b": {"objective.rate": 0.2}}, {"a": {"seed": 1}}):
+    for arms in ({}, {"a": {"objective.rate": 0.2}, "b": {"objective.rate": 0.2}}):
         with pytest.raises(ValueError, match=r"^card.arms="):
             dataclasses.replace(skeleton, arms=arms)
+    with pytest.raises(ValueError, match=r"card.arms\['a'\]={'seed': 1}: expected no seed"):
+        dataclasses.replace(skeleton, arms={"a": {"seed": 1}}, seeds=(0,))
     with pytest.raises(ValueError, match=r"^card.seeds=\(0, 0\)"):
         dataclasses.replace(skeleton, seeds=(0, 0))
     risky = dataclasses.replace(skeleton, arms={"a": {"data.name": "/my/../text"}})
@@ -263,6 +265,8 @@ def test_a_card_is_a_recipe_and_its_sweep_are_its_runs():
         config, recipe = recipes.load_config([f"--config={card.file}"])
         assert config.writers.progress and len(recipes.load_sweep(recipe)) == count
         assert not card.run_config(next(iter(card.arms)), 0).writers.progress
+    loud = dataclasses.replace(MASK_RATE, arms={"loud": {"writers.progress": True}})
+    assert loud.run_config("loud", 0).writers.progress, "what an arm says is what it gets"
 
 
 @pytest.mark.parametrize(
