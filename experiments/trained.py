@@ -53,10 +53,7 @@ class Trained:
           max_batches: batches of `evaluation.batch_size` rows; None for `evaluation.max_batches`.
           options: of the measure.
         """
-        run = self.load(checkpoint)
-        if name == "loss":
-            return run.evaluate(split, options, max_batches=max_batches)
-        return getattr(run, name)(split, max_batches=max_batches, **options)
+        return self.load(checkpoint).measure(name, split, max_batches=max_batches, **options)
 
     def rows(self, split: str = "train") -> int:
         """How many rows a split has."""

@@ -4,8 +4,8 @@ Each command is one module of this package, and a new one needs nothing else. `c
 (`mask_report.py` is `mask-report`); the first line of its docstring is its summary in `maskformer --help`; and it has
 
     def add_arguments(parser: Parser) -> None
-        Its flags. `parser.epilog` may be set, and `parser.recipes` are the recipes that `--config=` names, for a command
-        whose flags depend on what a recipe registers. Called only when this command is the one that is run.
+        Its flags. `parser.epilog` may be set, and `parser.recipes` are the recipes that `--config=` names, for a
+        command whose flags depend on what a recipe registers. Called only when this command is the one that is run.
 
     def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int
         Does it and returns the exit code. `config_flags` are the `--config...` flags as they were written; a command

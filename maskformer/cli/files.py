@@ -1,4 +1,4 @@
-"""Files that a command writes besides its answer: refused before the work, and one line where writing fails after it."""
+"""Files that a command writes beside its answer: refused before the work, one line where writing fails after it."""
 
 from __future__ import annotations
 

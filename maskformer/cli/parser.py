@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from maskformer.checks import nearest, shown
 
 CONFIG_HELP = "--config=RECIPE.py[:ARG] and --config.KEY=VALUE change any key; `maskformer config` prints them all"
-REGISTERS_HELP = "--config=RECIPE.py makes the masks known that the run's recipe registers"
+REGISTERS_HELP = "--config=RECIPE.py makes known what the run's recipe registers"
 
 
 class UsageError(ValueError):
@@ -35,8 +35,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*arguments, **options)
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
-        self.flags += [name for name in names if name.startswith("--")]
-        return super().add_argument(*names, **options)
+        action = super().add_argument(*names, **options)
+        self.flags += [name for name in action.option_strings if name.startswith("--")]
+        return action
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, self)

@@ -100,6 +100,9 @@ class Mixture(Objective):
     def attend(self, corrupted):
         return attend_by_prefix(corrupted)
 
+    def as_causal(self):
+        return next(filter(None, (part.as_causal() for part in self.parts)), None)
+
     def transform_logits(self, logits, corrupted):
         """Each row's logits as the objective that it follows has them."""
         for index, part in enumerate(self.parts):

@@ -101,6 +101,11 @@ class Objective:
             )
         return None
 
+    def as_causal(self) -> Any:
+        """The `CausalLM` that a model trained on this one can be run under; None where it never predicted the next
+        token."""
+        return None
+
     @property
     def never_hidden(self) -> tuple[int, ...]:
         """Ids that it never hides: those that stand for no text. An unknown word is text."""
@@ -176,8 +181,8 @@ class Objective:
     def transform_logits(self, logits: jax.Array, corrupted: Corrupted) -> jax.Array:
         """The logits that the objective's predictions are made with, from the model's `[batch, budget, vocabulary]`.
 
-        What it rules out is ruled out for all that is computed from them: the loss, accuracies, ranks, samples. Doing it
-        twice changes nothing.
+        What it rules out is ruled out for all that is computed from them: the loss, accuracies, ranks, samples. Doing
+        it twice changes nothing.
         """
         return logits
 

@@ -78,6 +78,9 @@ class CausalLM(Objective):
     def attend(self, corrupted):
         return attend_causally(corrupted)
 
+    def as_causal(self):
+        return self
+
 
 def causal_lm(vocabulary: Vocabulary, length: int, *, shift: str = "next") -> CausalLM:
     """Next-token prediction within each packed segment.
@@ -133,6 +136,9 @@ class PrefixLM(Objective):
 
     def attend(self, corrupted):
         return attend_by_prefix(corrupted)
+
+    def as_causal(self):
+        return causal_lm(self.vocabulary, self.length)
 
 
 def prefix_lm(vocabulary: Vocabulary, length: int, *, shortest: float = 0.0, longest: float = 1.0) -> PrefixLM:
@@ -218,6 +224,9 @@ class FillInTheMiddle(Objective):
 
     def attend(self, corrupted):
         return attend_causally(corrupted)
+
+    def as_causal(self):
+        return causal_lm(self.vocabulary, self.length)
 
 
 def fim(

@@ -1,10 +1,13 @@
 """`maskformer evaluate` and the corrections of a mistyped command line, as a user meets them."""
 
 import json
+import pathlib
+import re
 
 import pytest
 
 from maskformer import cli, report
+from maskformer.evaluation import measures
 from maskformer.training import comparison
 from tests.evaluation.conftest import corpus, load
 
@@ -53,6 +56,58 @@ def test_another_objective_by_flag_or_by_config(folders, capsys):
     assert code == 0 and json.loads(out)["predicted"] > 100
     code, _, err = run(capsys, "--workdir=mlm", "--objective=causl_lm")
     assert code == 2 and "causal_lm" in err and err.count("\n") == 1
+
+
+@pytest.fixture
+def guide(tmp_path):
+    """The recipe of `docs/evaluation.md` that adds a measure."""
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    (block,) = re.findall(r"```python\n(?=[^`]*@measures.builder)(.*?)```", text, re.DOTALL)
+    recipe = tmp_path / "my_measure.py"
+    recipe.write_text(block)
+    yield recipe
+    measures.MEASURES.pop("rare_tokens", None)
+
+
+def test_the_guides_measure_of_ones_own_is_a_metric_with_its_options_as_flags(folders, guide, capsys):
+    asked = ["--workdir=mlm", f"--config={guide}", "--metric", "rare_tokens"]
+    code, out, err = run(capsys, *asked, "--fewer-than=10")
+    results = json.loads(out)
+    assert code == 0 and 0 < results["rare"] <= 1 and f"rare_tokens: {results['rare']:.2%} are rare" in err
+    assert folders["mlm"].measure("rare_tokens", fewer_than=10)["rare"] == results["rare"]
+    assert run(capsys, *asked, "--fewer-than=1000000")[0] == 0
+    code, out, _ = run(capsys, "--workdir", "mlm", "diffusion", f"--config={guide}", "--metric", "rare_tokens")
+    assert code == 0 and "% are rare" in out.splitlines()[2]
+    code, _, err = run(capsys, "--workdir=mlm", f"--config={guide}", "--fewer-than=10")
+    assert code == 2 and "--fewer-than: belongs to --metric=rare_tokens, and only loss is asked for" in err
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", f"--config={guide}", "--help"])
+    assert "rare_tokens: how many tokens" in " ".join(capsys.readouterr().out.split())
+    measures.MEASURES.pop("rare_tokens")
+    code, _, err = run(capsys, "--workdir=mlm", "--metric=rare_tokens")
+    assert code == 2 and "--config=RECIPE.py" in err and err.count("\n") == 1
+
+
+def test_an_option_that_is_a_flag_of_evaluate_itself_is_refused(tmp_path, capsys):
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(
+        "from typing import Annotated\nfrom maskformer.evaluation import measures\n\n\n@measures.builder()\n"
+        "def mine(run, split, *, json: Annotated[bool, 'as JSON'] = False):\n    return {}\n"
+    )
+    try:
+        code, _, err = run(capsys, "--workdir=mlm", f"--config={recipe}")
+        assert code == 2 and "measure 'mine': --json is a flag of evaluate itself" in err and err.count("\n") == 1
+    finally:
+        del measures.MEASURES["mine"]
+
+
+def test_special_tokens_are_left_out_by_flag(folders, capsys):
+    """One flag for the two measures that have the option."""
+    code, out, _ = run(capsys, "--workdir=causal_lm", "--metric=nll", "--no-markers")
+    assert code == 0 and json.loads(out) | {"step": 0} == {
+        **folders["causal_lm"].measure("nll", markers=False),
+        **{"workdir": "causal_lm", "step": 0, "rows": 9, "split_rows": 9, "split": "test"},
+    }
 
 
 @pytest.mark.parametrize(

@@ -55,11 +55,11 @@ def trainings(monkeypatch):
         config = json.loads((folder / "config.json").read_text())
         loss = 3.0 - config["objective"]["rate"] + 0.1 * config["seed"] ** 2 * config["objective"]["rate"]
 
-        def evaluate(split, objective, max_batches):
-            assert (split, objective, checkpoint) == ("test", {"rate": 0.15}, "latest")
+        def measure(name, split, max_batches, rate):
+            assert (name, split, rate, checkpoint) == ("loss", "test", 0.15, "latest")
             return {"loss": loss, "accuracy": 1 / loss, "perplexity": 10.0}
 
-        return types.SimpleNamespace(evaluate=evaluate)
+        return types.SimpleNamespace(measure=measure)
 
     monkeypatch.setattr(running, "train_and_evaluate", train)
     monkeypatch.setattr(trained.runs, "load", load)
