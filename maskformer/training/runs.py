@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from maskformer.training.checkpoints import restore_params
 from maskformer.training.config import ExperimentConfig, change_objective, resolve
 from maskformer.training.loop import total_sums
 from maskformer.training.step import create_eval_step, masking_key, predict
+from maskformer.training.workdir import read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,9 +333,7 @@ def load(workdir: str | os.PathLike[str], overrides: Sequence[str] = (), checkpo
       CheckpointError: no checkpoint yet.
     """
     path = pathlib.Path(workdir)
-    if not (path / "config.json").is_file():
-        raise ValueError(f"workdir={os.fspath(workdir)!r}: no config.json there; expected the folder of a run")
-    config = ml_collections.ConfigDict(json.loads((path / "config.json").read_text()))
+    config = ml_collections.ConfigDict(read_config(path, sections=("data", "objective", "model", "train")))
     registering, changes = recipes.split_flags(overrides)
     for recipe in registering:
         recipes.register(recipe)
