@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import pathlib
@@ -14,10 +13,9 @@ import jax
 import numpy as np
 
 from maskformer import data, evaluation, models
-from maskformer.objectives.schedules import in_steps
 from maskformer.training import sharding
-from maskformer.training.checkpoints import Checkpoints, RunRecord, restore, restore_params
-from maskformer.training.checkpoints import checkpoint_steps as saved_steps
+from maskformer.training.best import continue_record, out_of_patience, update_best
+from maskformer.training.checkpoints import Checkpoints, RunRecord, restore_newest, restore_params
 from maskformer.training.config import plain, resolve
 from maskformer.training.losses import mean_names
 from maskformer.training.optimizer import create_optimizer, create_schedule
@@ -26,6 +24,8 @@ from maskformer.training.sections import EvaluationConfig
 from maskformer.training.state import NEVER, TrainState, Window, create_state
 from maskformer.training.step import create_eval_step, create_train_step
 from maskformer.training.throughput import Clock
+from maskformer.training.workdir import check_same_run, prepare_workdir, write_config
+from maskformer.training.workdir import checkpoint_steps as saved_steps
 from maskformer.training.writers import Progress, create_writers
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
         theirs = pathlib.Path(train.resume).resolve() / "checkpoints"
         if not saved_steps(theirs):
             raise ValueError(f"train.resume={train.resume!r}: no checkpoint in {theirs}")
-        restored = restore(theirs, saved_steps(theirs)[-1], abstract)
+        restored = restore_newest(theirs, abstract)
     if restored is not None:
         state, record = restored
     else:
@@ -114,6 +114,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
             params, _ = restore_params(pathlib.Path(train.init_from), abstract.params)
             state = state.replace(params=params, ema=jax.tree.map(jax.numpy.copy, params) if ema else None)
     start = int(state.step)
+    continue_record(record, train.steps, evaluate_config)
 
     # Steps.
     train_step = jax.jit(
@@ -148,7 +149,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
 
     # Records.
     if leader:
-        (workdir / "config.json").write_text(json.dumps(plain(config), indent=2) + "\n")
+        write_config(workdir, plain(config))
     writers = create_writers(workdir, experiment.writers, plain(config), start) if leader else []
     progress = Progress(train.steps, start, experiment.writers.progress) if leader else None
     predicted_share = objective.budget / objective.output_length
@@ -189,7 +190,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
                 train.batch_size, experiment.seed, *process_slice, start_example=record.next_example
             )
             for step in range(start + 1, train.steps + 1):
-                if record.stopped_early:
+                if out_of_patience(record, evaluate_config):
                     break
                 state = train_step(state, sharding.to_global(next(batches), rows))
                 record.next_example += train.batch_size
@@ -219,7 +220,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
                         )
                     if progress is not None:
                         progress.line(evaluation_line(step, evaluate_config.split, results, improved))
-                if saves or preempted or record.stopped_early:
+                if saves or preempted or out_of_patience(record, evaluate_config):
                     # A checkpoint never holds a step that was not finite, and never runs ahead of metrics.jsonl.
                     check_finite(jax.device_get(state.window), checkpoints)
                     for writer in writers:
@@ -244,59 +245,6 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
     return results
 
 
-def prepare_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
-    """Make the folder and prove that it can be written to, or raise a one-line ValueError."""
-    path = pathlib.Path(workdir).absolute()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write_test_{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"workdir={os.fspath(workdir)!r}: cannot be written to ({error.strerror}); choose another --workdir"
-        ) from error
-    return path
-
-
-def check_same_run(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
-    """Refuse to continue the run in `workdir` as another one.
-
-    Its length, optimizer, evaluation and mesh may change; its model, data, objective and seed may not: the record would
-    then tell of a run that never was.
-
-    Raises:
-      ValueError: names the first key that differs.
-    """
-    record = workdir / "config.json"
-    if not record.is_file() or not saved_steps(workdir / "checkpoints"):
-        return
-    before = json.loads(record.read_text())
-    for section in ("seed", "data", "objective", "model"):
-        ours, theirs = config[section], before.get(section)
-        if section == "objective":
-            # A share of the run is another step in a run of another length.
-            ours = in_steps(ours, config["train"]["steps"])
-            theirs = in_steps(theirs, before["train"]["steps"])
-        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            # A run from before a key existed lacks it, and had what is now its empty default.
-            unset = (None, {})
-            keys = [
-                key
-                for key in sorted(ours.keys() | theirs.keys())
-                if ours.get(key) != theirs.get(key) and not (ours.get(key) in unset and theirs.get(key) in unset)
-            ]
-            if not keys:
-                continue
-            section, ours, theirs = f"{section}.{keys[0]}", ours.get(keys[0]), theirs.get(keys[0])
-        elif ours == theirs:
-            continue
-        raise ValueError(
-            f"{section}={ours!r}: the run in {workdir} has {theirs!r}; use a new --workdir "
-            "(train.init_from takes over its parameters)"
-        )
-
-
 def run_evaluation(
     eval_step: Any, params: Any, dataset: Any, config: EvaluationConfig, mesh: jax.sharding.Mesh
 ) -> dict[str, float]:
@@ -319,25 +267,6 @@ def total_sums(
         for name, pair in part.items():
             totals[name] = totals.get(name, 0.0) + np.asarray(pair, np.float64)
     return totals
-
-
-def update_best(record: RunRecord, results: Mapping[str, float], config: EvaluationConfig) -> bool:
-    """Note the evaluation in the record; True when it is the best so far.
-
-    Raises:
-      ValueError: `evaluation.metric` is not among the results.
-    """
-    if config.metric not in results:
-        raise ValueError(f"evaluation.metric={config.metric!r}: expected one of {', '.join(results)}")
-    value = results[config.metric]
-    gain = 0.0 if record.best is None else (record.best - value if config.mode == "min" else value - record.best)
-    improved = record.best is None or gain > config.min_improvement
-    if improved:
-        record.best, record.evaluations_since_best = value, 0
-    else:
-        record.evaluations_since_best += 1
-    record.stopped_early = config.patience is not None and record.evaluations_since_best >= config.patience
-    return improved
 
 
 def check_finite(window: Window, checkpoints: Checkpoints) -> None:
