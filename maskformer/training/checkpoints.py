@@ -12,7 +12,6 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from maskformer.checks import shown
 from maskformer.training.checksums import CHECKSUMS, DamageError, verify, write_checksums
 from maskformer.training.sections import CheckpointConfig, EvaluationConfig
-from maskformer.training.workdir import CHECKPOINTS, RunError, checkpoint_steps, read_object, stray_steps
+from maskformer.training.workdir import CHECKPOINTS, RunError, checkpoint_steps, read_object, reason, stray_steps
 
 logger = logging.getLogger(__name__)
 
@@ -243,10 +242,13 @@ class Checkpoints:
         # TensorStore says it in several lines, with the names of its own temporary files.
         full = "RESOURCE_EXHAUSTED" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
         why = "the disk is full" if full else _first_line(error)
-        free = shutil.disk_usage(self.directory.parent).free
+        try:
+            room = f"{_size(shutil.disk_usage(self.directory.parent).free)} are free"
+        except OSError as gone:
+            room = f"its folder cannot be reached ({reason(gone)})"
         return SaveError(
-            f"the checkpoint of step {self._saving} cannot be written to {self.directory} ({why}); it "
-            f"needs about {_size(self._bytes)}, and {_size(free)} are free; the last good checkpoint is "
+            f"the checkpoint of step {self._saving} cannot be written to {self.directory} ({why}); it needs about "
+            f"{_size(self._bytes)}, and {room}; the last good checkpoint is "
             f"{'none' if good is None else f'of step {good}'}; free some space and run the same command again"
         )
 
@@ -258,22 +260,22 @@ class _OrbaxFilter:
     """
 
     def install(self) -> None:
-        self._hook = sys.excepthook
-        sys.excepthook = self._exception
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = self._unraisable
         logging.getLogger("absl").addFilter(self._record)
 
     def remove(self) -> None:
         logging.getLogger("absl").removeFilter(self._record)
-        if sys.excepthook == self._exception:
-            sys.excepthook = self._hook
+        if sys.unraisablehook == self._unraisable:
+            sys.unraisablehook = self._hook
 
     def _record(self, record: logging.LogRecord) -> bool:
         return not record.exc_info or logging.getLogger().isEnabledFor(logging.INFO)
 
-    def _exception(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    def _unraisable(self, unraisable: sys.UnraisableHookArgs) -> None:
         # What TensorStore says, from C++, of the writes that end after the first that failed.
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            self._hook(kind, error, trace)
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._hook(unraisable)
 
 
 def restore_newest(directory: pathlib.Path, abstract_state: Any) -> tuple[Any, RunRecord]:

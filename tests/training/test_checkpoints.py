@@ -246,7 +246,19 @@ def test_a_save_that_finds_too_little_room_is_one_line_and_nothing_is_begun(tmp_
     assert issubclass(SaveError, RunError) and resume(tmp_path) == 1
 
 
+def test_a_workdir_that_vanishes_is_one_line_too(tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with opened(workdir) as made:
+        made.save(1, state_of(1), RunRecord(), None)
+        made.wait()
+        shutil.rmtree(workdir)
+        with pytest.raises(SaveError, match="its folder cannot be reached .*; the last good checkpoint is none"):
+            made.save(2, state_of(2), RunRecord(), None)
+
+
 @pytest.mark.skipif(shutil.which("mount") is None or os.getuid() != 0, reason="mounts a small file system")
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_disk_that_fills_up_during_a_save_is_one_line_and_the_run_goes_on_with_room(tmp_path, caplog, capfd):
     small = tmp_path / "small"
     small.mkdir()
