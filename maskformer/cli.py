@@ -19,25 +19,28 @@ CONFIG_HELP = "--config=RECIPE.py[:ARG] and --config.KEY=VALUE change any key; `
 
 def train(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     """Train a recipe, resuming where its workdir left off."""
-    from maskformer.training import EX_TEMPFAIL, NonFiniteError, Preempted, distributed, loop, recipes, resolve, sweeps
+    from maskformer.training import EX_TEMPFAIL, Preempted, distributed, loop, recipes, resolve, sweeps
+    from maskformer.training.workdir import RunError, prepare_workdir
 
     config, recipe = recipes.load_config(config_flags)
-    workdir = pathlib.Path(arguments.workdir)
     if arguments.sweep_index is not None:
         runs = recipes.load_sweep(recipe, arguments.sweep)
         if not 0 <= arguments.sweep_index < len(runs):
             raise ValueError(f"--sweep-index={arguments.sweep_index}: expected 0 to {len(runs) - 1}, the sweep's runs")
         config = sweeps.apply(config, runs[arguments.sweep_index])
-        workdir = workdir / f"{arguments.sweep_index:03d}"
     resolve(config)
-    loop.prepare_workdir(workdir)
+    # As it was written: a Path would turn the empty string into the current directory.
+    prepare_workdir(arguments.workdir)
+    workdir = pathlib.Path(arguments.workdir)
+    if arguments.sweep_index is not None:
+        workdir = workdir / f"{arguments.sweep_index:03d}"
     distributed.initialize()
     try:
         loop.train_and_evaluate(config, workdir)
     except Preempted as stop:
         print(stop, file=sys.stderr)
         return EX_TEMPFAIL
-    except NonFiniteError as error:
+    except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     import jax
