@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from maskformer.training.checkpoints import RunRecord
+from maskformer.training.record import RunRecord
 from maskformer.training.sections import EvaluationConfig
 
 

@@ -20,35 +20,12 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from maskformer.checks import shown
-from maskformer.training.checksums import CHECKSUMS, DamageError, verify, write_checksums
+from maskformer.training.checksums import CHECKSUMS, FIX, DamageError, verify, write_checksums
+from maskformer.training.record import RunRecord, read_record
 from maskformer.training.sections import CheckpointConfig, EvaluationConfig
 from maskformer.training.workdir import CHECKPOINTS, RunError, checkpoint_steps, read_object, reason, stray_steps
 
 logger = logging.getLogger(__name__)
-
-# Ends the message about a damaged file of a checkpoint, whose folder is then set aside as a whole.
-FIX = "the checkpoint is not used"
-
-
-@dataclasses.dataclass
-class RunRecord:
-    """What a run remembers beside its arrays; everything in it is JSON.
-
-    Attributes:
-      next_example: global index of the first example that no finished step has used. It names a place in the
-        stream of epochs, independent of batch size and number of processes.
-      tokens, predicted: seen and predicted so far, padding not counted.
-      best: best evaluation so far of `evaluation.metric`; None before the first.
-      evaluations_since_best: for early stopping.
-      steps: the length that the run was to have.
-    """
-
-    next_example: int = 0
-    tokens: int = 0
-    predicted: int = 0
-    best: float | None = None
-    evaluations_since_best: int = 0
-    steps: int = 0
 
 
 class CheckpointError(RuntimeError):
@@ -92,7 +69,7 @@ class Checkpoints:
         scored = metric is not None and math.isfinite(metric)
         self.wait()
         self._saving = step
-        self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        self._bytes = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(state))
         with self._failing_in_one_line():
             if self._manager is None:
                 self._quiet.install()
@@ -147,16 +124,16 @@ class Checkpoints:
         Raises:
           SaveError: it cannot be written.
         """
-        if self._manager is not None:
-            try:
+        try:
+            if self._manager is not None:
                 with self._failing_in_one_line():
                     self._manager.close()
-            finally:
-                self._quiet.remove()
-                if self._failed and jax.process_index() == 0:
-                    # Nobody can use the half of a checkpoint, and it takes the space that is missing.
-                    for partial in self.directory.glob(f"{self._saving}.*"):
-                        shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            self._quiet.remove()
+            if self._failed and jax.process_index() == 0:
+                # Nobody can use the half of a checkpoint, and it takes the space that is missing.
+                for partial in self._unfinished(self._saving):
+                    shutil.rmtree(partial, ignore_errors=True)
 
     def _open(self) -> ocp.CheckpointManager:
         self._on_leader(self._tidy, "tidy checkpoints")
@@ -199,8 +176,11 @@ class Checkpoints:
 
     def _write_checksums(self, step: int) -> None:
         """Called by Orbax, on one process, when all files are written and the folder has its final name not yet."""
-        (folder,) = self.directory.glob(f"{step}.*")
+        (folder,) = self._unfinished(step)
         write_checksums(folder, step)
+
+    def _unfinished(self, step: int) -> list[pathlib.Path]:
+        return list(self.directory.glob(f"{step}.orbax-checkpoint-tmp*"))
 
     def _set_aside(self, steps: list[int]) -> None:
         # Kept for whoever wants to look, and out of the way: the run will come to these steps again.
@@ -259,6 +239,9 @@ class _OrbaxFilter:
     With --verbose (INFO and below shown) they are printed.
     """
 
+    def __init__(self) -> None:
+        self._hook = sys.unraisablehook
+
     def install(self) -> None:
         self._hook = sys.unraisablehook
         sys.unraisablehook = self._unraisable
@@ -311,7 +294,7 @@ def restore(directory: pathlib.Path, step: int, abstract_state: Any) -> tuple[An
     _check_structure(folder / "state", abstract_state)
     with ocp.StandardCheckpointer() as arrays:
         state = arrays.restore(folder / "state", abstract_state)
-    return state, _read_record(folder / "record" / "metadata", step)
+    return state, read_record(folder / "record" / "metadata", step)
 
 
 def restore_params(workdir: pathlib.Path, abstract_params: Any, which: str = "best") -> tuple[Any, int]:
@@ -429,28 +412,6 @@ def _from_all_processes(text: str) -> list[str]:
     said[: len(encoded)] = np.frombuffer(encoded, np.uint8)
     rows = multihost_utils.process_allgather(said)
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
-
-
-def _read_record(path: pathlib.Path, step: int) -> RunRecord:
-    """The record of the checkpoint of `step`; a DamageError when it is that of another one, or none."""
-    values = read_object(path, FIX)
-    if values.get("step", step) != step:
-        raise DamageError(f"{path}: is the record of step {shown(values['step'])}")
-    for name in ("next_example", "tokens", "predicted"):
-        if name not in values:
-            raise DamageError(f"{path}: has no {name!r}")
-    best = values.get("best")
-    if best is not None and type(best) not in (int, float):
-        raise DamageError(f"{path}: best={shown(best)}, expected a number")
-    counts = {}
-    for field in dataclasses.fields(RunRecord):
-        if field.name != "best" and field.name in values:
-            value = values[field.name]
-            if type(value) is not int or value < 0:
-                raise DamageError(f"{path}: {field.name}={shown(value)}, expected a whole number of at least 0")
-            counts[field.name] = value
-    # NaN is no value, and was written as one.
-    return RunRecord(best=best if best is not None and math.isfinite(best) else None, **counts)
 
 
 def _read_score(folder: pathlib.Path) -> float:

@@ -20,6 +20,9 @@ UNCHECKED = ("_CHECKPOINT_METADATA", "commit_success.txt")
 BLOCK = 1 << 22
 THREADS = 8
 
+# Ends the message about a damaged file of a checkpoint.
+FIX = "the checkpoint is not used"
+
 
 class DamageError(RuntimeError):
     """A checkpoint is not what was saved."""
