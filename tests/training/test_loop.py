@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from maskformer import objectives
-from maskformer.training import NonFiniteError, Preempted, loop, program, train_and_evaluate
+from maskformer.training import NonFiniteError, Preempted, program, train_and_evaluate
 from maskformer.training.checkpoints import Checkpoints, RunRecord, best_step, checkpoint_steps, restore_params
 from maskformer.training.config import plain
 from maskformer.training.sections import CheckpointConfig, EvaluationConfig
+from maskformer.training.workdir import check_same_run
 from tests.training.tiny import metric_lines, tiny_config
 
 # One run's sums on another layout differ by the order of additions only.
@@ -229,10 +230,10 @@ def test_a_run_from_before_a_key_existed_and_a_schedule_by_step_are_continued(co
     for key in ("embedding_width", "generator"):
         del older["model"][key]
     (tmp_path / "config.json").write_text(json.dumps(older))
-    loop.check_same_run(plain(config), tmp_path)
+    check_same_run(plain(config), tmp_path)
     config = tiny_config(corpus, objective__rate={"schedule": "step", "values": {0: 0.3, 11: 0.15}})
     with pytest.raises(ValueError, match="objective.rate=.*'11'.*: the run in .* has .*'10'"):
-        loop.check_same_run(plain(config), tmp_path)
+        check_same_run(plain(config), tmp_path)
 
 
 def test_a_complete_run_says_its_result_again_and_adds_nothing(reference, corpus, devices, tmp_path):
