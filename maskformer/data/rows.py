@@ -114,6 +114,20 @@ def _checksum(path: Path) -> list[int]:
     return [size, crc]
 
 
+def batch_layout(rows: int, length: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of each array of a batch of `rows` rows of `length` tokens, as `PackedRows.read` gives them.
+
+    >>> batch_layout(8, 128)["tokens"]
+    ((8, 128), dtype('int32'))
+    """
+    words, numbers = np.dtype(bool), np.dtype(np.int32)
+    per_token = {"tokens": numbers, "segment_ids": numbers, "positions": numbers, "word_starts": words}
+    return {
+        **{name: ((rows, length), dtype) for name, dtype in per_token.items()},
+        **dict.fromkeys(("example_id", "epoch"), ((rows,), numbers)),
+    }
+
+
 class PackedRows:
     """Random access to the rows of a folder that `write_rows` made.
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from maskformer import masks
 from maskformer.data import Tokenizer
-from maskformer.models import ElectraModel, Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +23,14 @@ class Guess:
 
 
 def fill_masks(
-    model: Model | ElectraModel, params: Any, tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray, top: int = 5
+    model: Any, params: Any, tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray, top: int = 5
 ) -> list[list[Guess]]:
     """The `top` most probable pieces at each mask token of one sequence, most probable first.
 
     Special tokens are not guessed: they were never targets.
 
     Args:
-      model, params: a masked language model and its parameters; of ELECTRA's pair, the generator is asked.
+      model, params: a masked language model and its parameters; of a pair of networks, the generator is asked.
       tokenizer: whose ids the tokens are.
       tokens: [length], with the mask token where a guess is wanted.
 
@@ -65,7 +64,7 @@ def fill_masks(
 
 
 def _predict(
-    model: Model | ElectraModel, params: Any, tokens: np.ndarray, lengths: np.ndarray, predict: np.ndarray
+    model: Any, params: Any, tokens: np.ndarray, lengths: np.ndarray, predict: np.ndarray
 ) -> jax.Array:
     def logits(params: Any, tokens: jax.Array, lengths: jax.Array, predict: jax.Array) -> jax.Array:
         # One sequence is one segment, and its padding belongs to none, as in a packed row.

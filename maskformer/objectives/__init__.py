@@ -4,10 +4,8 @@ An objective is built once by name (`create`) and then called on device: `object
 """
 
 from maskformer.objectives import schedules
-from maskformer.objectives.compat import COMPAT
 from maskformer.objectives.denoising import denoising
 from maskformer.objectives.diffusion import MaskedDiffusion, diffusion
-from maskformer.objectives.electra import Discrimination, Electra, electra
 from maskformer.objectives.leaks import Leak, LeakReport, check_leaks, with_attend
 from maskformer.objectives.lexicon import Lexicon, pmi_ngrams
 from maskformer.objectives.loss import (
@@ -21,7 +19,7 @@ from maskformer.objectives.mixture import mixture
 from maskformer.objectives.mlm import conditional_mlm, mlm, ngram_mlm, pmi_mlm, span_mlm
 from maskformer.objectives.objective import Masking, Objective, attend_within_segments
 from maskformer.objectives.pairs import CorruptedPair, Pair, PairMasks, PairObjective
-from maskformer.objectives.registry import BUILDERS, builder, create, parameters
+from maskformer.objectives.registry import BUILDERS, COMPAT, builder, create, parameters
 from maskformer.objectives.report import MaskReport, mask_report
 from maskformer.objectives.rows import KEEP, MASK, RANDOM, Corrupted, Row, Selection
 from maskformer.objectives.select_weighted import frequency_weights, inverse_document_frequencies, tag_weights
@@ -38,8 +36,6 @@ __all__ = [
     "RANDOM",
     "Corrupted",
     "CorruptedPair",
-    "Discrimination",
-    "Electra",
     "Leak",
     "LeakReport",
     "Lexicon",
@@ -64,7 +60,6 @@ __all__ = [
     "cross_entropy",
     "denoising",
     "diffusion",
-    "electra",
     "fim",
     "frequency_weights",
     "inverse_document_frequencies",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,15 @@ class Selection:
     probability: jax.Array | None = None
 
 
+@dataclass(frozen=True)
+class Side:
+    """One row of tokens that a stack of layers reads, all `[batch, length]`; segment 0 is padding."""
+
+    name: str
+    tokens: jax.Array
+    segment_ids: jax.Array
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Corrupted:
@@ -84,6 +94,31 @@ class Corrupted:
     bidirectional: jax.Array | None = None
     selected: jax.Array | None = None
     units: jax.Array | None = None
+
+    def inputs(self, mask: Any) -> dict[str, Any]:
+        """Keyword arguments of a model's `apply(params, ...)` beside its parameters.
+
+        Args:
+          mask: who may attend to whom, from the objective's `attend`.
+        """
+        return {
+            "tokens": self.input_tokens,
+            "positions": self.positions,
+            "mask": mask,
+            "predict_positions": self.predict_positions,
+            "segment_ids": self.segment_ids,
+        }
+
+    def sides(self) -> tuple[Side, ...]:
+        """What is read, in the order in which it is read; predictions are made on the last side."""
+        return (Side("row", self.input_tokens, self.segment_ids),)
+
+    @property
+    def places(self) -> jax.Array:
+        """int32 `[batch, budget]`: where on the last side each prediction is made."""
+        if self.predict_positions is not None:
+            return self.predict_positions
+        return jnp.broadcast_to(jnp.arange(self.target_tokens.shape[1], dtype=jnp.int32), self.target_tokens.shape)
 
 
 def rows_from_batch(batch: Mapping[str, jax.Array], length: int, objective: str, extra: tuple[str, ...] = ()) -> Row:

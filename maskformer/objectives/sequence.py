@@ -59,6 +59,8 @@ def shift_right(tokens: jax.Array, starts: jax.Array, start_id: jax.Array | int)
 class CausalLM(Objective):
     """Every token from those before it."""
 
+    predicts_next = True
+
     shift: str = "next"
     start_id: int = 0
 
@@ -103,6 +105,8 @@ def causal_lm(vocabulary: Vocabulary, length: int, *, shift: str = "next") -> Ca
 @dataclass(frozen=True, eq=False)
 class PrefixLM(Objective):
     """The rest of each segment from a prefix that is read both ways."""
+
+    predicts_next = True
 
     shortest: float = 0.0
     longest: float = 1.0
@@ -151,6 +155,8 @@ def prefix_lm(vocabulary: Vocabulary, length: int, *, shortest: float = 0.0, lon
 @dataclass(frozen=True, eq=False)
 class FillInTheMiddle(Objective):
     """Documents cut in three and reordered, so that a causal model learns to fill the middle."""
+
+    predicts_next = True
 
     fim_rate: float = 0.5
     spm_rate: float = 0.5

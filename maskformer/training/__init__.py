@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from maskformer.training.config import default_config, generator_section, objectives_section, resolve
-    from maskformer.training.loop import NonFiniteError, train_and_evaluate
+    from maskformer.training.loop import train_and_evaluate
     from maskformer.training.preemption import EX_TEMPFAIL, Preempted
+    from maskformer.training.program import Program
     from maskformer.training.recipes import load_config, parse_arg
+    from maskformer.training.recorder import NonFiniteError
 
 _HOMES = {
     "EX_TEMPFAIL": "preemption",
-    "NonFiniteError": "loop",
+    "NonFiniteError": "recorder",
     "Preempted": "preemption",
+    "Program": "program",
     "default_config": "config",
     "generator_section": "config",
     "load_config": "recipes",
@@ -28,6 +31,7 @@ __all__ = [
     "EX_TEMPFAIL",
     "NonFiniteError",
     "Preempted",
+    "Program",
     "default_config",
     "generator_section",
     "load_config",

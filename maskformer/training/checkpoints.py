@@ -29,7 +29,6 @@ class RunRecord:
       tokens, predicted: seen and predicted so far, padding not counted.
       best: best evaluation so far of `evaluation.metric`; None before the first.
       evaluations_since_best: for early stopping.
-      stopped_early: the patience ran out; the run is complete though `step < train.steps`.
     """
 
     next_example: int = 0
@@ -37,7 +36,6 @@ class RunRecord:
     predicted: int = 0
     best: float | None = None
     evaluations_since_best: int = 0
-    stopped_early: bool = False
 
 
 class CheckpointError(RuntimeError):

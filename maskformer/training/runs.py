@@ -15,28 +15,34 @@ import ml_collections
 import numpy as np
 
 from maskformer import data, evaluation, models, objectives
-from maskformer.models.partitioning import Rules
-from maskformer.objectives.mixture import Mixture
-from maskformer.objectives.sequence import CausalLM, FillInTheMiddle, PrefixLM
-from maskformer.training import recipes, sharding
+from maskformer.objectives.sequence import CausalLM
+from maskformer.training import recipes
 from maskformer.training.checkpoints import restore_params
-from maskformer.training.config import ExperimentConfig, change_objective, resolve
-from maskformer.training.loop import total_sums
-from maskformer.training.step import create_eval_step, masking_key, predict
+from maskformer.training.config import ExperimentConfig, resolve
+from maskformer.training.program import Placed, Program
+from maskformer.training.step import create_eval_step, masking_key
+from maskformer.training.tasks import predict
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A run's config, tokenizer, model and parameters, on this machine's devices."""
 
-    experiment: ExperimentConfig
-    tokenizer: data.Tokenizer
-    model: models.Model | models.ElectraModel
-    mesh: jax.sharding.Mesh
-    rules: Rules
+    placed: Placed
     params: Any
-    params_at: Any
     step: int
+
+    @property
+    def experiment(self) -> ExperimentConfig:
+        return self.placed.program.experiment
+
+    @property
+    def tokenizer(self) -> data.Tokenizer:
+        return self.placed.program.tokenizer
+
+    @property
+    def model(self) -> Any:
+        return self.placed.program.model
 
     def evaluate(
         self, split: str = "test", objective: Mapping[str, Any] | None = None, *, max_batches: int | None = None
@@ -52,22 +58,9 @@ class Run:
         Raises:
           ValueError: the objective is not defined for this run: its tokenizer lacks a token, its model positions.
         """
-        experiment = self.experiment
-        changed = change_objective(experiment.objective, experiment.evaluation.objective)
-        evaluated = dataclasses.replace(experiment, objective=changed).create_objective(
-            self.tokenizer.vocabulary, **(objective or {})
-        )
-        longest = self.model.config.max_length
-        if evaluated.output_length > longest:
-            raise ValueError(
-                f"objective.name={evaluated.name!r}: makes rows of {evaluated.output_length} tokens, and the run's "
-                f"model was built for {longest}; evaluate under an objective that keeps their length"
-            )
-        baseline = evaluation.unigram_baseline(data.load_dataset(experiment.data, "train", self.tokenizer))
-        step = create_eval_step(
-            self.model, evaluated, seed=experiment.evaluation.seed, unigram=jax.numpy.asarray(baseline)
-        )
-        return evaluation.finish(self._sums(step, split, max_batches))
+        task = self.placed.program.evaluation_task(objective)
+        step = create_eval_step(task, seed=self.experiment.evaluation.seed)
+        return task.finish(self._sums(step, split, max_batches))
 
     def nll(self, split: str = "test", *, markers: bool = True, max_batches: int | None = None) -> dict[str, float]:
         """The exact negative log-likelihood of `split` under a model that predicts the next token.
@@ -87,8 +80,7 @@ class Run:
         """
         vocabulary = self.tokenizer.vocabulary
         objective = self.experiment.create_objective(vocabulary)
-        parts = objective.parts if isinstance(objective, Mixture) else (objective,)
-        if not any(isinstance(part, CausalLM | PrefixLM | FillInTheMiddle) for part in parts):
+        if not objective.predicts_next:
             raise ValueError(
                 f"nll: this run's objective is {objective.name!r}, whose model never predicted the next token; use "
                 "nll_bound, or evaluate under objective 'causal_lm'"
@@ -133,7 +125,7 @@ class Run:
         objective = self._objective_with_masks("nll_bound")
         vocabulary = self.tokenizer.vocabulary
         if markers is None:
-            visible = objective.avoid if isinstance(objective, objectives.MaskedDiffusion) else _markers(vocabulary)
+            visible = objective.never_hidden
         else:
             visible = vocabulary.ids(("pad",)) if markers else _markers(vocabulary)
         counted = self._split_bytes(split)
@@ -196,8 +188,7 @@ class Run:
     def _objective_with_masks(self, metric: str) -> objectives.Objective:
         """The run's objective, if training under it showed the model [MASK] in place of what it had to predict."""
         objective = self.experiment.create_objective(self.tokenizer.vocabulary)
-        parts = objective.parts if isinstance(objective, Mixture) else (objective,)
-        if not any(map(_shows_masks, parts)):
+        if not objective.shows_mask:
             raise ValueError(
                 f"{metric}: this run's objective is {objective.name!r}, whose model never saw [MASK]; it is defined "
                 "after mlm and its relatives, and after diffusion"
@@ -209,20 +200,7 @@ class Run:
     ) -> dict[str, np.ndarray]:
         """The sums of `step(params, batch)` over a split, on all of this run's devices."""
 
-        def placed_step(params: Any, batch: Any) -> evaluation.Sums:
-            with sharding.activations(self.mesh, self.rules, self.experiment.mesh.context_method):
-                return step(params, batch)
-
-        compiled = jax.jit(
-            placed_step,
-            in_shardings=(self.params_at, sharding.batch_sharding(self.mesh)),
-            out_shardings=sharding.replicated(self.mesh),
-        )
-        config = self.experiment.evaluation
-        if max_batches is not None:
-            config = dataclasses.replace(config, max_batches=max_batches)
-        dataset = data.load_dataset(self.experiment.data, split, self.tokenizer)
-        return total_sums(compiled, self.params, dataset, config, self.mesh)
+        return self.placed.totals(self.placed.summing(step), self.params, split, max_batches)
 
     def rows(self, split: str = "test", *, max_batches: int | None = None) -> tuple[int, int]:
         """How many rows of `split` are evaluated, and how many it has."""
@@ -235,8 +213,7 @@ class Run:
         """Guesses for each [MASK] in `text`, by the generator where there are two networks."""
         config = self.experiment.data
         objective = self.experiment.create_objective(self.tokenizer.vocabulary)
-        # Of ELECTRA's two networks, the generator is the one that predicts tokens.
-        if not isinstance(objective, objectives.Masking | objectives.MaskedDiffusion | objectives.Electra):
+        if not objective.shows_mask:
             raise ValueError(
                 f"fill: this run's objective is {objective.name!r}, which never saw [MASK]; fill works after mlm and "
                 "its relatives, and after diffusion"
@@ -269,13 +246,6 @@ class Run:
         return token in (vocabulary.cls, vocabulary.sep, vocabulary.pad)
 
 
-def _shows_masks(objective: objectives.Objective) -> bool:
-    if isinstance(objective, objectives.Masking | objectives.Electra):
-        policy = getattr(objective.replace, "policy", None)
-        return policy is None or policy[0] > 0
-    return isinstance(objective, objectives.MaskedDiffusion)
-
-
 def _most_segments(dataset: data.PackedDataset) -> int:
     """The most segments that a row of the split has; it is what fixes the shape of a pass."""
     most = 1
@@ -296,7 +266,7 @@ class Setup:
     experiment: ExperimentConfig
     tokenizer: data.Tokenizer
     objective: objectives.Objective
-    model: models.Model | models.ElectraModel
+    model: Any
 
     @property
     def objective_key(self) -> jax.Array:
@@ -347,14 +317,6 @@ def load(workdir: str | os.PathLike[str], overrides: Sequence[str] = (), checkpo
                 f"{error}; what a recipe registers needs --config=RECIPE.py (in Python: import the recipe first)"
             ) from error
         raise
-    tokenizer = data.load_tokenizer(experiment.data)
-    model = models.create(experiment.create_model_config(tokenizer.vocabulary))
-    mesh = sharding.create_mesh(experiment.mesh)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    rules, _ = sharding.create_rules(mesh, model.config)
-    params_at = sharding.param_shardings(mesh, model.logical_axes(), rules)
-    abstract = jax.tree.map(
-        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where), shapes, params_at
-    )
-    params, step = restore_params(path, abstract, checkpoint)
-    return Run(experiment, tokenizer, model, mesh, rules, params, params_at, step)
+    placed = Program(experiment).on()
+    params, step = restore_params(path, placed.params, checkpoint)
+    return Run(placed, params, step)

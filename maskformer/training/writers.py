@@ -1,4 +1,4 @@
-"""Where a run's numbers go: `metrics.jsonl` always, TensorBoard and Weights & Biases by config, a progress display."""
+"""Where a run's numbers go: `metrics.jsonl` always, TensorBoard and Weights & Biases by config."""
 
 from __future__ import annotations
 
@@ -6,14 +6,9 @@ import json
 import logging
 import os
 import pathlib
-import time
 import uuid
 from collections.abc import Mapping
 from typing import Any, Protocol
-
-import rich.console
-import rich.progress
-import rich.table
 
 from maskformer.training.sections import WriterConfig
 
@@ -122,60 +117,3 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             break
     return lines
-
-
-class Progress:
-    """A live bar on a terminal (step, loss, accuracy, tokens/s, MFU, time left); plain lines elsewhere.
-
-    The bar takes the room that the numbers leave, and they fit in eighty columns.
-    """
-
-    def __init__(self, steps: int, start: int, live: bool):
-        self._console = rich.console.Console(stderr=False, highlight=False, soft_wrap=True)
-        self._live = live and self._console.is_terminal
-        self._steps = steps
-        # Where the time left is counted from: the first line, as the steps before it hold the compilation.
-        self._from: tuple[int, float] | None = None
-        if self._live:
-            self._bar = rich.progress.Progress(
-                rich.progress.TextColumn("step {task.completed}/{task.total}"),
-                rich.progress.BarColumn(bar_width=None, table_column=rich.table.Column(ratio=1)),
-                rich.progress.TextColumn("{task.fields[metrics]}"),
-                rich.progress.TextColumn("eta"),
-                rich.progress.TimeRemainingColumn(),
-                console=self._console,
-                expand=True,
-            )
-            self._task = self._bar.add_task("train", total=steps, completed=start, metrics="compiling")
-            self._bar.start()
-
-    def train(self, step: int, metrics: Mapping[str, float]) -> None:
-        text = f"loss {metrics['loss']:.4f} "
-        if "discriminator_loss" in metrics:
-            text += f"disc {metrics['discriminator_loss']:.4f}"
-        else:
-            text += f"acc {metrics['accuracy']:.2%}"
-        if "tokens_per_second" in metrics:
-            text += f" {metrics['tokens_per_second']:,.0f} tok/s"
-        if "mfu" in metrics:
-            text += f" MFU {metrics['mfu']:.1%}"
-        elif "tflops_per_second" in metrics and not self._live:
-            text += f" {metrics['tflops_per_second']:.3f} TFLOP/s"
-        if self._live:
-            self._bar.update(self._task, completed=step, metrics=text)
-            return
-        now = time.monotonic()
-        if self._from is None:
-            self._from = step, now
-        else:
-            left = (now - self._from[1]) / (step - self._from[0]) * (self._steps - step)
-            text += f"  eta {int(left // 60)}:{int(left % 60):02d}"
-        self._console.print(f"step {step}/{self._steps}  {text}")
-
-    def line(self, text: str) -> None:
-        """One line above the bar."""
-        (self._bar.console if self._live else self._console).print(text)
-
-    def close(self) -> None:
-        if self._live:
-            self._bar.stop()

@@ -91,7 +91,7 @@ def test_a_loaded_run_evaluates_both_networks_and_fills_with_the_generator(refer
         ("generator", generator_section(width=3.0), "model.generator.width=3.0: expected a share"),
         ("generator", generator_section(heads=3), "model.generator: model.heads=3: does not divide"),
         ("generator", {"wdth": 0.5}, "config.model.generator.wdth: no such key; did you mean 'width'"),
-        ("objective", objectives_section("mlm"), "model.generator=.* only objective.name='electra' trains"),
+        ("objective", objectives_section("mlm"), "model.generator=.* objective.name='mlm' trains no generator"),
         (
             "objective", objectives_section("mixture", parts=[{"name": "electra"}]),
             "mixture: 'electra' trains two networks",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from maskformer import objectives
-from maskformer.training import NonFiniteError, Preempted, loop, train_and_evaluate
+from maskformer.training import NonFiniteError, Preempted, loop, program, train_and_evaluate
 from maskformer.training.checkpoints import Checkpoints, RunRecord, best_step, checkpoint_steps, restore_params
 from maskformer.training.config import plain
 from maskformer.training.sections import CheckpointConfig, EvaluationConfig
@@ -67,7 +67,7 @@ def test_a_run_cut_off_without_warning_resumes_to_the_same_bits(
     class Killed(BaseException):
         pass
 
-    to_global, calls = loop.sharding.to_global, []
+    to_global, calls = program.sharding.to_global, []
 
     def dying(batch, where):
         calls.append(1)
@@ -75,10 +75,10 @@ def test_a_run_cut_off_without_warning_resumes_to_the_same_bits(
             raise Killed
         return to_global(batch, where)
 
-    monkeypatch.setattr(loop.sharding, "to_global", dying)
+    monkeypatch.setattr(program.sharding, "to_global", dying)
     with pytest.raises(Killed):
         train_and_evaluate(tiny_config(corpus), tmp_path)
-    monkeypatch.setattr(loop.sharding, "to_global", to_global)
+    monkeypatch.setattr(program.sharding, "to_global", to_global)
     train_and_evaluate(tiny_config(corpus), tmp_path)
     assert metric_lines(tmp_path) == metric_lines(reference[0])
 
@@ -124,7 +124,7 @@ def test_a_checkpoint_of_eight_devices_resumes_on_one(reference, corpus, devices
 def test_sigterm_saves_at_the_step_boundary_and_the_same_command_goes_on(
     reference, corpus, devices, tmp_path, monkeypatch
 ):
-    to_global, calls = loop.sharding.to_global, []
+    to_global, calls = program.sharding.to_global, []
 
     def interrupting(batch, where):
         calls.append(1)
@@ -132,7 +132,7 @@ def test_sigterm_saves_at_the_step_boundary_and_the_same_command_goes_on(
             signal.raise_signal(signal.SIGTERM)
         return to_global(batch, where)
 
-    monkeypatch.setattr(loop.sharding, "to_global", interrupting)
+    monkeypatch.setattr(program.sharding, "to_global", interrupting)
     with pytest.raises(Preempted) as stop:
         train_and_evaluate(tiny_config(corpus), tmp_path)
     assert stop.value.step == 3 and checkpoint_steps(tmp_path / "checkpoints") == [3]
@@ -223,7 +223,8 @@ def test_a_workdir_is_not_continued_with_another_mask_objective_or_seed(referenc
 def test_a_run_from_before_a_key_existed_and_a_schedule_by_step_are_continued(corpus, tmp_path):
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     config = tiny_config(corpus, objective__rate={"schedule": "step", "values": {0: 0.3, 10: 0.15}})
-    assert loop.resolve(config).create_objective(objectives.Vocabulary(100, pad=0, mask=4)).rate(10) == np.float32(0.15)
+    objective = program.resolve(config).create_objective(objectives.Vocabulary(100, pad=0, mask=4))
+    assert objective.rate(10) == np.float32(0.15)
     older = plain(config)
     for key in ("embedding_width", "generator"):
         del older["model"][key]
@@ -297,8 +298,8 @@ def test_nothing_is_read_back_from_the_device_between_log_lines(corpus, devices,
         reads.append(len(steps))
         return value.fget(self)
 
-    to_global = loop.sharding.to_global
-    monkeypatch.setattr(loop.sharding, "to_global", lambda *args: (steps.append(1), to_global(*args))[1])
+    to_global = program.sharding.to_global
+    monkeypatch.setattr(program.sharding, "to_global", lambda *args: (steps.append(1), to_global(*args))[1])
     monkeypatch.setattr(array_type, "_value", property(counting))
     with jax.transfer_guard_device_to_host("log"):
         train_and_evaluate(

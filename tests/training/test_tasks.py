@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from maskformer import models, objectives
-from maskformer.training.losses import create_loss
+from maskformer.training import tasks
 from maskformer.training.state import create_state
 from maskformer.training.step import create_train_step, masking_key
 from tests.objectives.examples import make_batch, make_vocabulary
@@ -27,28 +27,27 @@ def build(**params):
     encoder = models.EncoderConfig(
         vocab_size=VOCABULARY.size, max_length=16, layers=1, width=32, heads=2, initializer_range=0.2, **STILL
     )
-    model = models.create(models.ElectraConfig(encoder, models.GeneratorConfig(width=0.5).encoder(encoder)))
-    return model, objectives.create("electra", VOCABULARY, 16, rate=0.4, **params)
+    pair = models.with_generator(encoder, models.GeneratorConfig(width=0.5))
+    return tasks.create({}, objectives.create("electra", VOCABULARY, 16, rate=0.4, **params), pair)
 
 
-def one_step(model, objective, accumulation_steps=1):
+def one_step(task, accumulation_steps=1):
     """The state after one step of plain gradient descent at rate 1, and the parameters before."""
     optimizer = optax.sgd(1.0)
-    state = jax.jit(lambda key: create_state(key, model.init, optimizer, objective))(jax.random.key(0))
-    step = create_train_step(
-        model, objective, optimizer, lambda step: 1.0, seed=0, accumulation_steps=accumulation_steps
-    )
+    state = jax.jit(lambda key: create_state(key, task, optimizer))(jax.random.key(0))
+    step = create_train_step(task, optimizer, lambda step: 1.0, seed=0, accumulation_steps=accumulation_steps)
     return jax.jit(step)(state, BATCH), state.params
 
 
 def recorded(state):
-    return {name: float(total / state.window.weights[name]) for name, total in state.window.sums.items()}
+    return jax.device_get(state.window).means()
 
 
 @functools.cache
 def by_hand(**params):
     """Both means, the joint loss and its gradients, over the whole batch at once; the losses in float64 by numpy."""
-    model, objective = build(**params)
+    task = build(**params)
+    model, objective = task.model, task.objective
     before, key = jax.jit(model.init)(jax.random.key(0)), masking_key(0)
     corrupted = objective(key, BATCH)
     mask = objective.attend(corrupted)
@@ -63,7 +62,9 @@ def by_hand(**params):
         return generator, model.discriminator.apply(params["discriminator"], inputs, **options)
 
     tokens = jnp.asarray(BATCH["tokens"])
-    inputs = objective.discriminate(key, BATCH, corrupted, both(before, tokens)[0]).input_tokens
+    inputs = objective.discriminate(
+        objective.row_keys(key, BATCH), BATCH["tokens"], corrupted, both(before, tokens)[0]
+    ).input_tokens
     labels = np.asarray(inputs) != BATCH["tokens"]
     asked = BATCH["segment_ids"] > 0
     if params:
@@ -97,7 +98,7 @@ def by_hand(**params):
 
 @pytest.mark.parametrize("accumulation_steps", [1, 4])
 def test_the_joint_loss_and_its_gradient_are_those_of_the_whole_batch(accumulation_steps):
-    state, before = one_step(*build(), accumulation_steps)
+    state, before = one_step(build(), accumulation_steps)
     numbers, gradients = by_hand()
     metrics = recorded(state)
     for name, number in numbers.items():
@@ -113,7 +114,7 @@ def test_the_joint_loss_and_its_gradient_are_those_of_the_whole_batch(accumulati
 
 
 def test_the_discriminator_may_be_asked_about_the_masked_tokens_only():
-    state, _ = one_step(*build(discriminate_at="masked"))
+    state, _ = one_step(build(discriminate_at="masked"))
     numbers, _ = by_hand(discriminate_at="masked")
     metrics = recorded(state)
     for name, number in numbers.items():
@@ -124,14 +125,13 @@ def test_the_discriminator_may_be_asked_about_the_masked_tokens_only():
 
 
 def test_no_gradient_of_the_discriminator_reaches_the_generator_through_its_samples():
-    model, objective = build()
-    params, key = jax.jit(model.init)(jax.random.key(0)), masking_key(0)
-    corrupted, loss = objective(key, BATCH), create_loss(model, objective, key)
+    task = build()
+    params, example = jax.jit(task.model.init)(jax.random.key(0)), task.corrupt(masking_key(0), BATCH, 0, None)
 
     @jax.jit
     @jax.grad
     def gradients(params):
-        return loss.sums(params, BATCH, corrupted, jax.random.key(0)).terms["discriminator_loss"]
+        return task.sums(params, example, jax.random.key(0)).terms["discriminator_loss"]
 
     made = gradients(params)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(made["generator"]))
@@ -146,21 +146,18 @@ def test_running_losses_are_the_decayed_means_of_each_step(accumulation_steps):
     encoder = models.EncoderConfig(
         vocab_size=VOCABULARY.size, max_length=16, layers=1, width=16, heads=2, initializer_range=0.2, **STILL
     )
-    model = models.create(encoder)
     objective = objectives.create("conditional_mlm", VOCABULARY, 16, weights="loss", rate=0.4, decay=0.75)
-    optimizer = optax.sgd(0.0)
-    state = jax.jit(lambda key: create_state(key, model.init, optimizer, objective))(jax.random.key(0))
+    task, optimizer = tasks.create({}, objective, encoder), optax.sgd(0.0)
+    state = jax.jit(lambda key: create_state(key, task, optimizer))(jax.random.key(0))
     # Rows from twelve tokens, so that most of them come several times in a batch.
     batch = {**BATCH, "tokens": np.where(BATCH["tokens"] > 9, 10 + BATCH["tokens"] % 12, BATCH["tokens"])}
     step = jax.jit(
-        create_train_step(
-            model, objective, optimizer, lambda step: 0.0, seed=0, accumulation_steps=accumulation_steps
-        )
+        create_train_step(task, optimizer, lambda step: 0.0, seed=0, accumulation_steps=accumulation_steps)
     )
 
     @jax.jit
     def logits_of(params, corrupted):
-        return model.apply(
+        return task.model.apply(
             params, corrupted.input_tokens, positions=corrupted.positions, mask=objective.attend(corrupted),
             predict_positions=corrupted.predict_positions,
         )
@@ -168,7 +165,7 @@ def test_running_losses_are_the_decayed_means_of_each_step(accumulation_steps):
     expected = np.full(VOCABULARY.size, np.log(VOCABULARY.size))
     for epoch in range(3):
         now = {**batch, "epoch": np.full(8, epoch, np.int32)}
-        corrupted = objective(masking_key(0), now, token_weights=state.token_losses)
+        corrupted = objective(masking_key(0), now, token_weights=state.task)
         logits = np.asarray(logits_of(state.params, corrupted), np.float64)
         log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         losses: dict[int, list[float]] = {}
@@ -179,5 +176,5 @@ def test_running_losses_are_the_decayed_means_of_each_step(accumulation_steps):
         for token, values in losses.items():
             expected[token] = 0.75 * expected[token] + 0.25 * np.mean(values)
         state = step(state, now)
-        np.testing.assert_allclose(state.token_losses, expected, rtol=1e-5)
+        np.testing.assert_allclose(state.task, expected, rtol=1e-5)
     assert step._cache_size() == 1
