@@ -206,7 +206,7 @@ def attempt(
     # With a cache of its own it trains its tokenizer at the start.
     cache = folder / "cache" if generator.random() < 0.5 else shared_cache
     row.tries += 1
-    with small_disk(folder) as resize:
+    with small_disk(folder) as resize, contextlib.ExitStack() as started:
         for _ in range(generator.randint(1, MOST_STOPS)):
             limit = None
             if kind.disk == "limit":
@@ -215,6 +215,7 @@ def attempt(
                 row.wrong.append("no tmpfs could be mounted here: run as root, or leave out disk")
                 return
             run = Run(folder, cache, limit)
+            started.callback(run.process.kill)
             kind.stop(run, whole, generator)
             code = run.end()
             row.stops += 1
@@ -222,6 +223,7 @@ def attempt(
         if kind.disk == "full":
             resize(1 << 30)
         run = Run(folder, cache)
+        started.callback(run.process.kill)
         note(row, run, run.end(), (0,), counted=False)
         try:
             equal = metric_lines(folder / "run") == whole.lines
@@ -286,12 +288,12 @@ def main() -> int:
         longest, number = whole.start + whole.loop, 0
         while time.monotonic() + longest < deadline:
             name = kinds[number % len(kinds)]
-            began = time.monotonic()
-            attempt(name, rows[name], folder / f"{number:03d}", folder / "cache", whole, generator)
+            row, place_of_try, began = rows[name], folder / f"{number:03d}", time.monotonic()
+            known = len(row.wrong)
+            attempt(name, row, place_of_try, folder / "cache", whole, generator)
+            print(f"{name}: {row.equal} of {row.tries} equal", *row.wrong[known:], sep="\n  ", flush=True)
+            shutil.rmtree(place_of_try, ignore_errors=True)
             longest, number = max(longest, time.monotonic() - began), number + 1
-            row = rows[name]
-            print(f"{name}: {row.equal} of {row.tries} equal", *row.wrong[-1:], flush=True)
-            shutil.rmtree(folder / f"{number - 1:03d}", ignore_errors=True)
     print(table(rows))
     wrong = [f"{name}: {what}" for name, row in rows.items() for what in row.wrong]
     wrong += [f"{name}: no try in {arguments.seconds:g} s" for name, row in rows.items() if not row.tries]

@@ -70,19 +70,24 @@ def test_a_signal_between_joining_and_the_first_step_ends_the_process_at_once(ru
     run_processes(source, exit_code=75)
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_a_sigterm_while_waiting_for_the_others_ends_the_process_at_once(index):
-    environ = environment(index, 2, free_port())
+def test_a_sigterm_while_waiting_for_the_others_ends_the_process_at_once():
+    # One of two processes each: the coordinator waits in C++, the other one in a loop of ours.
     source = GUARDED_JOIN.replace("    assert", "    print('joining', flush=True); assert")
-    process = subprocess.Popen([sys.executable, "-c", source], env=environ, stdout=subprocess.PIPE)
+    alone = [
+        subprocess.Popen([sys.executable, "-c", source], env=environment(i, 2, free_port()), stdout=subprocess.PIPE)
+        for i in range(2)
+    ]
     try:
-        assert process.stdout.readline() == b"joining\n"
-        time.sleep(1)  # from here on in C++, or in our own wait for the coordinator
-        process.terminate()
-        assert process.wait(10) == 75
+        for process in alone:
+            assert process.stdout.readline() == b"joining\n"
+        time.sleep(1)
+        for process in alone:
+            process.terminate()
+        assert [process.wait(10) for process in alone] == [75, 75]
     finally:
-        process.kill()
-        process.wait()
+        for process in alone:
+            process.kill()
+            process.wait()
 
 
 def test_a_failing_process_fails_the_test_with_its_output(run_processes):
