@@ -6,7 +6,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from maskformer.data import DataConfig, DataError, prepare
-from maskformer.data.sources import _LONGEST_DOCUMENT, open_source
+from maskformer.data.folder import LONGEST_DOCUMENT
+from maskformer.data.sources import open_source
 
 
 def read(name, split="train", **fields):
@@ -127,10 +128,10 @@ def test_documents_without_named_splits_are_shared_out_by_content(tmp_path):
 
 def test_a_text_file_longer_than_memory_should_hold_is_cut_between_lines(tmp_path):
     line = "x" * 99 + "\n"
-    (tmp_path / "train.txt").write_text(line * (2 * _LONGEST_DOCUMENT // 100))
+    (tmp_path / "train.txt").write_text(line * (2 * LONGEST_DOCUMENT // 100))
     found = read(tmp_path)
-    assert len(found) > 1 and "".join(found) == line * (2 * _LONGEST_DOCUMENT // 100)
-    assert all(len(text) <= _LONGEST_DOCUMENT and text.endswith("\n") for text in found)
+    assert len(found) > 1 and "".join(found) == line * (2 * LONGEST_DOCUMENT // 100)
+    assert all(len(text) <= LONGEST_DOCUMENT and text.endswith("\n") for text in found)
 
 
 def test_the_fingerprint_follows_content_and_not_time(tmp_path):
