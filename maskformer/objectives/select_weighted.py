@@ -10,7 +10,7 @@ import numpy as np
 
 from maskformer.objectives import randomness
 from maskformer.objectives.rows import Row, Selection
-from maskformer.objectives.select import ORDER
+from maskformer.objectives.select import ORDER, words_within
 from maskformer.objectives.units import spread, words
 from maskformer.objectives.vocabulary import is_any_of
 
@@ -47,7 +47,10 @@ def within(chosen: jax.Array, limit: int) -> jax.Array:
 
 @dataclass(frozen=True, eq=False)
 class Bernoulli:
-    """Each token (or word) with probability `rate`, independently; none at all is a possible outcome (HF)."""
+    """Each token (or word) with probability `rate`, independently; none at all is a possible outcome (HF).
+
+    At most `limit` tokens.
+    """
 
     rate: float
     limit: int
@@ -64,13 +67,12 @@ class Bernoulli:
 
     def __call__(self, key: jax.Array, row: Row, rate=None, token_weights=None) -> Selection:
         member = row.valid & ~is_any_of(row.tokens, self.avoid, self.vocabulary_size)
-        drawn = randomness.below(randomness.bits(key, ORDER, row.tokens.shape), self.rate if rate is None else rate)
+        bits = randomness.bits(key, ORDER, row.tokens.shape)
+        drawn = randomness.below(bits, self.rate if rate is None else rate)
         if not self.per_word:
             return Selection(within(member & drawn, self.limit))
         units = words(row, member)
-        taken = units.start & drawn
-        # A word is kept whole: one that would overrun the limit is dropped.
-        taken &= jnp.cumsum(jnp.where(taken, units.size, 0)) <= self.limit
+        taken = words_within(bits, units, units.start & drawn, self.limit)
         return Selection(spread(units, taken), unit=units.first)
 
 
