@@ -14,6 +14,7 @@ import argparse
 import sys
 from dataclasses import fields
 
+from maskformer.data.cache import out_of_space
 from maskformer.data.config import SPLITS, DataConfig, DataError
 from maskformer.data.dataset import load_dataset
 from maskformer.data.sources import first_line, tfds_builder
@@ -33,7 +34,9 @@ def prepare_tfds(config: DataConfig) -> None:
         # Some of TFDS's own preparation code needs TensorFlow; reading what it prepared does not.
         raise DataError(f"data.name={config.name!r}: preparing needs {error.name}; pip install {error.name}") from None
     except Exception as error:  # network, disk and every dataset's own code
-        raise DataError(f"data.name={config.name!r}: TFDS cannot prepare it: {first_line(error)}") from error
+        reason = out_of_space(error) or first_line(error)
+        where = f" in {config.data_dir or 'its own folder'}: {reason}" if out_of_space(error) else f": {reason}"
+        raise DataError(f"data.name={config.name!r}: TFDS cannot prepare it{where}") from error
 
 
 def _parse(arguments: list[str]) -> tuple[DataConfig, bool]:

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 from maskformer.checks import nearest, shown
 from maskformer.data.cache import build_once, cache_dir, content_key
-from maskformer.data.config import SPLITS, DataConfig, DataError
+from maskformer.data.config import DataConfig, DataError
 from maskformer.data.folder import Folder, say_once
+from maskformer.data.seal import is_sealed, seal
 
 _READ_AT_ONCE = 256  # TFDS reads records in batches about five times faster than one by one
 
@@ -131,17 +132,12 @@ def _prepared_austen() -> Any:
             Austen(data_dir=path, file_format="array_record").download_and_prepare(
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False)
             )
+        seal(path)
 
-    def is_complete(path: Path) -> bool:
-        try:
-            info = Austen(data_dir=path, file_format="array_record").info
-        except Exception:  # whatever damaged metadata makes TFDS raise
-            return False
-        return set(info.splits) == set(SPLITS) and all(
-            Path(file).stat().st_size > 0 for split in info.splits.values() for file in split.filepaths
-        )
+    def needs() -> int:
+        return sum(len(chapter.text.encode()) for book in text.BOOKS for chapter in text.chapters(book))
 
-    build_once(folder, is_complete, build)
+    build_once(folder, is_sealed, build, needs)
     return Austen(data_dir=folder, file_format="array_record")
 
 
