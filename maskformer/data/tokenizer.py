@@ -32,7 +32,7 @@ _VERSION = 2
 _LARGEST_ID = (1 << 24) - 1
 # Trainers take time with the square of a word's length. SentencePiece's own leaves longer lines out.
 _LONGEST_LEARNED = 4096
-_LONG_WORD = re.compile(rf"\S{{{_LONGEST_LEARNED}}}(?=\S)")
+_LONG_WORD = re.compile(rf"(?<!\S)\S{{{_LONGEST_LEARNED + 1},}}+")
 # The names under which published tokenizers have these tokens; the first one present counts.
 _NAMES = {
     "pad": ("[PAD]", "<pad>", "<|pad|>"),
@@ -246,7 +246,7 @@ def train(kind: str, documents: Callable[[], Iterator[str]], size: int, lowercas
     learned = size - sentinels
 
     def bounded() -> Iterator[str]:
-        return (_LONG_WORD.sub(r"\g<0> ", text) for text in documents())
+        return (_LONG_WORD.sub(_in_pieces, text) for text in documents())
 
     trainer = {"wordpiece": _train_wordpiece, "bpe": _train_bpe, "unigram": _train_unigram}[kind]
     backend = trainer(bounded, learned, lowercase)
@@ -259,6 +259,11 @@ def train(kind: str, documents: Callable[[], Iterator[str]], size: int, lowercas
     for i in reversed(range(sentinels)):
         backend.add_special_tokens([AddedToken(f"<extra_id_{i}>", special=True, normalized=False)])
     return backend.to_str()
+
+
+def _in_pieces(word: re.Match[str]) -> str:
+    letters = word[0]
+    return " ".join(letters[i : i + _LONGEST_LEARNED] for i in range(0, len(letters), _LONGEST_LEARNED))
 
 
 def _too_small(size: int) -> DataError:
