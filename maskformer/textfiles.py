@@ -44,6 +44,15 @@ def printable(path: str | os.PathLike) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def is_text(path: str | os.PathLike) -> bool:
+    """Whether a path is UTF-8, as libraries in other languages need it."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def read_text(path: str | os.PathLike) -> str:
     """The whole text of a file, newlines as `\\n`.
 

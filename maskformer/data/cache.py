@@ -15,7 +15,7 @@ from typing import Any
 
 import filelock
 
-from maskformer.data.config import DataError
+from maskformer.textfiles import DataError, is_text, printable
 
 _BUILDING = ".building."
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -25,11 +25,13 @@ def cache_dir() -> Path:
     """`$MASKFORMER_CACHE`, or `~/.cache/maskformer`; created if missing.
 
     Raises:
-      DataError: it cannot be written.
+      DataError: it cannot be written, or its name is no text, which TFDS needs.
     """
     chosen = os.environ.get("MASKFORMER_CACHE")
     folder = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "maskformer"
     fix = "set MASKFORMER_CACHE to a folder that you can write"
+    if not is_text(folder):
+        raise DataError(f"cache folder {printable(folder)}: its name is not UTF-8; {fix}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # os.access misjudges read-only mounts and some network file systems; writing does not.

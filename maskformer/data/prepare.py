@@ -60,7 +60,9 @@ def _reader(annotation: str):
         if text == "None" and "None" in annotation:
             return None
         if "bool" in annotation:
-            return {"true": True, "false": False}[text.lower()]
+            if text.lower() not in ("true", "false"):
+                raise ValueError(text)
+            return text.lower() == "true"
         return int(text) if "int" in annotation else text
 
     read.__name__ = annotation  # argparse names it in "invalid ... value"

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 from maskformer.checks import nearest, shown
 from maskformer.data.cache import build_once, cache_dir, content_key
-from maskformer.data.config import DataConfig, DataError
+from maskformer.data.config import DataConfig
 from maskformer.data.folder import Folder, say_once
 from maskformer.data.seal import is_sealed, seal
+from maskformer.textfiles import DataError, is_text
 
 _READ_AT_ONCE = 256  # TFDS reads records in batches about five times faster than one by one
 
@@ -149,6 +150,8 @@ def tfds_builder(config: DataConfig, **options: Any) -> Any:
     """
     import tensorflow_datasets as tfds
 
+    if not is_text(config.data_dir or ""):
+        raise DataError(f"data.data_dir={shown(config.data_dir)}: TFDS needs a name in UTF-8; rename the folder")
     try:
         return tfds.builder(config.tfds_name, data_dir=config.data_dir, **options)
     except tfds.core.DatasetNotFoundError:

@@ -32,6 +32,7 @@ _VERSION = 2
 _LARGEST_ID = (1 << 24) - 1
 # Trainers take time with the square of a word's length. SentencePiece's own leaves longer lines out.
 _LONGEST_LEARNED = 4096
+_TRIED = 1000  # pieces among which there is a letter of the vocabulary's script
 _LONG_WORD = re.compile(rf"(?<!\S)\S{{{_LONGEST_LEARNED + 1},}}+")
 # The names under which published tokenizers have these tokens; the first one present counts.
 _NAMES = {
@@ -82,11 +83,11 @@ class Tokenizer:
         cut = self._with_specials.pre_tokenizer
         if cut is None:
             return False
-        letter = "a"
-        for token in sorted(set(self._with_specials.get_vocab().values()) - set(self.vocabulary.special_ids)):
-            if letters := [c for c in self.decode([token]) if c.isalpha()]:
-                letter = letters[0]
-                break
+        tokens = sorted(set(self._with_specials.get_vocab().values()) - set(self.vocabulary.special_ids))
+        visible = [c for token in tokens[:_TRIED] for c in self.decode([token]) if not c.isspace()]
+        letter = next(filter(str.isalpha, visible), visible[0] if visible else None)
+        if letter is None:
+            return False
         text = f"{letter} {letter}"
         if (normalizer := self._with_specials.normalizer) is not None:
             text = normalizer.normalize_str(text)

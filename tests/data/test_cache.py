@@ -111,6 +111,15 @@ def test_an_unwritable_cache_names_the_variable_that_moves_it(tmp_path, monkeypa
         cache_dir()
 
 
+def test_names_that_are_no_text_are_refused_where_a_library_needs_text(tmp_path, monkeypatch):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    with pytest.raises(DataError, match=r"data.data_dir='.*caf\\udce9': TFDS needs a name in UTF-8"):
+        open_source(DataConfig(name="tfds:lm1b", data_dir=name), "train")
+    monkeypatch.setenv("MASKFORMER_CACHE", name)
+    with pytest.raises(DataError, match=r"cache folder .*/caf\\xe9: its name is not UTF-8; set MASKFORMER_CACHE"):
+        cache_dir()
+
+
 def test_without_the_variable_the_cache_is_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("MASKFORMER_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -1,6 +1,8 @@
 """Documents from TFDS and folders: the right ones in each split, and one-line errors that say what to do."""
 
 import json
+import logging
+import shutil
 
 import pytest
 import tensorflow_datasets as tfds
@@ -47,6 +49,66 @@ def test_a_tfds_dataset_is_read_whole_with_its_splits_and_slices(lm1b):
     assert len(read("tfds:lm1b", "test", data_dir=str(lm1b))) == 5
 
 
+def test_splits_are_added_whole_or_in_slices(lm1b):
+    sizes = {"train+test": 605, "train[:2]+train[4:]": 598, "test+train[:10]": 15, "all": 605}
+    for split, size in sizes.items():
+        assert len(read("tfds:lm1b", data_dir=str(lm1b), train_split=split)) == size, split
+
+
+def test_the_bytes_of_a_split_are_those_of_its_records(lm1b):
+    source = open_source(DataConfig(name="tfds:lm1b", data_dir=str(lm1b)), "train")
+    assert source.text_bytes() == sum(len(text.encode()) for text in source.documents())
+
+
+def test_records_that_are_no_text_are_counted_and_said_once(lm1b, monkeypatch, caplog):
+    source = open_source(DataConfig(name="tfds:lm1b", data_dir=str(lm1b)), "test")
+    monkeypatch.setattr(source, "_texts", lambda: iter([b"caf\xe9", b"caf\xc3\xa9", "\ufffd".encode(), b"\xff\xff"]))
+    with caplog.at_level(logging.WARNING):
+        expected = ["caf\ufffd", "caf\u00e9", "\ufffd", "\ufffd" * 2]
+        assert list(source.documents()) == list(source.documents()) == expected
+    assert source.text_bytes() == 4 + 5 + 3 + 2
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == "dataset 'lm1b/1.1.0': 2 records are not UTF-8; what cannot be read is U+FFFD"
+
+
+@pytest.fixture(scope="module")
+def own(lm1b, tmp_path_factory):
+    """A prepared dataset that TFDS has no code for, as a group keeps its own."""
+    root = tmp_path_factory.mktemp("own")
+    folder = root / "mine" / "big" / "1.1.0"
+    shutil.copytree(lm1b / "lm1b" / "1.1.0", folder)
+    for file in folder.iterdir():
+        file.rename(file.with_name(file.name.replace("lm1b", "mine")))
+    info = json.loads((folder / "dataset_info.json").read_text())
+    (folder / "dataset_info.json").write_text(json.dumps({**info, "name": "mine", "configName": "big"}))
+    return root
+
+
+def test_a_dataset_of_ones_own_is_read_and_another_version_of_it_names_those_that_are_there(own):
+    assert len(read("tfds:mine/big:1.1.0", "test", data_dir=str(own))) == 5
+    for name in ("tfds:mine/big:9.9.9", "tfds:mine/small", "tfds:mine:1.0.0"):
+        with pytest.raises(DataError) as raised:
+            read(name, data_dir=str(own))
+        assert str(raised.value) == (
+            f"data.name={name!r}: no such version or configuration; prepared in {own}: tfds:mine/big:1.1.0"
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tfds:lm1b:9.9.9", "Dataset lm1b cannot be loaded at version 9.9.9, only: 1.1.0"),
+        ("tfds:lm1b/nope", "BuilderConfig nope not found with version 1.1.0$"),
+        ("tfds:lm1b:nope", "TFDS has 'lm1b', but not as 'lm1b:nope'; write tfds:lm1b, "),
+        ("tfds:lm1bb", "TFDS knows no such dataset; .* did you mean 'lm1b'"),
+    ],
+)
+def test_a_wrong_version_or_configuration_is_told_from_an_unknown_dataset(tmp_path, name, message):
+    with pytest.raises(DataError, match=message) as raised:
+        read(name, data_dir=str(tmp_path))
+    assert str(raised.value).startswith(f"data.name={name!r}: ") and "\n" not in str(raised.value)
+
+
 def test_builtin_schema_is_known_to_mocked_tfds(tmp_path):
     # The mock serves schemas, but neither splits nor batched reads: an unprepared dataset is what it stands for.
     with tfds.testing.mock_data(policy=tfds.testing.MockPolicy.USE_CODE):
@@ -61,6 +123,9 @@ def test_builtin_schema_is_known_to_mocked_tfds(tmp_path):
         (dict(text_key="body"), "data.text_key='body': the records of 'lm1b/1.1.0' have text"),
         (dict(train_split="trian"), "dataset 'lm1b/1.1.0' has no split 'trian': it has test, train"),
         (dict(train_split="train[:x%]"), "train\\[:x%\\]"),
+        (dict(train_split="train+tset"), "'tset' \\(in 'train\\+tset'\\): it has test, train; did you mean 'test'"),
+        (dict(train_split="train+"), "no split '' \\(in 'train\\+'\\)"),
+        (dict(train_split="train[:0]"), "split 'train\\[:0\\]': "),
     ],
 )
 def test_a_field_that_the_tfds_dataset_lacks_is_named(lm1b, fields, message):
@@ -103,6 +168,13 @@ def test_the_prepare_command_packs_and_prints_every_split(folder, cache, capsys)
     assert capsys.readouterr().err == (
         "error: data.name='tfds:no_such': TFDS knows no such dataset; see tfds.list_builders()\n"
     )
+
+
+@pytest.mark.parametrize("flag", ["--pack=maybe", "--length=long", "--sentinels=1.5"])
+def test_the_prepare_command_refuses_a_value_of_another_type(flag, capsys):
+    with pytest.raises(SystemExit) as raised:
+        prepare.main([flag])
+    assert raised.value.code == 2 and "invalid" in capsys.readouterr().err
 
 
 def test_files_set_apart_for_a_split_are_that_split(tmp_path):
