@@ -27,6 +27,7 @@ from maskformer.training.sections import (
     OptimizerConfig,
     TrainConfig,
     WriterConfig,
+    check_master_weights,
     check_warmup,
     choose,
 )
@@ -147,6 +148,7 @@ def resolve(config: Mapping[str, Any]) -> ExperimentConfig:
     names = {field.name for field in dataclasses.fields(EncoderConfig)} - set(_DERIVED_MODEL_FIELDS)
     _check_keys("model", config["model"], names | {"generator"})
     _check_types(EncoderConfig, {name: config["model"][name] for name in config["model"].keys() & names}, "model")
+    check_master_weights(sections["optimizer"], config["model"].get("param_dtype", EncoderConfig.param_dtype))
     _check_generator(config["model"].get("generator"), objective)
     for text in _model_config(config["model"], sections["data"].length, vocab_size=1).mask_pattern:
         try:

@@ -21,6 +21,7 @@ from maskformer.training.checkpoints import checkpoint_steps as saved_steps
 from maskformer.training.config import plain, resolve
 from maskformer.training.losses import mean_names
 from maskformer.training.optimizer import create_optimizer, create_schedule
+from maskformer.training.precision import average_start
 from maskformer.training.preemption import Preempted, PreemptionGuard
 from maskformer.training.sections import EvaluationConfig
 from maskformer.training.state import NEVER, TrainState, Window, create_state
@@ -112,7 +113,9 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
         state, record = jax.jit(init, out_shardings=state_at)(root), RunRecord()
         if train.init_from is not None:
             params, _ = restore_params(pathlib.Path(train.init_from), abstract.params)
-            state = state.replace(params=params, ema=jax.tree.map(jax.numpy.copy, params) if ema else None)
+            # Anew, since a state may hold a copy of the parameters.
+            opt_state = jax.jit(optimizer.init, out_shardings=state_at.opt_state)(params)
+            state = state.replace(params=params, opt_state=opt_state, ema=average_start(params) if ema else None)
     start = int(state.step)
 
     # Steps.
