@@ -160,23 +160,23 @@ def sweep(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
 
 def check(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     """Prove on real rows and random weights that no prediction sees its own answer; exit code 1 where one does."""
-    from maskformer import objectives
+    from maskformer import inspection
     from maskformer.training import runs
 
     setup = runs.prepare(config_flags)
     batch = setup.first_batch(arguments.rows)
-    report = objectives.check_leaks(setup.objective, batch, model=setup.model, rows=arguments.rows, step=0)
+    report = inspection.check_leaks(setup.objective, batch, model=setup.model, rows=arguments.rows, step=0)
     print(report)
     return 0 if report.ok else 1
 
 
 def mask_report(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     """Count on real batches, before training, what the objective will hide and predict."""
-    from maskformer import objectives
+    from maskformer import inspection
     from maskformer.training import runs
 
     setup = runs.prepare(config_flags)
-    report = objectives.mask_report(
+    report = inspection.mask_report(
         setup.objective,
         (setup.first_batch(setup.experiment.train.batch_size, number) for number in range(arguments.batches)),
         key=setup.objective_key,
