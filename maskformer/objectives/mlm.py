@@ -208,7 +208,9 @@ def span_mlm(
     select = Spans(count, makers[distribution](), common.markers, vocabulary.size, in_words)
     replace = Replace(common.policy, vocabulary.mask, vocabulary.size, vocabulary.special_ids, per_unit=per_span)
     what = f"spans of {distribution} length up to {longest} {'words' if in_words else 'tokens'}"
-    return _assemble("span_mlm", vocabulary, common, select, replace, predict_rate, static_copies, what)
+    made = _assemble("span_mlm", vocabulary, common, select, replace, predict_rate, static_copies, what)
+    unit = "words" if in_words else "tokens"
+    return dataclasses.replace(made, expected_spans=lambda: select.lengths, span_unit=unit)
 
 
 def ngram_mlm(
