@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
-from maskformer.models import ElectraModel, Model
+import jax
+
+from maskformer.masks import Mask
+from maskformer.models import Params
 from maskformer.objectives import Corrupted, CorruptedPair, Objective
 from maskformer.objectives.rows import Reads
 
 Example: TypeAlias = Corrupted | CorruptedPair
-Network: TypeAlias = Model | ElectraModel
 Layers: TypeAlias = tuple[tuple[Reads, ...], ...]
+
+
+class Network(Protocol):
+    """What is asked of an inspected model, in the words of `models.Model`: one stack, whatever stands beside it."""
+
+    def init(self, key: jax.Array) -> Params: ...
+
+    def apply(self, params: Params, *inputs: Any, **options: Any) -> jax.Array: ...
+
+    def layer_masks(self, mask: Mask | None, segment_ids: jax.Array | None) -> tuple[Mask | None, ...]: ...
+
+    def flops_per_token(self, length: int, *counts: Any, **options: Any) -> float: ...
 
 
 def declared_layers(objective: Objective, example: Example, model: Network | None, layers: int) -> Layers:
