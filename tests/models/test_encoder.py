@@ -11,7 +11,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from maskformer import masks, models
-from maskformer.models import layers
+from maskformer.models import electra, layers
 
 TINY = models.EncoderConfig(
     vocab_size=23, max_length=12, layers=3, width=16, heads=4, hidden_dropout=0.0, attention_dropout=0.0
@@ -85,7 +85,7 @@ def test_a_model_says_what_each_of_its_layers_attends_under():
     called = masks.sliding_window(2)
     assert model.layer_masks(called, None) == (called & masks.causal(), called, called & masks.causal())
     assert model.layer_masks(None, None) == (masks.causal(), None, masks.causal())
-    config = models.ElectraConfig(model.config, dataclasses.replace(model.config, mask="causal", layers=1))
+    config = electra.ElectraConfig(model.config, dataclasses.replace(model.config, mask="causal", layers=1))
     assert models.create(config).layer_masks(None, None) == (masks.causal(),)
 
 
