@@ -381,6 +381,9 @@ def _read(path: Path, lowercase: bool | None) -> Tokenizer:
         return Tokenizer(definition)
     except ValueError as error:  # special ids that contradict each other
         raise DataError(f"{where}: {error}") from None
+    except Exception as error:  # the library raises bare Exception
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{where}: no definition of the tokenizers library ({reason})") from None
 
 
 def _checked_definition(text: str, where: str) -> str:
@@ -395,13 +398,6 @@ def _checked_definition(text: str, where: str) -> str:
         raise DataError(
             f"{where}: has the id {shown(largest)}, expected at most {_LARGEST_ID}; number the tokens from 0 on"
         )
-    try:
-        backend = Backend.from_str(text)
-    except Exception as error:  # the library raises bare Exception
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{where}: no definition of the tokenizers library ({reason})") from None
-    if not backend.get_vocab():
-        raise DataError(f"{where}: has no token")
     return text
 
 
@@ -451,5 +447,5 @@ def _vocabulary(backend: Backend) -> Vocabulary:
     added = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
     others = added - set(named.values()) - set(sentinels)
     # Ids may have holes, and a table of embeddings needs the highest.
-    size = max(backend.get_vocab().values()) + 1
+    size = max(backend.get_vocab().values(), default=-1) + 1
     return Vocabulary(size=size, **named, sentinels=tuple(sentinels), special=tuple(sorted(others)))
