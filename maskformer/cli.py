@@ -230,7 +230,7 @@ def report(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     print(reports.table(arguments.workdirs))
     output = arguments.output or str(pathlib.Path(arguments.workdirs[0]) / "report.png")
     reports.draw_curves(arguments.workdirs, output)
-    print(f"curves: {output}")
+    print(f"curves: {reports.printable(output)}")
     return 0
 
 
