@@ -13,10 +13,11 @@ import jax
 from maskformer.training.best import continue_record, out_of_patience, update_best
 from maskformer.training.checkpoints import Checkpoints, RunRecord, restore_newest, restore_params
 from maskformer.training.config import plain
+from maskformer.training.precision import average_start
 from maskformer.training.preemption import Preempted, PreemptionGuard
 from maskformer.training.program import Placed, Program
 from maskformer.training.recorder import Recorder
-from maskformer.training.state import TrainState, wide
+from maskformer.training.state import TrainState
 from maskformer.training.workdir import (
     CHECKPOINTS,
     check_same_run,
@@ -131,6 +132,7 @@ def starting_state(placed: Placed, checkpoints: Checkpoints) -> tuple[TrainState
     state = placed.init()
     if train.init_from is not None:
         params, _ = restore_params(pathlib.Path(train.init_from), placed.params)
-        ema = None if state.ema is None else jax.tree.map(lambda leaf: jax.numpy.copy(wide(leaf)), params)
-        state = state.replace(params=params, ema=ema)
+        # The optimizer's state and the average begin at these parameters: both may hold copies of them.
+        ema = None if state.ema is None else average_start(params)
+        state = state.replace(params=params, opt_state=placed.init_optimizer(params), ema=ema)
     return state, RunRecord()

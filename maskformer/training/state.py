@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from maskformer.training.precision import average_start
 from maskformer.training.tasks import Task
 
 NEVER = jnp.iinfo(jnp.int32).max
@@ -103,11 +104,6 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
 
-def wide(leaf: jax.Array) -> jax.Array:
-    """A floating-point array in float32 or wider, the type of everything that is summed up over steps or parts."""
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-
 def create_state(
     key: jax.Array, task: Task, optimizer: optax.GradientTransformation, ema: bool = False
 ) -> TrainState:
@@ -117,8 +113,7 @@ def create_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
-        # A copy: the step donates its state, and two leaves may not share one buffer.
-        ema=jax.tree.map(lambda leaf: jnp.copy(wide(leaf)), params) if ema else None,
+        ema=average_start(params) if ema else None,
         window=Window.empty(task),
         task=task.initial_state(),
     )

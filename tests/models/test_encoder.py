@@ -80,6 +80,15 @@ def test_each_layer_of_a_pattern_has_its_own_mask():
     assert (second @ first > 0).tolist() != (first @ second > 0).tolist()
 
 
+def test_a_model_says_what_each_of_its_layers_attends_under():
+    model = models.create(dataclasses.replace(TINY, mask=("causal", "everything"), layers=3))
+    called = masks.sliding_window(2)
+    assert model.layer_masks(called, None) == (called & masks.causal(), called, called & masks.causal())
+    assert model.layer_masks(None, None) == (masks.causal(), None, masks.causal())
+    config = models.ElectraConfig(model.config, dataclasses.replace(model.config, mask="causal", layers=1))
+    assert models.create(config).layer_masks(None, None) == (masks.causal(),)
+
+
 def test_the_masks_of_config_and_call_are_both_obeyed():
     (windowed, params), (plain, _) = build(mask="window(2, 2) & segments"), build()
     both = masks.segments(SEGMENTS) & masks.sliding_window(2, 2)

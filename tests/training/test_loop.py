@@ -266,10 +266,12 @@ def test_training_stops_early_when_the_metric_does_not_improve_and_stays_stopped
 
 def test_init_from_takes_the_parameters_and_resume_takes_everything(reference, corpus, devices, tmp_path):
     constant = dict(train__log_every=1)
-    fresh = tiny_config(corpus, train__init_from=str(reference[0]), **constant)
+    # With master weights, the copy that is trained comes from there as well: the second step has not forgotten.
+    narrow = dict(model__param_dtype="bfloat16", optimizer__master_weights=True, train__steps=2)
+    fresh = tiny_config(corpus, train__init_from=str(reference[0]), **constant, **narrow)
     train_and_evaluate(fresh, tmp_path / "fresh")
-    first = metric_lines(tmp_path / "fresh")[0]
-    assert first["step"] == 1 and first["train/loss"] < metric_lines(reference[0])[0]["train/loss"]
+    losses = [line["train/loss"] for line in metric_lines(tmp_path / "fresh") if "train/loss" in line]
+    assert len(losses) == 2 and max(losses) < metric_lines(reference[0])[0]["train/loss"]
     further = tiny_config(corpus, train__resume=str(reference[0]), train__steps=14, **constant)
     train_and_evaluate(further, tmp_path / "further")
     assert metric_lines(tmp_path / "further")[0]["step"] == 13
