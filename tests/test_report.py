@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from maskformer import report
+from maskformer import cli, report
 
 
 @pytest.fixture
@@ -76,3 +76,11 @@ def test_a_picture_that_cannot_be_written_is_one_line(make_run, output):
     with pytest.raises(ValueError) as error:
         report.draw_curves([run], output)
     assert output in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_run_in_a_folder_that_is_not_utf_8_is_reported_by_the_command(make_run, capsys):
+    run = make_run(os.fsdecode(b"\xff\xfe"))
+    assert cli.main(["report", run]) == 0
+    out = capsys.readouterr().out
+    out.encode()
+    assert r"curves: \udcff\udcfe/report.png" in out

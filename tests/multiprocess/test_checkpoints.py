@@ -38,10 +38,10 @@ for owner in (1, 0):
     state, record = again.restore_latest(shape)
     again.close()
     print(owner, record.next_example, sorted(path.name for path in workdir.iterdir()))
+    multihost_utils.sync_global_devices("seen")
     if jax.process_index() == 0:
-        path.write_bytes(data) if path.exists() else (workdir / "damaged-2").rename(workdir / "checkpoints" / "2")
-        name = path.relative_to(workdir / "checkpoints" / "2")
-        (workdir / "checkpoints" / "2" / name).write_bytes(data)
+        (workdir / "damaged-2").rename(workdir / "checkpoints" / "2")
+        path.write_bytes(data)
     multihost_utils.sync_global_devices("mended")
 """
 
