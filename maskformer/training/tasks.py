@@ -26,6 +26,7 @@ import numpy as np
 
 from maskformer import evaluation, models
 from maskformer.checks import nearest
+from maskformer.evaluation.predictions import predict
 from maskformer.models.electra import ElectraConfig
 from maskformer.objectives import Corrupted, Objective, move_token_losses, token_cross_entropy, token_loss_sums
 from maskformer.objectives.electra import Electra as ElectraObjective
@@ -114,13 +115,6 @@ class Task:
         objective = self.objective
         share = objective.budget / objective.output_length
         return self.model.flops_per_token(objective.output_length, share) * objective.copies
-
-
-def predict(
-    model: Any, objective: Objective, params: Any, corrupted: Corrupted, dropout_key: jax.Array | None = None
-) -> jax.Array:
-    """The model's logits at the positions that the objective predicts; without a dropout key, deterministic."""
-    return model.apply(params, **corrupted.inputs(objective.attend(corrupted)), dropout_key=dropout_key)
 
 
 class Tokens(Task):
