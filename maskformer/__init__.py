@@ -25,7 +25,7 @@ __all__ = ["attention", "dot_product_attention", "explain", "masks"]
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: `maskformer --help` starts without the second that JAX takes to import.
+    # On first use: JAX takes seconds to import, in which `maskformer --help` is to answer and `train` to hear signals.
     if name in ("attention", "masks"):
         return importlib.import_module(f"{__name__}.{name}")
     if name in __all__:

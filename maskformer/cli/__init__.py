@@ -1,4 +1,4 @@
-"""The command line: `maskformer train | evaluate | fill | check | mask-report | mask | config | sweep | report`.
+"""The command line: `maskformer train | evaluate | fill | check | mask-report | mask | config | sweep | report | card`.
 
 Each command is one module of this package, and a new one needs nothing else. `card.py` is the command `maskformer card`
 (`mask_report.py` is `mask-report`); the first line of its docstring is its summary in `maskformer --help`; and it has

@@ -16,11 +16,11 @@ def add_arguments(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     integer("--rows", arguments.rows, 1)
-    from maskformer import objectives
+    from maskformer import inspection
     from maskformer.training import runs
 
     setup = runs.prepare(config_flags)
     batch = setup.first_batch(arguments.rows)
-    report = objectives.check_leaks(setup.objective, batch, model=setup.model, rows=arguments.rows, step=0)
+    report = inspection.check_leaks(setup.objective, batch, model=setup.model, rows=arguments.rows, step=0)
     print(report)
     return 0 if report.ok else 1

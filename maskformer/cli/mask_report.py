@@ -23,11 +23,11 @@ def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     integer("--batches", arguments.batches, 1)
     integer("--step", arguments.step, 0)
     check_writable("--html", arguments.html)
-    from maskformer import objectives
+    from maskformer import inspection
     from maskformer.training import runs
 
     setup = runs.prepare(config_flags)
-    report = objectives.mask_report(
+    report = inspection.mask_report(
         setup.objective,
         (setup.first_batch(setup.experiment.train.batch_size, number) for number in range(arguments.batches)),
         key=setup.objective_key,

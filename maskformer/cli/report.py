@@ -24,5 +24,5 @@ def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     print(report.table(arguments.workdirs))
     with writing("--output", output):
         report.draw_curves(arguments.workdirs, output)
-    print(f"curves: {output}")
+    print(f"curves: {report.printable(output)}")
     return 0

@@ -24,7 +24,8 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     if arguments.sweep is not None and arguments.sweep_index is None:
         raise ValueError(f"--sweep={shown(arguments.sweep)}: needs --sweep-index, the run of the sweep to train")
-    from maskformer.training import EX_TEMPFAIL, NonFiniteError, Preempted, distributed, loop, recipes, resolve, sweeps
+    from maskformer.training import EX_TEMPFAIL, Preempted, distributed, loop, recipes, resolve, sweeps
+    from maskformer.training.workdir import RunError, prepare_workdir
 
     config, recipe = recipes.load_config(config_flags)
     workdir = pathlib.Path(arguments.workdir)
@@ -35,14 +36,14 @@ def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
         config = sweeps.apply(config, runs[arguments.sweep_index])
         workdir = workdir / f"{arguments.sweep_index:03d}"
     resolve(config)
-    loop.prepare_workdir(workdir)
+    prepare_workdir(workdir)
     distributed.initialize()
     try:
         loop.train_and_evaluate(config, workdir)
     except Preempted as stop:
         print(stop, file=sys.stderr)
         return EX_TEMPFAIL
-    except NonFiniteError as error:
+    except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     import jax

@@ -219,7 +219,7 @@ class FillInTheMiddle(Objective):
         targets, weights = next_token(out)
         return Corrupted(
             tokens, segments, jnp.where(out.valid, index - begin, 0), None, targets, weights,
-            bidirectional=jnp.zeros_like(out.valid), selected=put(jnp.zeros(length, bool), to, permuted),
+            bidirectional=jnp.zeros_like(out.valid),
         )
 
     def attend(self, corrupted):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from maskformer.training.checkpoints import restore_params
 from maskformer.training.config import ExperimentConfig, resolve
 from maskformer.training.program import Placed, Program
 from maskformer.training.step import create_eval_step, masking_key
+from maskformer.training.workdir import read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +160,7 @@ def load(workdir: str | os.PathLike[str], overrides: Sequence[str] = (), checkpo
       CheckpointError: no checkpoint yet.
     """
     path = pathlib.Path(workdir)
-    if not (path / "config.json").is_file():
-        raise ValueError(f"workdir={os.fspath(workdir)!r}: no config.json there; expected the folder of a run")
-    config = ml_collections.ConfigDict(json.loads((path / "config.json").read_text()))
+    config = ml_collections.ConfigDict(read_config(path, sections=("data", "objective", "model", "train")))
     registering, changes = recipes.split_flags(overrides)
     for recipe in registering:
         recipes.register(recipe)

@@ -21,20 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskformer import masks
+from maskformer.inspection.declared import Example, Layers, Network, check_single_stack, declared_layers
+from maskformer.inspection.reachability import Hop, Stack, forbidding_term, stack_of
 from maskformer.masks import Mask
-from maskformer.objectives.mixture import Mixture
-from maskformer.objectives.objective import Objective
-from maskformer.objectives.pairs import CorruptedPair
-from maskformer.objectives.reachability import (
-    Hop,
-    Stack,
-    encoder_decoder_stack,
-    forbidding_term,
-    single_stack,
-)
-from maskformer.objectives.rows import KEEP, Corrupted
-from maskformer.objectives.schedules import maximum
+from maskformer.models import Params
+from maskformer.objectives import KEEP, Corrupted, Objective, Vocabulary
 
 # Relabellings of the text: a replacement that equals the hidden token by chance does so in one of them, not in all.
 _RELABELLINGS = 3
@@ -108,8 +99,8 @@ def check_leaks(
     batch: Mapping[str, Any],
     *,
     key: jax.Array | None = None,
-    model: Any = None,
-    params: Any = None,
+    model: Network | None = None,
+    params: Params | None = None,
     apply: Callable[..., jax.Array] | None = None,
     embed: Callable[[jax.Array], jax.Array] | None = None,
     layer_masks: Callable[[Corrupted], Sequence[Mask]] | None = None,
@@ -126,9 +117,7 @@ def check_leaks(
       objective: what is checked; its `attend` is the declared mask of every layer.
       batch: rows as the pipeline gives them. Their text is relabelled; lengths, segments and words are kept.
       key: the run's key; any key will do.
-      model: a model with `config.layers`, `config.mask_pattern`, `init(key)` and `apply(params, tokens, positions=,
-        mask=, segment_ids=)`, as `maskformer.models.create` makes it. Run it in float32. Its own masks are and-ed to
-        the objective's, as it does itself.
+      model: a model of one stack, in float32. Its own masks are and-ed to the objective's, as it does itself.
       params: weights of `model`; random ones by default.
       apply: in place of `model`, `apply(inputs, corrupted, mask) -> logits [batch, length, ...]`, called on copies of
         one row; `inputs` is what `embed` makes of tokens, or the tokens themselves.
@@ -148,14 +137,10 @@ def check_leaks(
         key=key, model=model, params=params, apply=apply, embed=embed, layer_masks=layer_masks, layers=layers,
         rows=rows, cross_segments=cross_segments, **call,
     )
-    if not isinstance(objective, Mixture):
+    parts = objective.alone()
+    if not parts:
         return _check_rows(objective, batch, **settings)
-    names = [part.name for part in objective.parts]
-    reports = {}
-    for index, name in enumerate(names):
-        if maximum(objective.weights[index]) > 0:
-            told_apart = name if names.count(name) == 1 else f"{name} [{index}]"
-            reports[told_apart] = _check_rows(_only(objective, index), batch, **settings)
+    reports = {name: _check_rows(part, batch, **settings) for name, part in parts.items()}
     return _joined(objective.name, reports)
 
 
@@ -171,16 +156,17 @@ def _check_rows(
     relabelled = [relabel(objective, batch, turn) for turn in range(_RELABELLINGS)]
     made = [jax.tree.map(np.asarray, objective(key, one, **call)) for one in relabelled]
     copies = made[0].target_tokens.shape[0] // rows
-    if model is not None:
-        layers = model.config.layers
-    declared = layer_masks or (lambda corrupted: layer_masks_of(objective, corrupted, model, layers))
-    run = _runner(objective, model, params, apply, declared, made[0], key)
+    if layer_masks is None:
+        declared = declared_layers(objective, made[0], model, layers)
+    else:
+        declared = tuple(reads for mask in layer_masks(made[0]) for reads in made[0].stacks(mask))
+    run = _runner(objective, model, params, apply, made[0], key)
     leaks: list[Leak] = []
     predictions = influences = 0
     responses: list[float] = []
     for row in range(rows * copies):
         places = _places(made[0], row)
-        stack = _stack(objective, declared, made[0], row, layers)
+        stack = stack_of(made[0].sides(), declared, row)
         reached = stack.reach()
         predictions += int(np.sum(made[0].loss_weights[row] > 0))
         sources = [one["tokens"][row // copies] for one in relabelled]
@@ -193,14 +179,9 @@ def _check_rows(
             real = places.segments > 0
             allowed = reached[-1] & real[:, None] & real[None, :]
             responses.append(float(found[allowed].mean()) if allowed.any() else 0.0)
-            leaks += _influence_leaks(found, row, stack, reached, declared(made[0]))
+            leaks += _influence_leaks(found, row, stack, reached, declared)
     responsive = float(np.mean(responses)) if responses else None
     return LeakReport(objective.name, tuple(leaks), rows * copies, predictions, influences, responsive)
-
-
-def _only(mixture: Mixture, index: int) -> Mixture:
-    """The mixture with all its weight on one part: its rows and masks are as they are in the mixture."""
-    return dataclasses.replace(mixture, weights=tuple(float(i == index) for i in range(len(mixture.parts))))
 
 
 def _joined(name: str, reports: Mapping[str, LeakReport]) -> LeakReport:
@@ -273,48 +254,22 @@ class _Places:
     first_predicting: int
 
 
-def _places(corrupted: Any, row: int) -> _Places:
-    if isinstance(corrupted, CorruptedPair):
-        return _Places(
-            np.concatenate([corrupted.encoder_input_tokens[row], corrupted.decoder_input_tokens[row]]),
-            np.concatenate([corrupted.encoder_segment_ids[row], corrupted.decoder_segment_ids[row]]),
-            corrupted.encoder_input_tokens.shape[1],
-        )
-    return _Places(corrupted.input_tokens[row], corrupted.segment_ids[row], 0)
+def _places(example: Example, row: int) -> _Places:
+    sides = example.sides()
+    return _Places(
+        np.concatenate([side.tokens[row] for side in sides]),
+        np.concatenate([side.segment_ids[row] for side in sides]),
+        sum(side.tokens.shape[1] for side in sides[:-1]),
+    )
 
 
-def layer_masks_of(objective: Objective, corrupted: Any, model: Any, layers: int) -> Sequence[Mask]:
-    """The mask of each layer: the objective's, and-ed with the pattern of `model` where one is given."""
-    mask = objective.attend(corrupted)
-    if model is None:
-        return (mask,) * layers
-    bound = []
-    for text in model.config.mask_pattern:
-        own = masks.parse(text).bind(segment_ids=corrupted.segment_ids, valid=corrupted.segment_ids > 0)
-        bound.append(mask if isinstance(own, masks.Everything) else mask & own)
-    return tuple(bound[layer % len(bound)] for layer in range(layers))
-
-
-def _stack(objective: Objective, declared: Callable, corrupted: Any, row: int, layers: int) -> Stack:
-    if isinstance(corrupted, CorruptedPair):
-        lengths = corrupted.encoder_input_tokens.shape[1], corrupted.decoder_input_tokens.shape[1]
-        return encoder_decoder_stack(objective.attend(corrupted), row, *lengths, layers)
-    return single_stack(declared(corrupted), row, corrupted.input_tokens.shape[1])
-
-
-def _answers(corrupted: Any, row: int, source: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, ...]:
+def _answers(corrupted: Example, row: int, source: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, ...]:
     """(place, source position, kept) of every prediction of a token of the text."""
     where = np.full(int(max(source.max(), corrupted.target_tokens.max())) + 1, -1)
     where[source[text]] = np.flatnonzero(text)
     weights, targets = corrupted.loss_weights[row], corrupted.target_tokens[row]
-    if isinstance(corrupted, CorruptedPair):
-        place = corrupted.encoder_input_tokens.shape[1] + np.arange(len(targets))
-    elif corrupted.predict_positions is None:
-        place = np.arange(len(targets))
-    else:
-        place = corrupted.predict_positions[row]
-    kinds = getattr(corrupted, "kinds", None)
-    kept = np.zeros(len(targets), bool) if kinds is None else kinds[row] == KEEP
+    place = _places(corrupted, row).first_predicting + np.asarray(corrupted.places[row])
+    kept = np.zeros(len(targets), bool) if corrupted.kinds is None else corrupted.kinds[row] == KEEP
     asked = (weights > 0) & (where[targets] >= 0)
     return place[asked], where[targets[asked]], kept[asked]
 
@@ -350,10 +305,12 @@ def _target_leaks(objective, made, sources, row, stack: Stack, reached) -> list[
     return []
 
 
-def _decoding(corrupted: Any, row: int, places: _Places) -> np.ndarray:
-    if isinstance(corrupted, CorruptedPair):
-        return np.arange(len(places.tokens)) >= places.first_predicting
-    return np.ones(len(places.tokens), bool) if corrupted.bidirectional is None else ~corrupted.bidirectional[row]
+def _decoding(corrupted: Example, row: int, places: _Places) -> np.ndarray:
+    """bool: places of the side that predicts, without a prefix that is read both ways."""
+    decoding = np.arange(len(places.tokens)) >= places.first_predicting
+    if corrupted.bidirectional is not None:
+        decoding[places.first_predicting :] &= ~corrupted.bidirectional[row]
+    return decoding
 
 
 def _segment_leaks(places: _Places, row: int, stack: Stack, reached) -> list[Leak]:
@@ -367,31 +324,28 @@ def _segment_leaks(places: _Places, row: int, stack: Stack, reached) -> list[Lea
     return [Leak("segment", row, i, j, message, stack.path(i, j, reached))]
 
 
-def _influence_leaks(found: np.ndarray, row: int, stack: Stack, reached, layer_masks) -> list[Leak]:
+def _influence_leaks(found: np.ndarray, row: int, stack: Stack, reached, layers: Layers) -> list[Leak]:
     undeclared = found & ~reached[-1]
     if not undeclared.any():
         return []
     i, j = (int(x[0]) for x in np.nonzero(undeclared))
-    mask = layer_masks[-1]
+    mask = layers[-1][0].mask
     term = forbidding_term(mask.select(row if mask.shape[0] > 1 else 0, 0), i, j)
     message = f"the logits of {stack.names(i)} respond to {stack.names(j)}, which {term} keeps from it in every layer"
     return [Leak("influence", row, i, j, message)]
 
 
-def _runner(objective, model, params, apply, declared, corrupted, key):
+def _runner(objective: Objective, model: Network | None, params: Params | None, apply, corrupted, key):
     """`run(row, embed) -> bool [length, length]`, the observed influence of inputs on outputs; None without a model."""
+    check_single_stack(objective, apply)
     if model is None and apply is None:
         return None
-    if isinstance(corrupted, CorruptedPair):
-        raise ValueError(
-            f"objective '{objective.name}' feeds an encoder-decoder: leave model and apply out, or build it with "
-            "layout='prefix' to run it on one stack"
-        )
     if apply is None:
-        params = model.init(key) if params is None else params
+        assert model is not None
+        weights = model.init(key) if params is None else params
 
         def apply(tokens, one, mask):
-            return model.apply(params, tokens, positions=one.positions, mask=mask, segment_ids=one.segment_ids)
+            return model.apply(weights, **{**one.inputs(mask), "tokens": tokens, "predict_positions": None})
 
     def run(row: int, embed) -> np.ndarray:
         one = jax.tree.map(lambda x: jnp.asarray(x)[row : row + 1], corrupted)
@@ -404,7 +358,7 @@ def _runner(objective, model, params, apply, declared, corrupted, key):
     return run
 
 
-def influence_by_exchange(apply: Callable[..., jax.Array], one: Corrupted, vocabulary) -> np.ndarray:
+def influence_by_exchange(apply: Callable[..., jax.Array], one: Corrupted, vocabulary: Vocabulary) -> np.ndarray:
     """bool `[length, length]`: do the logits at i change when the input token at j is exchanged?
 
     `apply(tokens, corrupted) -> [batch, length, ...]` gets copies of `one`, which has one row; copy j + 1 has another
@@ -452,10 +406,3 @@ def influence_by_jacobian(apply: Callable[[jax.Array], jax.Array], inputs: jax.A
 
     sizes = np.asarray(jax.lax.map(gradient, jnp.arange(length)))
     return sizes > _ROUNDING * max(sizes.max(), 1e-30)
-
-
-def with_attend(objective: Objective, attend: Callable[[Any], Any]) -> Objective:
-    """A copy of an objective that declares another mask: to check, or to train, one objective under several masks."""
-    fields = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)}
-    changed = type(f"{type(objective).__name__}Attending", (type(objective),), {"attend": lambda self, c: attend(c)})
-    return changed(**fields)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from maskformer.masks import And, Mask, Or
+from maskformer.objectives.rows import Reads, Side
 
 
 @dataclass(frozen=True)
@@ -116,36 +117,45 @@ def _term(mask: Mask, row: int) -> Callable[[int, int], str]:
     return term
 
 
-def single_stack(layer_masks: Sequence[Mask], row: int, length: int) -> Stack:
-    """The stack that reads one row of `length` tokens under one mask per layer."""
-    known: dict[int, Layer] = {}
-    for mask in layer_masks:
-        if id(mask) not in known:
-            known[id(mask)] = Layer(_dense(mask, row, length, length), _term(mask, row))
-    return Stack(tuple(known[id(mask)] for mask in layer_masks), lambda place: f"position {place}")
+def stack_of(sides: Sequence[Side], layers: Sequence[Sequence[Reads]], row: int) -> Stack:
+    """The stack that reads one row: the places of all sides one after another, under what each layer reads.
 
-
-def encoder_decoder_stack(pair, row: int, encoder_length: int, decoder_length: int, layers: int) -> Stack:
-    """An encoder-decoder as one stack: encoder places first, then decoder places; encoder layers, then decoder layers.
-
-    `pair` holds the masks `encoder`, `decoder` and `cross`.
+    Args:
+      sides: of the batch, as its `sides()` gives them.
+      layers: what each layer reads, the first one first.
+      row: of the batch.
     """
-    total = encoder_length + decoder_length
-    encoder = np.zeros((total, total), bool)
-    encoder[:encoder_length, :encoder_length] = _dense(pair.encoder, row, encoder_length, encoder_length)
-    decoder = np.zeros((total, total), bool)
-    decoder[encoder_length:, encoder_length:] = _dense(pair.decoder, row, decoder_length, decoder_length)
-    decoder[encoder_length:, :encoder_length] = _dense(pair.cross, row, decoder_length, encoder_length)
-    terms = {name: _term(getattr(pair, name), row) for name in ("encoder", "decoder", "cross")}
+    lengths = [side.tokens.shape[1] for side in sides]
+    first = [sum(lengths[:number]) for number in range(len(sides))]
 
-    def term(query: int, key: int) -> str:
-        if query < encoder_length:
-            return f"encoder {terms['encoder'](query, key)}"
-        if key < encoder_length:
-            return f"cross {terms['cross'](query - encoder_length, key)}"
-        return f"decoder {terms['decoder'](query - encoder_length, key - encoder_length)}"
+    def layer(reads: Sequence[Reads]) -> Layer:
+        attends = np.zeros((sum(lengths),) * 2, bool)
+        for one in reads:
+            q, k = first[one.query], first[one.key]
+            here = _dense(one.mask, row, lengths[one.query], lengths[one.key])
+            attends[q : q + lengths[one.query], k : k + lengths[one.key]] = here
+        terms = {(one.query, one.key): (one.name, _term(one.mask, row)) for one in reads}
 
-    def name(place: int) -> str:
-        return f"encoder {place}" if place < encoder_length else f"decoder {place - encoder_length}"
+        def term(query: int, key: int) -> str:
+            (query_side, query), (key_side, key) = place(query), place(key)
+            name, of_mask = terms[query_side, key_side]
+            return f"{name} {of_mask(query, key)}".lstrip()
 
-    return Stack((Layer(encoder, term),) * layers + (Layer(decoder, term),) * layers, name)
+        return Layer(attends, term)
+
+    def place(index: int) -> tuple[int, int]:
+        """(side, place on it)"""
+        side = max(number for number, start in enumerate(first) if start <= index)
+        return side, index - first[side]
+
+    def name(index: int) -> str:
+        side, at = place(index)
+        return f"{sides[side].name} {at}" if len(sides) > 1 else f"position {at}"
+
+    # Layers that share their masks are one matrix.
+    known: dict[tuple[int, ...], Layer] = {}
+    keys = [tuple(id(one.mask) for one in reads) for reads in layers]
+    for key, reads in zip(keys, layers, strict=True):
+        if key not in known:
+            known[key] = layer(reads)
+    return Stack(tuple(known[key] for key in keys), name)

@@ -10,12 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from maskformer.objectives.leaks import check_tokens, layer_masks_of, relabel
-from maskformer.objectives.objective import Masking, Objective
-from maskformer.objectives.pairs import CorruptedPair, PairObjective
-from maskformer.objectives.rows import KEEP, MASK, RANDOM
-from maskformer.objectives.select_spans import Spans
-from maskformer.objectives.span_corruption import SpanNoise
+from maskformer.checks import printable
+from maskformer.inspection.declared import Example, Network, declared_layers
+from maskformer.inspection.leaks import check_tokens, relabel
+from maskformer.objectives import KEEP, MASK, RANDOM, Objective
 
 # How a token of a sample row is shown.
 STYLES = ("plain", "mask", "random", "keep", "hidden", "special", "prefix", "target", "padding")
@@ -79,13 +77,13 @@ class MaskReport:
 
     def to_text(self, color: bool = False, width: int = 100) -> str:
         """The report for a terminal; `color` adds ANSI colours to the sample rows."""
-        from maskformer.objectives.report_render import to_text
+        from maskformer.inspection.report_render import to_text
 
         return to_text(self, color, width)
 
     def to_html(self) -> str:
         """The report as one HTML page without any outside reference."""
-        from maskformer.objectives.report_render import to_html
+        from maskformer.inspection.report_render import to_html
 
         return to_html(self)
 
@@ -97,7 +95,7 @@ def mask_report(
     key: jax.Array | None = None,
     decode: Callable[[int], str] | None = None,
     samples: int = 3,
-    model: Any = None,
+    model: Network | None = None,
     **call: Any,
 ) -> MaskReport:
     """Runs an objective over batches and counts what it does.
@@ -106,9 +104,9 @@ def mask_report(
       objective: what is looked at.
       batches: as the pipeline gives them; a few hundred rows make the shares exact to a percent.
       key: the run's key, so that the rows are those the run will see.
-      decode: the text of one token id; by default the id itself.
+      decode: the text of one token id, shown as one line that a terminal only shows; by default the id itself.
       samples: rows to show.
-      model: its own masks are and-ed to the objective's, and `model.flops_per_token` gives the FLOPs.
+      model: one stack; its own masks are and-ed to the objective's, and it says how many FLOPs it takes.
       **call: what the objective's call needs: `step=`, `rate=`.
 
     Raises:
@@ -124,7 +122,7 @@ def mask_report(
         # Twice: as it is, for the counts, and with unique tokens, which tell where each token went.
         made = jax.tree.map(np.asarray, objective(key, batch, **call))
         marked = relabel(objective, batch, 0)
-        traced = made if getattr(made, "selected", None) is not None else objective(key, marked, **call)
+        traced = made if made.selected is not None else objective(key, marked, **call)
         hidden = _hidden(objective, jax.tree.map(np.asarray, traced), marked)
         counts.add(batch, made, hidden, model)
         while len(shown) < min(samples, len(batch["tokens"])) and hidden.shape[0] == len(batch["tokens"]):
@@ -136,20 +134,18 @@ def mask_report(
     return counts.finish(tuple(shown), model, None if step is None else int(step))
 
 
-def _hidden(objective: Objective, made: Any, marked: Mapping[str, np.ndarray]) -> np.ndarray:
+def _hidden(objective: Objective, made: Example, marked: Mapping[str, np.ndarray]) -> np.ndarray:
     """bool `[rows, length]`: tokens of the row that the input does not show, or shows changed."""
-    if getattr(made, "selected", None) is not None and not isinstance(made, CorruptedPair):
-        return made.selected if objective.name != "fim" else np.zeros_like(marked["segment_ids"], bool)
     tokens, valid = marked["tokens"], marked["segment_ids"] > 0
+    if made.selected is not None:
+        return np.asarray(made.selected)
+    if objective.predicts_next:
+        return np.zeros(valid.shape, bool)
+    source = objective.source(made)
     hidden = np.zeros(valid.shape, bool)
     for row in range(len(tokens)):
-        if isinstance(made, CorruptedPair):
-            shown = made.encoder_input_tokens[row][made.encoder_segment_ids[row] > 0]
-        elif isinstance(objective, PairObjective):
-            shown = made.input_tokens[row][made.bidirectional[row]]
-        else:
-            shown = made.input_tokens[row]
         # A marker may stand more than once in a row: as many as are left out count as hidden, from the end.
+        shown = np.asarray(source.tokens[row])[np.asarray(source.segment_ids[row]) > 0]
         ids, given = np.unique(shown, return_counts=True)
         left = dict(zip(ids.tolist(), given.tolist()))
         for position in np.flatnonzero(valid[row]):
@@ -174,7 +170,9 @@ class _Counts:
         self.attended: list[float] = []
         self.length = objective.output_length
 
-    def add(self, batch: Mapping[str, np.ndarray], made: Any, hidden: np.ndarray, model: Any) -> None:
+    def add(
+        self, batch: Mapping[str, np.ndarray], made: Example, hidden: np.ndarray, model: Network | None
+    ) -> None:
         copies = len(hidden) // len(batch["tokens"])
         valid = np.repeat(batch["segment_ids"] > 0, copies, axis=0)
         weights = made.loss_weights
@@ -185,10 +183,9 @@ class _Counts:
         self.present += valid.sum(0)
         self.predicted.append(int((weights > 0).sum()))
         self.slots_used += list((weights > 0).mean(1))
-        kinds = getattr(made, "kinds", None)
-        if kinds is not None:
-            self.kinds += np.bincount(kinds[weights > 0], minlength=3)[:3]
-        starts = batch.get("word_starts") if self.in_words else None
+        if made.kinds is not None:
+            self.kinds += np.bincount(made.kinds[weights > 0], minlength=3)[:3]
+        starts = batch.get("word_starts") if self.objective.span_unit == "words" else None
         for row in range(len(hidden)):
             source = row // copies
             lengths = _span_lengths(
@@ -197,13 +194,7 @@ class _Counts:
             np.add.at(self.spans, lengths, 1)
         self.attended += _attended(self.objective, made, model)
 
-    @property
-    def in_words(self) -> bool:
-        return isinstance(self.objective, Masking) and isinstance(self.objective.select, Spans) and (
-            self.objective.select.in_words
-        )
-
-    def finish(self, samples: tuple[SampleRow, ...], model: Any, step: int | None) -> MaskReport:
+    def finish(self, samples: tuple[SampleRow, ...], model: Network | None, step: int | None) -> MaskReport:
         predicted, kinds = np.array(self.predicted), self.kinds.tolist()
         total = sum(kinds)
         longest = int(np.flatnonzero(self.spans).max(initial=0))
@@ -230,9 +221,9 @@ class _Counts:
             slots_used=float(np.mean(self.slots_used)),
             slots_full=float(np.mean(np.array(self.slots_used) >= 1.0)),
             coverage=coverage,
-            span_unit="words" if self.in_words else "tokens",
+            span_unit=self.objective.span_unit,
             span_lengths=tuple(map(float, spans)),
-            target_lengths=target_span_lengths(self.objective),
+            target_lengths=self.objective.expected_spans() if self.objective.expected_spans else None,
             replacement=(kinds[0] / total, kinds[1] / total, kinds[2] / total) if sum(kinds) else None,
             attended_fraction=fraction,
             flops_per_token=flops,
@@ -250,53 +241,25 @@ def _span_lengths(hidden: np.ndarray, segments: np.ndarray, starts: np.ndarray |
     return np.maximum(lengths, 1)
 
 
-def _attended(objective: Objective, made: Any, model: Any, most: int = 4) -> list[float]:
+def _attended(objective: Objective, made: Example, model: Network | None, most: int = 4) -> list[float]:
     """Share of the (query, key) pairs of some rows that may attend, over all layers of `model` where it is given."""
-    if isinstance(made, CorruptedPair):
-        declared = objective.attend(made)
-        encoder, decoder = made.encoder_input_tokens.shape[1], made.decoder_input_tokens.shape[1]
-        parts = ((declared.encoder, encoder, encoder), (declared.decoder, decoder, decoder),
-                 (declared.cross, decoder, encoder))
-        segments = made.encoder_segment_ids
-    else:
-        length = made.input_tokens.shape[1]
-        layers = layer_masks_of(objective, made, model, 1 if model is None else model.config.layers)
-        parts, segments = tuple((mask, length, length) for mask in layers), made.segment_ids
+    lengths = [side.tokens.shape[1] for side in made.sides()]
+    reads = [one for layer in declared_layers(objective, made, model, layers=1) for one in layer]
+    pairs = sum(lengths[one.query] * lengths[one.key] for one in reads)
     shares = []
-    for row in range(min(most, len(segments))):
-        active = sum(
-            float(np.mean([np.asarray(m.select(row if m.shape[0] > 1 else 0, h).dense(q, k)).sum()
-                           for h in range(m.shape[1])]))
-            for m, q, k in parts
-        )
-        shares.append(active / sum(q * k for _, q, k in parts))
+    for row in range(min(most, len(made.target_tokens))):
+        active = 0.0
+        for one in reads:
+            batch, heads = one.mask.shape
+            at = row if batch > 1 else 0
+            shape = lengths[one.query], lengths[one.key]
+            active += float(np.mean([np.asarray(one.mask.select(at, h).dense(*shape)).sum() for h in range(heads)]))
+        shares.append(active / pairs)
     return shares
 
 
-def target_span_lengths(objective: Objective) -> tuple[float, ...] | None:
-    """The distribution of span lengths that an objective aims at, for rows without padding; None where it has none.
-
-    T5: a part of a random composition of n into s parts has length k with C(n - k - 1, s - 2) / C(n - 1, s - 1).
-    """
-    if isinstance(objective, Masking) and isinstance(objective.select, Spans):
-        return tuple(map(float, objective.select.lengths))
-    make = getattr(objective, "make_pair", None)
-    if not isinstance(make, SpanNoise):
-        return None
-    noise, spans = make.noise[:, -1], make.spans[:, -1]
-    lengths = np.zeros(int(noise.max()))
-    weights = np.array(make.weights) * spans
-    for weight, n, s in zip(weights / max(weights.sum(), 1e-30), noise.tolist(), spans.tolist()):
-        if s == 1:
-            lengths[n - 1] += weight
-            continue
-        for k in range(1, n - s + 2):
-            lengths[k - 1] += weight * math.comb(n - k - 1, s - 2) / math.comb(n - 1, s - 1)
-    return tuple(map(float, np.trim_zeros(lengths, "b"))) if len(lengths) else None
-
-
 def _sample(
-    objective: Objective, tokens: np.ndarray, made: Any, hidden: np.ndarray, row: int, decode: Callable[[int], str]
+    objective: Objective, tokens: np.ndarray, made: Example, hidden: np.ndarray, row: int, decode: Callable[[int], str]
 ) -> SampleRow:
     vocabulary = objective.vocabulary
 
@@ -306,17 +269,13 @@ def _sample(
         return "special" if token in vocabulary.special_ids and otherwise == "plain" else otherwise
 
     def line(ids: Iterable[int], styles: Iterable[str]) -> tuple[tuple[str, str], ...]:
-        return tuple((decode(int(i)), s) for i, s in zip(ids, styles) if int(i) != vocabulary.pad)
+        # A token may hold anything, and is never to reach a terminal as it is.
+        return tuple((printable(decode(int(i))), s) for i, s in zip(ids, styles) if int(i) != vocabulary.pad)
 
     original = line(tokens, ["hidden" if h else style(int(t), "plain") for t, h in zip(tokens, hidden)])
-    if isinstance(made, CorruptedPair):
-        inputs = line(made.encoder_input_tokens[row], [style(int(t), "plain") for t in made.encoder_input_tokens[row]])
-        asked = made.decoder_target_tokens[row][made.decoder_loss_weights[row] > 0]
-        return SampleRow(original, inputs, line(asked, [style(int(t), "target") for t in asked]))
-    shown = made.input_tokens[row]
+    shown = made.sides()[0].tokens[row]
     styles = [style(int(t), "plain") for t in shown]
-    weights = made.loss_weights[row]
-    positions = np.arange(len(weights)) if made.predict_positions is None else made.predict_positions[row]
+    weights, positions = made.loss_weights[row], np.asarray(made.places[row])
     names = {MASK: "mask", RANDOM: "random", KEEP: "keep"}
     if made.kinds is not None:
         for slot in np.flatnonzero(weights > 0):
@@ -324,4 +283,4 @@ def _sample(
     elif made.bidirectional is not None:
         styles = ["prefix" if both and s == "plain" else s for both, s in zip(made.bidirectional[row], styles)]
     asked = made.target_tokens[row][weights > 0]
-    return SampleRow(original, line(shown, styles), line(asked, ["target"] * len(asked)))
+    return SampleRow(original, line(shown, styles), line(asked, [style(int(t), "target") for t in asked]))

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskformer import masks, models, objectives
-from maskformer.objectives import leaks, reachability
+from maskformer import inspection, masks, models, objectives
+from maskformer.inspection import leaks, reachability
+from maskformer.objectives import with_attend
+from maskformer.objectives.rows import Reads, Side
 from tests.objectives.examples import make_batch, make_vocabulary
 
 LENGTH = 16
@@ -48,8 +50,14 @@ def attention_model(width=12, layers=2, seed=0):
     return apply, embed
 
 
+def encoder(**changes):
+    return models.create(
+        models.EncoderConfig(vocab_size=VOCABULARY.size, layers=2, width=16, heads=2, max_length=LENGTH, **changes)
+    )
+
+
 def leaks_of(objective, batch=None, **kwargs):
-    return leaks.check_leaks(objective, packed_batch() if batch is None else batch, **kwargs)
+    return inspection.check_leaks(objective, packed_batch() if batch is None else batch, **kwargs)
 
 
 ALL = [
@@ -69,8 +77,7 @@ def test_every_objective_declares_masks_that_hide_its_answers(name, params):
 
 def test_an_encoder_under_the_mlm_mask_responds_to_nothing_else():
     objective = objectives.create("mlm", VOCABULARY, LENGTH)
-    config = models.EncoderConfig(vocab_size=VOCABULARY.size, layers=2, width=16, heads=2, max_length=LENGTH)
-    report = leaks_of(objective, model=models.create(config), rows=1)
+    report = leaks_of(objective, model=encoder(), rows=1)
     assert report.ok, str(report)
     assert report.influences == LENGTH**2
     assert report.responsive == 1.0
@@ -99,13 +106,13 @@ def swap_parts():
 
 def test_a_part_of_a_mixture_that_only_later_steps_follow_is_checked_too():
     swap = objectives.create("mixture", VOCABULARY, LENGTH, parts=swap_parts())
-    report = objectives.check_leaks(swap, packed_batch(), step=0)
+    report = inspection.check_leaks(swap, packed_batch(), step=0)
     assert report.ok and report.parts == ("mlm", "causal_lm") and report.rows == 4
     assert "2 rows of each part, mlm and causal_lm: " in str(report)
     # At step 0 no row follows the second part.
     late = Unshifted("unshifted", VOCABULARY, LENGTH, LENGTH)
     broken = dataclasses.replace(swap, parts=(swap.parts[0], late, swap.parts[2]))
-    report = objectives.check_leaks(broken, packed_batch(), step=0)
+    report = inspection.check_leaks(broken, packed_batch(), step=0)
     assert not report.ok and all(leak.message.startswith("part 'unshifted'") for leak in report.leaks)
 
 
@@ -127,11 +134,11 @@ def test_labels_left_in_the_input_are_caught():
 
 def test_packing_without_segments_is_caught():
     causal = objectives.create("causal_lm", VOCABULARY, LENGTH)
-    report = leaks_of(leaks.with_attend(causal, lambda corrupted: masks.causal()))
+    report = leaks_of(with_attend(causal, lambda corrupted: masks.causal()))
     leak = next(leak for leak in report.leaks if leak.kind == "segment")
     assert (leak.query, leak.key) == (LENGTH // 2, 0)
     assert str(leak.path[-1]) == f"layer 1: position {LENGTH // 2} reads position 0 by causal"
-    assert leaks_of(leaks.with_attend(causal, lambda corrupted: masks.causal()), cross_segments=True).ok
+    assert leaks_of(with_attend(causal, lambda corrupted: masks.causal()), cross_segments=True).ok
 
 
 def test_the_precedence_of_and_over_or_is_caught_and_named():
@@ -146,11 +153,11 @@ def test_the_precedence_of_and_over_or_is_caught_and_named():
     def right(corrupted):
         return masks.segments(corrupted.segment_ids) & masks.causal() & (masks.sliding_window(4) | masks.sinks(3))
 
-    report = leaks_of(leaks.with_attend(causal, wrong))
+    report = leaks_of(with_attend(causal, wrong))
     leak = report.leaks[0]
     assert leak.kind == "target" and leak.query < leak.key <= 2
     assert any("sinks(3)" in hop.term for hop in leak.path)
-    assert leaks_of(leaks.with_attend(causal, right)).ok
+    assert leaks_of(with_attend(causal, right)).ok
 
 
 def test_a_prefix_that_covers_targets_is_caught():
@@ -184,7 +191,7 @@ def test_a_cache_that_is_off_by_one_is_caught(by):
 
 def test_influence_of_an_unmasked_model_is_everywhere_and_equals_the_jacobian():
     apply, embed = attention_model()
-    objective = leaks.with_attend(objectives.create("mlm", VOCABULARY, LENGTH), lambda c: masks.everything())
+    objective = with_attend(objectives.create("mlm", VOCABULARY, LENGTH), lambda c: masks.everything())
     one = jax.tree.map(lambda x: x[:1], objective(jax.random.key(0), make_batch(1, LENGTH, size=72)))
     exchange = leaks.influence_by_exchange(lambda t, c: apply(t, c, masks.everything()), one, VOCABULARY)
     jacobian = leaks.influence_by_jacobian(lambda x: apply(x, one, masks.everything()), embed(one.input_tokens))
@@ -193,7 +200,8 @@ def test_influence_of_an_unmasked_model_is_everywhere_and_equals_the_jacobian():
 
 def test_reach_is_the_closure_of_the_masks_layer_by_layer():
     window = masks.sliding_window(1)
-    stack = reachability.single_stack((window,) * 3, 0, 8)
+    row = Side("row", np.zeros((1, 8), int), np.ones((1, 8), int))
+    stack = reachability.stack_of([row], [(Reads(0, 0, window),)] * 3, 0)
     reached = stack.reach()
     q, k = np.arange(8)[:, None], np.arange(8)[None]
     for layers in range(4):
@@ -216,8 +224,10 @@ def test_a_masks_path_through_two_layers_is_reported_hop_by_hop():
 
 def test_a_pair_objective_is_refused_a_single_stack_model():
     apply, _ = attention_model()
-    with pytest.raises(ValueError, match="layout='prefix'"):
-        leaks_of(objectives.create("span_corruption", VOCABULARY, LENGTH), apply=apply)
+    pair = objectives.create("span_corruption", VOCABULARY, LENGTH)
+    for given in ({"apply": apply}, {"model": encoder()}):
+        with pytest.raises(ValueError, match="layout='prefix'"):
+            leaks_of(pair, **given)
 
 
 def test_a_decoder_that_reads_its_own_target_is_caught_although_denoising_copies_its_input():
@@ -227,14 +237,14 @@ def test_a_decoder_that_reads_its_own_target_is_caught_although_denoising_copies
         declared = denoising.attend(corrupted)
         return dataclasses.replace(declared, decoder=masks.segments(corrupted.decoder_segment_ids))
 
-    report = leaks_of(leaks.with_attend(denoising, ahead))
+    report = leaks_of(with_attend(denoising, ahead))
     assert not report.ok
     assert "decoder" in report.leaks[0].message
 
 
 def test_raise_if_leaking_says_what_leaks():
     causal = objectives.create("causal_lm", VOCABULARY, LENGTH)
-    report = leaks_of(leaks.with_attend(causal, lambda corrupted: masks.everything()))
+    report = leaks_of(with_attend(causal, lambda corrupted: masks.everything()))
     with pytest.raises(ValueError, match="objective 'causal_lm' leaks"):
         report.raise_if_leaking()
     leaks_of(causal).raise_if_leaking()

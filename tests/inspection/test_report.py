@@ -1,13 +1,13 @@
 """The mask report counts what the objective does; checked against counts made here."""
 
+import dataclasses
 import json
-import types
 
 import numpy as np
 import pytest
 
-from maskformer import objectives
-from maskformer.objectives.report import target_span_lengths
+from maskformer import models, objectives
+from maskformer.inspection import mask_report
 from tests.objectives.examples import make_batch
 from tests.objectives.test_pairs import VOCABULARY
 
@@ -24,7 +24,7 @@ def batches(count=4, rows=64, **kwargs):
 
 @pytest.fixture(scope="module")
 def bert():
-    return objectives.mask_report(objectives.create("mlm", VOCABULARY, LENGTH, rate=0.3), batches())
+    return mask_report(objectives.create("mlm", VOCABULARY, LENGTH, rate=0.3), batches())
 
 
 def test_rates_slots_and_predictions_are_those_of_the_convention(bert):
@@ -43,7 +43,7 @@ def test_coverage_shows_that_markers_are_never_hidden(bert):
 
 
 def test_coverage_exposes_that_t5_always_hides_the_last_token():
-    report = objectives.mask_report(objectives.create("t5", VOCABULARY, LENGTH), batches(1))
+    report = mask_report(objectives.create("t5", VOCABULARY, LENGTH), batches(1))
     assert report.coverage[-3:].tolist() == [1.0, 1.0, 1.0] and report.coverage[0] == 0.0
     assert "always corrupted: positions 17, 18, 19" in report.to_text()
     assert report.target_lengths == (0.0, 0.0, 1.0) and report.span_lengths == (0.0, 0.0, 1.0)
@@ -51,8 +51,8 @@ def test_coverage_exposes_that_t5_always_hides_the_last_token():
 
 def test_span_histogram_approaches_its_target():
     objective = objectives.create("t5", VOCABULARY, LENGTH, rate=0.4, mean=2.0)
-    report = objectives.mask_report(objective, batches())
-    assert report.target_lengths == target_span_lengths(objective)
+    report = mask_report(objective, batches())
+    assert report.target_lengths == objective.expected_spans()
     assert sum(report.target_lengths) == pytest.approx(1.0)
     assert np.dot(report.target_lengths, np.arange(1, 1 + len(report.target_lengths))) == pytest.approx(2.0)
     assert len(report.span_lengths) <= len(report.target_lengths) == 5
@@ -61,29 +61,28 @@ def test_span_histogram_approaches_its_target():
 
 
 def test_span_lengths_of_spanbert_count_words():
-    report = objectives.mask_report(objectives.create("spanbert", VOCABULARY, LENGTH, rate=0.3, longest=3), batches(1))
+    report = mask_report(objectives.create("spanbert", VOCABULARY, LENGTH, rate=0.3, longest=3), batches(1))
     assert report.span_unit == "words"
     assert report.target_lengths == pytest.approx((0.4098, 0.3279, 0.2623), abs=1e-4)
 
 
 def test_attended_fraction_of_a_causal_mask_is_that_of_its_matrix():
-    report = objectives.mask_report(objectives.create("causal_lm", VOCABULARY, LENGTH), batches(1, rows=4))
+    report = mask_report(objectives.create("causal_lm", VOCABULARY, LENGTH), batches(1, rows=4))
     assert report.attended_fraction == pytest.approx((LENGTH + 1) / (2 * LENGTH))
     assert report.replacement is None
 
 
 def test_flops_come_from_the_model_and_count_what_is_attended():
-    class Model:
-        config = types.SimpleNamespace(layers=1, mask_pattern=("everything",))
-
-        @staticmethod
-        def flops_per_token(length, predicted, attended=None):
-            return 1000.0 * predicted + (length if attended is None else attended)
-
-    report = objectives.mask_report(
-        objectives.create("causal_lm", VOCABULARY, LENGTH), batches(1, rows=4), model=Model()
+    config = models.EncoderConfig(vocab_size=VOCABULARY.size, layers=2, width=16, heads=2, max_length=LENGTH)
+    model = models.create(config)
+    objective = objectives.create("causal_lm", VOCABULARY, LENGTH)
+    report = mask_report(objective, batches(1, rows=4), model=model)
+    active = (LENGTH + 1) / 2
+    assert report.flops_per_token == pytest.approx(
+        (model.flops_per_token(LENGTH), model.flops_per_token(LENGTH, attended=active))
     )
-    assert report.flops_per_token == pytest.approx((1020.0, 1010.5))
+    with pytest.raises(ValueError, match="feeds an encoder-decoder"):
+        mask_report(objectives.create("t5", VOCABULARY, LENGTH), batches(1, rows=4), model=model)
 
 
 def test_sample_rows_show_what_is_hidden_and_what_is_asked(bert):
@@ -106,13 +105,13 @@ def test_report_is_written_as_text_html_and_json(bert):
 def test_a_report_says_at_which_step_it_looked(bert):
     rate = {"schedule": "step", "values": {"0": 0.3, "100": 0.15}}
     objective = objectives.create("mlm", VOCABULARY, LENGTH, rate=rate)
-    report = objectives.mask_report(objective, batches(1, rows=2), step=100)
+    report = mask_report(objective, batches(1, rows=2), step=100)
     assert "as at training step 100" in report.to_text() and "as at training step 100" in report.to_html()
     assert report.to_dict()["step"] == 100 and "training step" not in bert.to_text()
 
 
 def test_text_of_tokens_is_escaped_in_html():
-    report = objectives.mask_report(
+    report = mask_report(
         objectives.create("mlm", VOCABULARY, LENGTH), batches(1, rows=2), decode=lambda token: "<b>&"
     )
     assert "&lt;b&gt;&amp;" in report.to_html() and "<b>&" not in report.to_html()
@@ -120,4 +119,29 @@ def test_text_of_tokens_is_escaped_in_html():
 
 def test_no_batch_is_an_error():
     with pytest.raises(ValueError, match="no batches"):
-        objectives.mask_report(objectives.create("mlm", VOCABULARY, LENGTH), [])
+        mask_report(objectives.create("mlm", VOCABULARY, LENGTH), [])
+
+
+def test_no_token_moves_the_cursor_of_a_terminal():
+    hostile = "a\x1b[2J\x9b31m\r\n\u202eb"
+    report = mask_report(
+        objectives.create("mlm", VOCABULARY, LENGTH), batches(1, rows=2), decode=lambda token: hostile
+    )
+    for text in (report.to_text(), report.to_html()):
+        assert "\x1b" not in text and "\x9b" not in text and "\r" not in text and "\u202e" not in text
+        assert r"a\x1b[2J\x9b31m\r\n\u202eb" in text
+    assert "\x1b[2J" not in report.to_text(color=True)
+
+
+@pytest.mark.parametrize("name", ["causal_lm", "fim", "prefix_lm"])
+def test_a_text_that_is_shown_whole_has_nothing_hidden(name):
+    """Under whatever name it goes: what is still to come is predicted, not corrupted."""
+    objective = dataclasses.replace(objectives.create(name, VOCABULARY, LENGTH), name="mine")
+    report = mask_report(objective, batches(1, rows=4))
+    assert report.corrupted_rate == 0.0 and report.predicted_rate > 0.0
+
+
+def test_a_prefix_layout_hides_what_only_its_targets_show():
+    report = mask_report(objectives.create("t5", VOCABULARY, LENGTH, layout="prefix"), batches(1))
+    assert report.corrupted_rate == pytest.approx(3 / 20)
+    assert report.coverage[-3:].tolist() == [1.0, 1.0, 1.0] and report.coverage[0] == 0.0

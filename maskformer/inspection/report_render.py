@@ -7,7 +7,8 @@ import math
 
 import numpy as np
 
-from maskformer.objectives.report import MaskReport, SampleRow
+from maskformer.checks import printable
+from maskformer.inspection.report import MaskReport, SampleRow
 
 _ANSI = {
     "mask": "\033[1;37;41m", "random": "\033[1;35m", "keep": "\033[1;33m", "hidden": "\033[31m", "special": "\033[2m",
@@ -25,7 +26,7 @@ def facts(report: MaskReport) -> list[tuple[str, str]]:
     least, mean, most = report.predicted_per_batch
     at = "" if report.step is None else f", as at training step {report.step}"
     lines = [
-        ("objective", report.objective),
+        ("objective", printable(report.objective)),
         ("looked at", f"{report.rows} rows, {report.tokens} tokens" + at),
         ("corrupted", f"{report.corrupted_rate:.2%} of the tokens"),
         ("predicted", f"{report.predicted_rate:.2%} of the tokens; per batch {least} to {most}, mean {mean:.1f}"),
