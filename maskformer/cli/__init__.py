@@ -6,6 +6,7 @@ Each command is one module of this package, and a new one needs nothing else. `c
     def add_arguments(parser: Parser) -> None
         Its flags. `parser.epilog` may be set, and `parser.recipes` are the recipes that `--config=` names, for a
         command whose flags depend on what a recipe registers. Called only when this command is the one that is run.
+        The names `command`, `parser`, `run` and `verbose` are taken.
 
     def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int
         Does it and returns the exit code. `config_flags` are the `--config...` flags as they were written; a command
