@@ -25,13 +25,13 @@ __all__ = ["attention", "dot_product_attention", "explain", "masks"]
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: importing JAX takes seconds, in which `maskformer train` must already answer signals.
+    # On first use: JAX takes seconds to import, in which `maskformer --help` is to answer and `train` to hear signals.
     if name in ("attention", "masks"):
-        return importlib.import_module(f"maskformer.{name}")
+        return importlib.import_module(f"{__name__}.{name}")
     if name in __all__:
-        return getattr(importlib.import_module("maskformer.attention"), name)
-    raise AttributeError(f"module 'maskformer' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.attention"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__})

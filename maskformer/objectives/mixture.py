@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from maskformer.objectives import randomness
 from maskformer.objectives.objective import Objective
 from maskformer.objectives.rows import Corrupted, rows_from_batch
-from maskformer.objectives.schedules import Schedule, as_rate
+from maskformer.objectives.schedules import Schedule, as_rate, maximum
 from maskformer.objectives.sequence import attend_by_prefix
 
 CHOICE = 100
@@ -67,20 +67,30 @@ class Mixture(Objective):
     weights: tuple[float | Schedule, ...] = ()
 
     @property
-    def predicts_next(self) -> bool:
+    def predicts_next(self) -> bool:  # type: ignore[override]
         return any(part.predicts_next for part in self.parts)
 
     @property
-    def shows_mask(self) -> bool:
+    def shows_mask(self) -> bool:  # type: ignore[override]
         return any(part.shows_mask for part in self.parts)
 
     @property
-    def takes_label_smoothing(self) -> bool:
+    def takes_label_smoothing(self) -> bool:  # type: ignore[override]
         return all(part.takes_label_smoothing for part in self.parts)
 
     @property
     def unmixable(self) -> str | None:
         return "is a mixture already; give its parts and weights to the one"
+
+    def alone(self):
+        names = [part.name for part in self.parts]
+        made = {}
+        for index, name in enumerate(names):
+            if maximum(self.weights[index]) > 0:
+                told_apart = name if names.count(name) == 1 else f"{name} [{index}]"
+                weights = tuple(float(other == index) for other in range(len(names)))
+                made[told_apart] = dataclasses.replace(self, weights=weights)
+        return made
 
     def probabilities(self, step) -> jax.Array:
         """float32 `[parts]` at `step`, summing to 1."""
@@ -102,6 +112,9 @@ class Mixture(Objective):
 
     def attend(self, corrupted):
         return attend_by_prefix(corrupted)
+
+    def as_causal(self):
+        return next(filter(None, (part.as_causal() for part in self.parts)), None)
 
     def transform_logits(self, logits, corrupted):
         """Each row's logits as the objective that it follows has them."""

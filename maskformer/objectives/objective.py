@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from maskformer.objectives import loss as losses
 from maskformer.objectives import randomness
 from maskformer.objectives.counting import slots
 from maskformer.objectives.predict import PredictCorrupted
-from maskformer.objectives.rows import Corrupted, Row, Selection, rows_from_batch
+from maskformer.objectives.rows import Corrupted, Row, Selection, Side, rows_from_batch
 from maskformer.objectives.schedules import Schedule
 from maskformer.objectives.vocabulary import Vocabulary
 
@@ -61,6 +62,9 @@ class Objective:
       takes_label_smoothing: its loss is one of predictions, and may be smoothed.
       loss_is_mean: its loss is the mean cross-entropy of its predictions, whose exponential is a perplexity. A class
         that overrides `loss` has to say that it is not.
+      expected_spans: gives the shares of the hidden spans of 1, 2, ... `span_unit` that it aims at, in rows without
+        padding; None where it has none in mind.
+      span_unit: what lengths of spans count, `tokens` or `words`.
     """
 
     # No annotation, and so no fields of the dataclass.
@@ -89,6 +93,8 @@ class Objective:
     description: str = ""
     copies_input: bool = False
     token_loss_decay: float | None = None
+    expected_spans: Callable[[], tuple[float, ...]] | None = field(default=None, kw_only=True)
+    span_unit: str = field(default="tokens", kw_only=True)
 
     @property
     def output_length(self) -> int:
@@ -109,6 +115,11 @@ class Objective:
             )
         return None
 
+    def as_causal(self) -> Any:
+        """The `CausalLM` that a model trained on this one can be run under; None where it never predicted the next
+        token."""
+        return None
+
     @property
     def never_hidden(self) -> tuple[int, ...]:
         """Ids that it never hides: those that stand for no text. An unknown word is text."""
@@ -125,6 +136,14 @@ class Objective:
     def attend(self, corrupted: Any) -> Any:
         """Who may attend to whom in the stack that reads `corrupted`: a mask, or `PairMasks` for a pair."""
         return attend_within_segments(corrupted)
+
+    def source(self, corrupted: Any) -> Side:
+        """What shows the row to a model: the first side, without targets that are read back; segment 0 elsewhere."""
+        return corrupted.sides()[0]
+
+    def alone(self) -> dict[str, Objective]:
+        """Of a mixture: itself following one part only, for each part that any step follows. Of others: nothing."""
+        return {}
 
     def initial_token_losses(self) -> jax.Array | None:
         """The running mean of every token's loss before the first step, float32 `[vocabulary.size]`; None where no
@@ -259,3 +278,10 @@ class Masking(Objective):
 
     def attend(self, corrupted):
         return self.attention(corrupted)
+
+
+def with_attend(objective: Objective, attend: Callable[[Any], Any]) -> Objective:
+    """A copy of an objective that declares another mask: to check, or to train, one objective under several masks."""
+    fields = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)}
+    changed = type(f"{type(objective).__name__}Attending", (type(objective),), {"attend": lambda self, c: attend(c)})
+    return changed(**fields)

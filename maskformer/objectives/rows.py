@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from maskformer import masks
+
 # What happened to a predicted position, as stored in `Corrupted.kinds`.
 MASK, RANDOM, KEEP = 0, 1, 2
 
@@ -65,6 +67,17 @@ class Side:
     segment_ids: jax.Array
 
 
+@dataclass(frozen=True)
+class Reads:
+    """Places of side number `query` attend to places of side number `key` (see `sides`), under `mask`; `name` tells it
+    apart from the layer's other attention, where there is any."""
+
+    query: int
+    key: int
+    mask: masks.Mask
+    name: str = ""
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Corrupted:
@@ -95,7 +108,7 @@ class Corrupted:
     selected: jax.Array | None = None
     units: jax.Array | None = None
 
-    def inputs(self, mask: Any) -> dict[str, Any]:
+    def inputs(self, mask: masks.Mask) -> dict[str, Any]:
         """Keyword arguments of a model's `apply(params, ...)` beside its parameters.
 
         Args:
@@ -112,6 +125,10 @@ class Corrupted:
     def sides(self) -> tuple[Side, ...]:
         """What is read, in the order in which it is read; predictions are made on the last side."""
         return (Side("row", self.input_tokens, self.segment_ids),)
+
+    def stacks(self, mask: masks.Mask) -> tuple[tuple[Reads, ...], ...]:
+        """What a layer reads, for each stack of layers in the order in which they run."""
+        return ((Reads(0, 0, mask),),)
 
     @property
     def places(self) -> jax.Array:

@@ -78,6 +78,9 @@ class CausalLM(Objective):
     def attend(self, corrupted):
         return attend_causally(corrupted)
 
+    def as_causal(self):
+        return self
+
 
 def causal_lm(vocabulary: Vocabulary, length: int, *, shift: str = "next") -> CausalLM:
     """Next-token prediction within each packed segment.
@@ -133,6 +136,9 @@ class PrefixLM(Objective):
 
     def attend(self, corrupted):
         return attend_by_prefix(corrupted)
+
+    def as_causal(self):
+        return causal_lm(self.vocabulary, self.length)
 
 
 def prefix_lm(vocabulary: Vocabulary, length: int, *, shortest: float = 0.0, longest: float = 1.0) -> PrefixLM:
@@ -213,11 +219,14 @@ class FillInTheMiddle(Objective):
         targets, weights = next_token(out)
         return Corrupted(
             tokens, segments, jnp.where(out.valid, index - begin, 0), None, targets, weights,
-            bidirectional=jnp.zeros_like(out.valid), selected=put(jnp.zeros(length, bool), to, permuted),
+            bidirectional=jnp.zeros_like(out.valid),
         )
 
     def attend(self, corrupted):
         return attend_causally(corrupted)
+
+    def as_causal(self):
+        return causal_lm(self.vocabulary, self.length)
 
 
 def fim(

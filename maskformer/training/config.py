@@ -28,6 +28,7 @@ from maskformer.training.sections import (
     OptimizerConfig,
     TrainConfig,
     WriterConfig,
+    check_master_weights,
     check_warmup,
     choose,
 )
@@ -151,6 +152,7 @@ def resolve(config: Mapping[str, Any]) -> ExperimentConfig:
     names = {field.name for field in dataclasses.fields(EncoderConfig)} - set(_DERIVED_MODEL_FIELDS)
     _check_keys("model", config["model"], names | {"generator"})
     _check_types(EncoderConfig, {name: config["model"][name] for name in config["model"].keys() & names}, "model")
+    check_master_weights(sections["optimizer"], config["model"].get("param_dtype", EncoderConfig.param_dtype))
     _check_generator(config["model"].get("generator"), objective)
     model = _model_config(config["model"], max(length, objective.output_length), vocab_size=vocabulary.size)
     tasks.create(config["task"], objective, model, label_smoothing=sections["train"].label_smoothing)
@@ -256,7 +258,9 @@ def _defaults(section: type, skip: tuple[str, ...] = ()) -> ml_collections.Confi
     for field in dataclasses.fields(section):
         if field.name in skip:
             continue
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         values[field.name] = _leaf(default, types_[field.name])
     return values
 

@@ -213,6 +213,10 @@ class Placed:
         """A fresh state, made where it will live."""
         return jax.jit(self.program.init, out_shardings=self._state_at)()
 
+    def init_optimizer(self, params: Any) -> optax.OptState:
+        """The optimizer's state before the first update of `params`."""
+        return jax.jit(self.program.optimizer.init, out_shardings=self._state_at.opt_state)(params)
+
     @functools.cached_property
     def train_step(self) -> Callable[[TrainState, Any], TrainState]:
         """`state, batch -> state`, which takes the place of the state it is given."""

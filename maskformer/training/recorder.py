@@ -13,10 +13,11 @@ from maskformer.training.program import Placed
 from maskformer.training.progress import Progress
 from maskformer.training.state import NEVER, Window
 from maskformer.training.throughput import Clock
+from maskformer.training.workdir import RunError
 from maskformer.training.writers import Writer, create_writers
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """A watched metric became NaN or infinite; nothing after it was saved."""
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 
+from maskformer.training.precision import average_start
 from maskformer.training.tasks import Task
 
 NEVER = jnp.iinfo(jnp.int32).max
@@ -17,7 +18,8 @@ NEVER = jnp.iinfo(jnp.int32).max
 COUNT_BASE = 2**30
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Window:
     """Sums since the last log line, kept on the device so that no step waits for the host.
 
@@ -82,7 +84,8 @@ class Window:
         return {name: float(total / self.weights[name]) for name, total in self.sums.items() if self.weights[name] > 0}
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class TrainState:
     """`step` counts finished updates. `ema` is None unless the optimizer's config asks for an average.
 
@@ -103,11 +106,6 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
 
-def wide(leaf: jax.Array) -> jax.Array:
-    """A floating-point array in float32 or wider, the type of everything that is summed up over steps or parts."""
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-
 def create_state(
     key: jax.Array, task: Task, optimizer: optax.GradientTransformation, ema: bool = False
 ) -> TrainState:
@@ -117,8 +115,7 @@ def create_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
-        # A copy: the step donates its state, and two leaves may not share one buffer.
-        ema=jax.tree.map(lambda leaf: jnp.copy(wide(leaf)), params) if ema else None,
+        ema=average_start(params) if ema else None,
         window=Window.empty(task),
         task=task.initial_state(),
     )

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maskformer.training.state import TrainState, wide
+from maskformer.training.precision import average, norm, widened
+from maskformer.training.state import TrainState
 from maskformer.training.tasks import Batch, Sums, Task
 
 # A context in which the model is traced, which says where activations live.
@@ -58,7 +59,7 @@ def create_train_step(
 
         with placed():
             (_, sums), gradients = jax.value_and_grad(scaled, has_aux=True)(params)
-        return jax.tree.map(wide, gradients), sums
+        return widened(gradients), sums
 
     def accumulate(
         params: Any, example: Any, scales: Mapping[str, jax.Array], dropout_key: jax.Array
@@ -95,7 +96,7 @@ def create_train_step(
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema_decay is not None:
-            ema = optax.incremental_update(jax.tree.map(wide, params), state.ema, 1.0 - ema_decay)
+            ema = average(state.ema, params, ema_decay)
         one = jnp.ones(())
         window = state.window.add(
             state.step,
@@ -103,7 +104,7 @@ def create_train_step(
                 **{name: (term, weights[name]) for name, term in sums.terms.items()},
                 **sums.means,
                 "joint_loss": (sum(scales[name] * term for name, term in sums.terms.items()), one),
-                "grad_norm": (optax.tree.norm(gradients), one),
+                "grad_norm": (norm(gradients), one),
             },
             counts={
                 "tokens": jnp.sum(batch["segment_ids"] > 0, dtype=jnp.int32),

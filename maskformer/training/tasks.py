@@ -26,6 +26,7 @@ import numpy as np
 
 from maskformer import evaluation, models
 from maskformer.checks import nearest
+from maskformer.evaluation.predictions import predict
 from maskformer.models.electra import ElectraConfig
 from maskformer.objectives import Corrupted, Objective, move_token_losses, token_cross_entropy, token_loss_sums
 from maskformer.objectives.electra import Electra as ElectraObjective
@@ -116,13 +117,6 @@ class Task:
         return self.model.flops_per_token(objective.output_length, share) * objective.copies
 
 
-def predict(
-    model: Any, objective: Objective, params: Any, corrupted: Corrupted, dropout_key: jax.Array | None = None
-) -> jax.Array:
-    """The model's logits at the positions that the objective predicts; without a dropout key, deterministic."""
-    return model.apply(params, **corrupted.inputs(objective.attend(corrupted)), dropout_key=dropout_key)
-
-
 class Tokens(Task):
     """Predicted tokens under cross-entropy: one network, one term.
 
@@ -136,7 +130,7 @@ class Tokens(Task):
       ValueError: the objective's loss takes no label smoothing.
     """
 
-    means = ("accuracy",)
+    means: tuple[str, ...] = ("accuracy",)
 
     def __init__(
         self,
@@ -201,7 +195,11 @@ class Tokens(Task):
         return self.objective.initial_token_losses()
 
     def update(self, state: Any, carry: Any) -> Any:
-        return state if carry is None else move_token_losses(state, *carry, self.objective.token_loss_decay)
+        decay = self.objective.token_loss_decay
+        if decay is None:
+            return state
+        total, count = carry
+        return move_token_losses(state, total, count, decay)
 
 
 @jax.tree_util.register_dataclass

@@ -13,13 +13,13 @@ from maskformer.objectives import Vocabulary
 from maskformer.training import (
     Preempted,
     load_config,
-    loop,
     objectives_section,
     program,
     resolve,
     train_and_evaluate,
 )
 from maskformer.training.config import plain
+from maskformer.training.workdir import check_same_run
 from tests.training.tiny import metric_lines, tiny_config
 
 SWAP = 5
@@ -118,9 +118,9 @@ def test_a_share_that_is_another_step_in_a_longer_run_is_another_objective(corpu
     halves = {"schedule": "step", "values": {"0": 0.3, "50%": 0.15}}
     config = plain(tiny_config(corpus, objective__rate=halves))
     (tmp_path / "config.json").write_text(json.dumps(config))
-    loop.check_same_run(config, tmp_path)
+    check_same_run(config, tmp_path)
     with pytest.raises(ValueError, match="objective.rate=.*'10'.*: the run in .* has .*'6'"):
-        loop.check_same_run(plain(tiny_config(corpus, objective__rate=halves, train__steps=20)), tmp_path)
+        check_same_run(plain(tiny_config(corpus, objective__rate=halves, train__steps=20)), tmp_path)
 
 
 @pytest.mark.parametrize(
