@@ -68,15 +68,15 @@ class Mixture(Objective):
     weights: tuple[float | Schedule, ...] = ()
 
     @property
-    def predicts_next(self) -> bool:
+    def predicts_next(self) -> bool:  # type: ignore[override]
         return any(part.predicts_next for part in self.parts)
 
     @property
-    def shows_mask(self) -> bool:
+    def shows_mask(self) -> bool:  # type: ignore[override]
         return any(part.shows_mask for part in self.parts)
 
     @property
-    def takes_label_smoothing(self) -> bool:
+    def takes_label_smoothing(self) -> bool:  # type: ignore[override]
         return all(part.takes_label_smoothing for part in self.parts)
 
     @property

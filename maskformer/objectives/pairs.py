@@ -166,7 +166,7 @@ class PairObjective(Objective):
         return self.total_length if self.layout == "prefix" else self.input_length
 
     @property
-    def makes_pairs(self) -> bool:
+    def makes_pairs(self) -> bool:  # type: ignore[override]
         return self.layout == "encoder_decoder"
 
     @property

@@ -82,7 +82,7 @@ class Checkpoints:
                     record=ocp.args.JsonSave({"step": step, **dataclasses.asdict(record)}),
                 ),
                 # Empty rather than None, which Orbax would warn of at every save between two evaluations.
-                metrics={"score": self._sign * metric} if scored else {},
+                metrics={"score": self._sign * metric} if metric is not None and scored else {},
                 force=True,
             )
 

@@ -89,7 +89,7 @@ SECTIONS: dict[str, type] = {
     "writers": WriterConfig,
 }
 # What every evaluation measures; the rest depends on the objective.
-ALWAYS_MEASURED = ("loss", "accuracy", "accuracy_top5", "predicted", "unigram_loss", "unigram_accuracy")
+ALWAYS_MEASURED: tuple[str, ...] = ("loss", "accuracy", "accuracy_top5", "predicted", "unigram_loss", "unigram_accuracy")
 DERIVED_MODEL_FIELDS = ("vocab_size", "max_length")
 
 

@@ -65,7 +65,9 @@ def _defaults(section: type, skip: tuple[str, ...] = ()) -> ml_collections.Confi
     for field in dataclasses.fields(section):
         if field.name in skip:
             continue
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         values[field.name] = _leaf(default, types_[field.name])
     return values
 

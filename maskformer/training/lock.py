@@ -244,7 +244,7 @@ def _modified(path: pathlib.Path) -> float:
 
 def _named(holder: Mapping[str, Any], silent: float) -> str:
     started = holder.get("started")
-    since = f", started {_age(time.time() - started)} ago" if type(started) in (int, float) else ""
+    since = f", started {_age(time.time() - started)} ago" if isinstance(started, int | float) else ""
     return (
         f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')}"
         f" (last sign of life {_age(silent)} ago{since})"

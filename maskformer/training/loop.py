@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import pathlib
@@ -87,7 +88,7 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
 
                 if last or step % train.log_every == 0:
                     recorder.window(step, state.window)
-                    state = state.replace(window=placed.empty_window())
+                    state = dataclasses.replace(state, window=placed.empty_window())
                 # The step path waits for no metrics, unless something is about to be made of them.
                 recorder.settle(wait=evaluates or saves or preempted)
                 if evaluates:
@@ -134,5 +135,5 @@ def starting_state(placed: Placed, checkpoints: Checkpoints) -> tuple[TrainState
         params, _ = restore_params(pathlib.Path(train.init_from), placed.params)
         # The optimizer's state and the average begin at these parameters: both may hold copies of them.
         ema = None if state.ema is None else average_start(params)
-        state = state.replace(params=params, opt_state=placed.init_optimizer(params), ema=ema)
+        state = dataclasses.replace(state, params=params, opt_state=placed.init_optimizer(params), ema=ema)
     return state, RunRecord()

@@ -129,11 +129,11 @@ def load_sweep(recipe: str, name: str = "sweep") -> list[dict[str, Any]]:
         raise ValueError(f"--sweep={name}: {path} has {asked}; use --sweep={' or --sweep='.join(known)}")
     takes_arg = bool(inspect.signature(module[function]).parameters)
     sweep = _called(path, module[function], *([arg] if takes_arg else []))
-    named = f"{path}:{_first_line(module[function])}: {function}()"
-    require(isinstance(sweep, Iterable), f"{named} gives", sweep, "an iterable of dicts of config keys and values")
+    told = f"{path}:{_first_line(module[function])}: {function}()"
+    require(isinstance(sweep, Iterable), f"{told} gives", sweep, "an iterable of dicts of config keys and values")
     runs = _called(path, list, sweep)
     for changes in runs:
-        require(isinstance(changes, dict), f"{named} yields", changes, "a dict of config keys and values")
+        require(isinstance(changes, dict), f"{told} yields", changes, "a dict of config keys and values")
     return runs
 
 

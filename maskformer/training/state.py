@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 
 from maskformer.training.precision import average_start
 from maskformer.training.tasks import Task
@@ -18,7 +18,8 @@ NEVER = jnp.iinfo(jnp.int32).max
 COUNT_BASE = 2**30
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Window:
     """Sums since the last log line, kept on the device so that no step waits for the host.
 
@@ -83,7 +84,8 @@ class Window:
         return {name: float(total / self.weights[name]) for name, total in self.sums.items() if self.weights[name] > 0}
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class TrainState:
     """`step` counts finished updates. `ema` is None unless the optimizer's config asks for an average.
 

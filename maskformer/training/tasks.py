@@ -136,7 +136,7 @@ class Tokens(Task):
       ValueError: the objective's loss takes no label smoothing.
     """
 
-    means = ("accuracy",)
+    means: tuple[str, ...] = ("accuracy",)
 
     def __init__(
         self,
@@ -201,7 +201,11 @@ class Tokens(Task):
         return self.objective.initial_token_losses()
 
     def update(self, state: Any, carry: Any) -> Any:
-        return state if carry is None else move_token_losses(state, *carry, self.objective.token_loss_decay)
+        decay = self.objective.token_loss_decay
+        if decay is None:
+            return state
+        total, count = carry
+        return move_token_losses(state, total, count, decay)
 
 
 @jax.tree_util.register_dataclass
