@@ -8,13 +8,13 @@ ELECTRA-small as published (14 million parameters; deeper than BERT's, with narr
 `perplexity` are the generator's, as for any masked language model; `discriminator_loss` and its like stand beside them.
 """
 
-from configs import bert
+from configs import bert, shapes
 from maskformer.training import generator_section, objectives_section
 from maskformer.training.sweeps import arms
 
 
 def get_config(arg=None):
-    size, _ = bert.structure(arg)
+    size, _ = shapes.start(arg, shapes.BERT)
     config = bert.get_config(arg)
     config.objective = objectives_section("electra", rate=0.25 if size == "large" else 0.15)
     config.evaluation.objective = {"rate": 0.15}
@@ -27,11 +27,8 @@ def get_config(arg=None):
     if size in ("base", "large"):
         config.optimizer.learning_rate = 2e-4
     if size == "small":
-        config.model.layers, config.model.width, config.model.heads = 12, 256, 4
+        shapes.resize(config, shapes.ELECTRA_SMALL)
         config.model.embedding_width = 128
-        config.optimizer.learning_rate, config.train.batch_size = 5e-4, 128
-        config.train.steps, config.optimizer.warmup_steps = 1_000_000, 10_000
-        config.evaluation.every = config.checkpoint.every = 50_000
     return config
 
 

@@ -1,18 +1,31 @@
-"""Causal language modelling: the next token, each document of a packed row on its own (Radford et al. 2019).
+"""GPT: causal language modelling, the next token of each document of a packed row (GPT-2: Radford et al. 2019).
 
     maskformer train --config=configs/gpt.py:mini --workdir=runs/gpt
+    maskformer train --config=configs/gpt.py:small,seq=1024,vocab=50257,data=tfds:lm1b --workdir=runs/gpt-small
 
-Sizes and options are those of configs/bert.py; only the objective, and with it the attention mask, differs.
+The part after the colon picks the structure: a size (tiny, mini, small, medium, large, xl, or demo) and the options of
+configs/bert.py. From small on they are GPT-2's (configs/shapes.py), and all have its shape: norms before the sublayers
+and after the last one, tanh-approximated GELU, learned positions (rotary in demo), biases, one table for tokens and
+logits with nothing between, and no dropout, as in its released code. The optimizer is that of GPT-3 (Brown et al. 2020,
+appendix B), since GPT-2's was not published.
 """
 
-from configs import bert
+from configs import bert, shapes
 from maskformer.training import objectives_section
 
 
 def get_config(arg=None):
-    config = bert.get_config(arg)
+    size, config = shapes.start(arg, shapes.GPT)
     config.objective = objectives_section("causal_lm")
-    config.evaluation.objective = {}
+
+    config.model.norm_position, config.model.norm_epsilon = "pre", 1e-5
+    config.model.activation = "gelu_tanh"
+    config.model.positions = "rotary" if size == "demo" else "learned"
+    config.model.embedding_norm = config.model.head_transform = config.model.head_bias = False
+    config.model.hidden_dropout = config.model.attention_dropout = 0.0
+
+    config.optimizer.schedule, config.optimizer.final_fraction = "cosine", 0.1
+    config.optimizer.b2, config.optimizer.weight_decay = 0.95, 0.1
     return config
 
 

@@ -7,11 +7,30 @@ The ground floor: it imports nothing of maskformer, and every package may import
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import functools
+import numbers
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 # A value may be a whole file by mistake; an error is to be one line that can be read.
 LONGEST_SHOWN = 120
+LONGEST_LINE = 500
+
+
+def one_line(text: str, longest: int = LONGEST_LINE) -> str:
+    r"""`text` on one line: what cannot be printed escaped, and cut in the middle where it is long.
+
+    >>> one_line("two\nlines")
+    'two\\nlines'
+    """
+    text = printable(text)
+    if len(text) <= longest:
+        return text
+    half = (longest - 5) // 2
+    return f"{text[: longest - half - 5]} ... {text[-half:]}"
 
 
 def shown(value: Any) -> str:
@@ -26,12 +45,11 @@ def shown(value: Any) -> str:
         text = repr(value)
     except RecursionError:
         text = f"<{type(value).__name__} nested too deeply to show>"
+    except ValueError:
+        # Python refuses to write out integers of thousands of digits.
+        text = f"<{type(value).__name__} with too many digits to show>"
     # repr escapes what a string holds, but not what the repr of another object does.
-    text = printable(text)
-    if len(text) <= LONGEST_SHOWN:
-        return text
-    half = (LONGEST_SHOWN - 5) // 2
-    return f"{text[: LONGEST_SHOWN - half - 5]} ... {text[-half:]}"
+    return one_line(text, LONGEST_SHOWN)
 
 
 def printable(text: str) -> str:
@@ -91,22 +109,99 @@ def integer(field: str, value: Any, least: int, most: int | None = None) -> int:
         ...
     ValueError: model.layers=2.5: expected an integer of at least 1
     """
-    bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
-    fits = isinstance(value, int) and not isinstance(value, bool) and value >= least and (most is None or value <= most)
-    require(fits, field, value, f"an integer {bounds}")
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    above = whole and most is not None and value > most
+    bound = f"at most {most}" if above else f"at least {least}"
+    require(whole and value >= least and not above, field, value, f"an integer of {bound}")
     return value
 
 
-def number(field: str, value: Any, expected: str, low: float, high: float, *, open_low: bool = False) -> float:
-    """`value` as a float in [low, high), or (low, high) with `open_low`; `expected` says so in words.
+def number(
+    field: str, value: Any, expected: str, low: float, high: float, *, open_low: bool = False, closed: bool = False
+) -> float:
+    """`value` as a float in [low, high), (low, high) with `open_low`, or [low, high] with `closed`.
 
     NaN is in no interval.
+
+    Args:
+      expected: the interval in words.
 
     >>> number("optimizer.b1", 1.5, "a decay in [0, 1)", 0.0, 1.0)
     Traceback (most recent call last):
         ...
     ValueError: optimizer.b1=1.5: expected a decay in [0, 1)
     """
-    real = isinstance(value, int | float) and not isinstance(value, bool)
-    require(real and (low < value if open_low else low <= value) and value < high, field, value, expected)
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    above = real and (low < value if open_low else low <= value)
+    # An integer beyond all floats is below infinity, and still no number to compute with.
+    within = above and value < sys.float_info.max and (value <= high if closed else value < high)
+    require(within, field, value, expected)
     return float(value)
+
+
+def typed(field: str, value: Any, annotation: Any) -> None:
+    """Raise unless `value` is of a type that `annotation` allows.
+
+    A list may stand for a tuple, as it does in JSON; anything with a length for a `Sequence`; an int for a float. What
+    is within a mapping, or a type that is not known here, is not looked at.
+
+    >>> typed("train.steps", 1.5, int)
+    Traceback (most recent call last):
+        ...
+    ValueError: train.steps=1.5: expected an integer, got float
+    >>> typed("model.mask", ["causal", 3], str | tuple[str, ...])
+    Traceback (most recent call last):
+        ...
+    ValueError: model.mask=['causal', 3]: expected a string or a list of strings, got list
+    """
+    if not _is_a(value, annotation):
+        expected = " or ".join(map(_in_words, _options(annotation)))
+        require(False, field, value, f"{expected}, got {type(value).__name__}")
+
+
+def typed_fields(made: Any, section: str, skip: Iterable[str] = ()) -> None:
+    """`typed` for every field of the dataclass instance `made` but those to `skip`, named `section.field`."""
+    for name, annotation in _annotations(type(made)).items():
+        if name not in skip:
+            typed(f"{section}.{name}", getattr(made, name), annotation)
+
+
+_annotations: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if union else (annotation,)
+
+
+def _is_a(value: Any, annotation: Any) -> bool:
+    options = _options(annotation)
+    if len(options) > 1:
+        return any(_is_a(value, option) for option in options)
+    if annotation is Any:
+        return True
+    if annotation in (int, float):
+        kind = numbers.Integral if annotation is int else numbers.Real
+        return isinstance(value, kind) and not isinstance(value, bool)
+    origin, items = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if origin is Mapping:
+        return isinstance(value, Mapping)
+    if isinstance(origin, type) and issubclass(origin, Iterable) and origin is not str and items:
+        several = isinstance(value, list | tuple) if origin is tuple else isinstance(value, Iterable)
+        several &= isinstance(value, Sized) or origin is Iterable
+        if not several or isinstance(value, str | bytes | Mapping):
+            return False
+        return not isinstance(value, list | tuple) or all(_is_a(item, items[0]) for item in value)
+    return isinstance(value, origin) if isinstance(origin, type) else True
+
+
+_WORDS = {int: "an integer", float: "a number", str: "a string", bool: "True or False", types.NoneType: "None"}
+
+
+def _in_words(annotation: Any) -> str:
+    origin, items = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if origin is Mapping:
+        return "a mapping such as {}"
+    if items:
+        return f"a list of {_WORDS.get(items[0], 'a value').split()[-1]}s"
+    return _WORDS.get(annotation, getattr(origin, "__name__", str(origin)))

@@ -99,9 +99,9 @@ class DataConfig:
                 raise DataError(f"data.{name}='': name a token, or use None for no token")
         for name, least in (("sentinels", 0), ("reader_threads", 1), ("prefetch", 1)):
             if getattr(self, name) < least:
-                raise DataError(f"data.{name}={getattr(self, name)}: expected at least {least}")
+                raise DataError(f"data.{name}={shown(getattr(self, name))}: expected at least {least}")
         if self.max_rows is not None and self.max_rows < 1:
-            raise DataError(f"data.max_rows={self.max_rows}: expected at least 1, or None for all")
+            raise DataError(f"data.max_rows={shown(self.max_rows)}: expected at least 1, or None for all")
         for name in ("text_key", "train_split", "validation_split", "test_split"):
             if not getattr(self, name):
                 raise DataError(f"data.{name}='': expected a name")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from maskformer import masks
+from maskformer.attention.dispatch import BACKENDS
+from maskformer.checks import choose, integer, number, one_line, shown, typed_fields
 
 NORMS = ("layernorm", "rmsnorm")
 NORM_POSITIONS = ("post", "pre")
@@ -19,29 +21,8 @@ REMAT_POLICIES = ("none", "elementwise", "full", "dots", "dots_no_batch")
 # What a mask in a config may name; bound to the batch when the model is traced.
 MASK_ARRAYS = ("segment_ids", "valid")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-def _choose(field: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value in allowed:
-        return
-    close = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"model.{field}={value!r}: expected one of {', '.join(allowed)}{hint}")
-
-
-def _integer(field: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"model.{field}={value!r}: expected an integer of at least {least}")
-
-
-def _rate(field: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
-        raise ValueError(f"model.{field}={value!r}: expected a rate in [0, 1)")
-
-
-def _positive(field: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0.0:
-        raise ValueError(f"model.{field}={value!r}: expected a number above 0")
+# Of each size; far beyond what is trained, and their products still fit the counters of shapes.
+MOST = {"layers": 10_000, "width": 2**20, "heads": 2**16, "vocab_multiple": 2**20, "token_types": 2**20}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,28 +120,33 @@ class EncoderConfig:
     output_dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        typed_fields(self, "model", skip=("mask",))
         for field in ("vocab_size", "max_length", "layers", "width", "heads", "vocab_multiple"):
-            _integer(field, getattr(self, field), 1)
-        _integer("token_types", self.token_types, 0)
-        for field in ("embedding_width", "kv_heads", "head_dim", "mlp_width"):
+            integer(f"model.{field}", getattr(self, field), 1, MOST.get(field, 2**31 - 1))
+        integer("model.token_types", self.token_types, 0, MOST["token_types"])
+        for field, like in (("embedding_width", "width"), ("kv_heads", "heads"), ("head_dim", "width")):
             if getattr(self, field) is not None:
-                _integer(field, getattr(self, field), 1)
-        _choose("norm", self.norm, NORMS)
-        _choose("norm_position", self.norm_position, NORM_POSITIONS)
-        _choose("activation", self.activation, ACTIVATIONS)
-        _choose("positions", self.positions, POSITIONS)
-        _choose("remat", self.remat, REMAT_POLICIES)
-        for field in ("param_dtype", "compute_dtype", "output_dtype"):
-            _choose(field, getattr(self, field), DTYPES)
+                integer(f"model.{field}", getattr(self, field), 1, MOST[like])
+        if self.mlp_width is not None:
+            integer("model.mlp_width", self.mlp_width, 1, 4 * MOST["width"])
+        choose("model.norm", self.norm, NORMS)
+        choose("model.norm_position", self.norm_position, NORM_POSITIONS)
+        choose("model.activation", self.activation, ACTIVATIONS)
+        choose("model.positions", self.positions, POSITIONS)
+        choose("model.remat", self.remat, REMAT_POLICIES)
+        choose("model.attention_implementation", self.attention_implementation, (None, *BACKENDS))
+        for kind in ("param", "compute", "output"):
+            self.dtype(kind)
         for field in ("hidden_dropout", "attention_dropout"):
-            _rate(field, getattr(self, field))
-        for field in ("norm_epsilon", "rotary_base", "initializer_range"):
-            _positive(field, getattr(self, field))
+            number(f"model.{field}", getattr(self, field), "a rate in [0, 1)", 0.0, 1.0)
+        # In float32 a smaller one is 0, and the norm of a constant row NaN.
+        number("model.norm_epsilon", self.norm_epsilon, "a number above 0, from 1e-30 to 1", 1e-30, 1.0, closed=True)
+        number("model.initializer_range", self.initializer_range, "a number above 0 and at most 100", 0.0, 100.0,
+               open_low=True, closed=True)
+        number("model.rotary_base", self.rotary_base, "a wavelength above 0 and below 1e30", 0.0, 1e30, open_low=True)
         if self.logits_soft_cap is not None:
-            _positive("logits_soft_cap", self.logits_soft_cap)
-        for flag in (field.name for field in dataclasses.fields(self) if field.type == "bool"):
-            if not isinstance(getattr(self, flag), bool):
-                raise ValueError(f"model.{flag}={getattr(self, flag)!r}: expected True or False")
+            number("model.logits_soft_cap", self.logits_soft_cap, "a cap above 0 and below 1e30, or None", 0.0, 1e30,
+                   open_low=True)
         self._check_heads()
         self._check_mask()
         if self.resolved_embedding_width != self.width and self.tied_embeddings and not self.head_transform:
@@ -171,7 +157,7 @@ class EncoderConfig:
 
     def _check_heads(self) -> None:
         if self.head_dim is None and self.width % self.heads:
-            divisors = [n for n in range(1, self.width + 1) if self.width % n == 0]
+            divisors = [n for n in range(1, min(self.width, MOST["heads"]) + 1) if self.width % n == 0]
             below = [n for n in divisors if n < self.heads][-1:]
             near = below + [n for n in divisors if n > self.heads][:1]
             raise ValueError(
@@ -195,7 +181,7 @@ class EncoderConfig:
         entries = self.mask_pattern if isinstance(self.mask, (str, tuple)) else ()
         if not entries or not all(isinstance(entry, str) and entry.strip() for entry in entries):
             raise ValueError(
-                f"model.mask={self.mask!r}: expected a mask such as 'causal & window(512)' or a tuple of them; "
+                f"model.mask={shown(self.mask)}: expected a mask such as 'causal & window(512)' or a tuple of them; "
                 "'everything' masks nothing"
             )
         if len(entries) > self.layers:
@@ -204,11 +190,11 @@ class EncoderConfig:
             try:
                 unbound = masks.parse(entry).unbound
             except ValueError as error:
-                raise ValueError(f"model.mask: {error}") from error
+                raise ValueError(f"model.mask: {one_line(str(error))}") from error
             unknown = [name for name in unbound if name not in MASK_ARRAYS]
             if unknown:
                 raise ValueError(
-                    f"model.mask={entry!r}: no array named {unknown[0]!r}; a model offers its masks "
+                    f"model.mask={shown(entry)}: no array named {unknown[0]!r}; a model offers its masks "
                     f"{' and '.join(MASK_ARRAYS)}"
                 )
 
@@ -255,5 +241,16 @@ class EncoderConfig:
         return self.activation in GATED_ACTIVATIONS
 
     def dtype(self, kind: str) -> Any:
-        """The numpy dtype of "param", "compute" or "output"."""
-        return jnp.dtype(getattr(self, f"{kind}_dtype"))
+        """The numpy dtype of "param", "compute" or "output".
+
+        Raises:
+          ValueError: not a dtype of `DTYPES`, or float64 where JAX would quietly make it float32.
+        """
+        field, name = f"model.{kind}_dtype", getattr(self, f"{kind}_dtype")
+        choose(field, name, DTYPES)
+        if name == "float64" and not jax.config.jax_enable_x64:
+            raise ValueError(
+                f"{field}='float64': JAX makes it float32 unless jax_enable_x64 is set; set the environment variable "
+                "JAX_ENABLE_X64=1, or use 'float32'"
+            )
+        return jnp.dtype(name)

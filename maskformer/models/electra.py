@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from maskformer.checks import integer, number, typed_fields
 from maskformer.masks import Mask
 from maskformer.models.config import EncoderConfig
 from maskformer.models.encoder import DetectionHead
@@ -33,14 +34,14 @@ class GeneratorConfig:
     share_embeddings: bool = True
 
     def __post_init__(self) -> None:
+        typed_fields(self, "model.generator")
         for field in ("width", "layers"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
-                raise ValueError(f"model.generator.{field}={value!r}: expected a share of the whole in (0, 1]")
-        if self.heads is not None and (isinstance(self.heads, bool) or not isinstance(self.heads, int)):
-            raise ValueError(f"model.generator.heads={self.heads!r}: expected a number of heads, or None")
-        if not isinstance(self.share_embeddings, bool):
-            raise ValueError(f"model.generator.share_embeddings={self.share_embeddings!r}: expected True or False")
+            number(
+                f"model.generator.{field}", getattr(self, field), "a share of the whole in (0, 1]", 0.0, 1.0,
+                open_low=True, closed=True,
+            )
+        if self.heads is not None:
+            integer("model.generator.heads", self.heads, 1)
 
     def encoder(self, discriminator: EncoderConfig) -> EncoderConfig:
         """The generator beside `discriminator`.

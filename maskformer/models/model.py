@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,13 @@ from maskformer.models.config import EncoderConfig
 from maskformer.models.encoder import DetectionHead, Encoder, PredictionHead
 
 Params = dict[str, Any]
+
+
+# A config is checked by making its model, which is then made again: tracing it once is enough.
+@functools.lru_cache(maxsize=32)
+def _structure(config: EncoderConfig, head: Any) -> tuple[Any, Any]:
+    """(structure, abstract state) of the module tree; neither is ever changed."""
+    return nnx.split(nnx.eval_shape(lambda: Encoder(config, head, rngs=nnx.Rngs(params=0))))
 
 
 class Model:
@@ -31,8 +39,7 @@ class Model:
     def __init__(self, config: EncoderConfig, head: type[PredictionHead | DetectionHead] = PredictionHead):
         self.config = config
         self._head = head
-        abstract = nnx.eval_shape(lambda: Encoder(config, head, rngs=nnx.Rngs(params=0)))
-        self._graph, self._state = nnx.split(abstract)
+        self._graph, self._state = _structure(config, cast(Any, head))
         self._masks = tuple(masks.parse(text) for text in config.mask_pattern)
 
     def init(self, key: jax.Array) -> Params:

@@ -24,7 +24,7 @@ from maskformer.objectives.select_weighted import frequency_weights, inverse_doc
 from maskformer.objectives.sequence import causal_lm, fim, prefix_lm, shift_right
 from maskformer.objectives.span_corruption import span_corruption, span_corruption_lengths, ul2
 from maskformer.objectives.translation import MaskedSource, augment, masked_source
-from maskformer.objectives.vocabulary import Vocabulary
+from maskformer.objectives.vocabulary import Vocabulary, VocabularyError
 
 __all__ = [
     "BUILDERS",
@@ -45,6 +45,7 @@ __all__ = [
     "Row",
     "Selection",
     "Vocabulary",
+    "VocabularyError",
     "attend_within_segments",
     "augment",
     "builder",

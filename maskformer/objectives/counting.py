@@ -9,35 +9,71 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskformer import checks
 from maskformer.objectives import randomness
 
 # The stage of the row key that stochastic rounding draws from (randomness.bits).
 STAGE = 0
 
 RULES = ("round", "ceil", "stochastic")
+# Positions and counts are int32 on the devices.
+MOST = 2**31 - 1
 
 
-def check_fraction(name: str, value: float, *, low_open: bool = False) -> float:
-    """`value` as float, in [0, 1] (or (0, 1]); ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
-        raise ValueError(f"{name}={value!r}: expected a number between 0 and 1, got {type(value).__name__}")
-    value = float(value)
-    if not (0.0 <= value <= 1.0) or (low_open and value == 0.0):
-        hint = f"; did you mean {value / 100:g}?" if 2.0 <= value <= 100.0 else ""
-        bounds = "above 0 and at most 1" if low_open else "between 0 and 1"
-        raise ValueError(f"{name}={value:g}: expected a fraction {bounds}{hint}")
+def check_fraction(name: str, value: Any, *, low_open: bool = False) -> float:
+    """`value` as float, in [0, 1] (or (0, 1]); ValueError otherwise.
+
+    >>> check_fraction("rate", 15)
+    Traceback (most recent call last):
+    ...
+    ValueError: rate=15: expected a fraction between 0 and 1; did you mean 0.15?
+    """
+    checks.typed(name, value, float)
+    hint = f"; did you mean {value / 100:g}?" if 2 <= value <= 100 else ""
+    bounds = "above 0 and at most 1" if low_open else "between 0 and 1"
+    return checks.number(name, value, f"a fraction {bounds}{hint}", 0.0, 1.0, open_low=low_open, closed=True)
+
+
+def check_rate(name: str, value: Any) -> float:
+    """The share of the tokens to hide, as float in (0, 1]; ValueError otherwise.
+
+    >>> check_rate("rate", 0)
+    Traceback (most recent call last):
+    ...
+    ValueError: rate=0: expected a fraction above 0 and at most 1: at a constant 0 nothing is hidden or predicted
+    """
+    value = check_fraction(name, value)
+    zero = "a fraction above 0 and at most 1: at a constant 0 nothing is hidden or predicted"
+    checks.require(value > 0, name, 0, zero)
     return value
 
 
-def check_length(length: int) -> int:
-    if isinstance(length, bool) or int(length) != length or length < 1:
-        raise ValueError(f"length={length!r}: expected a whole number of at least 1 (tokens per row)")
-    return int(length)
+def check_length(length: Any, name: str = "length") -> int:
+    """Tokens per row as int, at least 1; ValueError otherwise."""
+    checks.typed(name, length, int)
+    return checks.integer(name, int(length), 1, MOST)
+
+
+def check_copies(static_copies: Any) -> int:
+    """The number of fixed corruptions of each row, 0 for a new one every epoch; ValueError otherwise."""
+    checks.typed("static_copies", static_copies, int)
+    return checks.integer("static_copies", int(static_copies), 0, MOST)
+
+
+def check_slots(max_predictions: Any, length: int) -> int | None:
+    """Prediction slots of a row of `length` tokens, or None for what the rate needs; ValueError otherwise."""
+    if max_predictions is None:
+        return None
+    checks.typed("max_predictions", max_predictions, int)
+    within = 1 <= max_predictions <= length
+    checks.require(within, "max_predictions", max_predictions, f"between 1 and the row length {length}")
+    return int(max_predictions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +95,7 @@ class Count:
     maximum: int | None = None
 
     def __post_init__(self):
-        if self.rule not in RULES:
-            raise ValueError(f"rule={self.rule!r}: expected one of {', '.join(RULES)}")
+        checks.choose("rule", self.rule, RULES)
 
     def _bounds(self, count, size, where):
         count = where.maximum(count, self.minimum)
@@ -100,9 +135,6 @@ class Count:
         """The largest count over all row sizes up to `length`."""
         whole, fraction = self.table()
         return int(self._bounds(whole + (fraction > 0), np.arange(self.length + 1), np).max())
-
-
-
 
 
 def binomial_quantile(size: int, rate: float, tail: float = 1e-9) -> int:

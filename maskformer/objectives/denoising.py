@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskformer.checks import choose, integer, number
 from maskformer.objectives import randomness
 from maskformer.objectives.counting import Count, check_fraction, check_length, slots, top_n
 from maskformer.objectives.pairs import Pair, PairObjective, compact, pair_objective
@@ -20,6 +21,8 @@ from maskformer.objectives.vocabulary import Vocabulary, is_any_of
 # Stages of the row key.
 LENGTHS, STARTS, RANDOM_SPAN, RANDOM_ID, INSERT, RANDOM_INSERT, INSERTED_ID = range(70, 77)
 SENTENCES, PERMUTED, ROTATE, ROTATE_BY = range(77, 81)
+# Of the spans of a Poisson distribution, whose table has 128 lengths.
+LONGEST_MEAN = 64
 # Spans beyond the mean number that a row may need because many of them came out empty.
 _SPARE_SPANS = 16
 
@@ -227,10 +230,14 @@ def denoising(
     length = check_length(length)
     rate, random_rate = check_fraction("rate", rate), check_fraction("random_rate", random_rate)
     share, turn = check_fraction("permute_sentences", permute_sentences), check_fraction("rotate", rotate)
-    if replace_length not in (-1, 0, 1):
-        raise ValueError(f"replace_length={replace_length}: expected 1 (one mask), 0 (delete) or -1 (mask all tokens)")
-    if poisson_mean is not None and not 0 < poisson_mean <= length:
-        raise ValueError(f"poisson_mean={poisson_mean:g}: expected above 0 and at most the row length {length}")
+    # One mask for a span, none, or one for each of its tokens.
+    choose("replace_length", replace_length, (1, 0, -1))
+    if poisson_mean is not None:
+        longest = min(length, LONGEST_MEAN)
+        expected = f"a mean above 0 and at most {longest} tokens (the row has {length}), or None for single ones"
+        number("poisson_mean", poisson_mean, expected, 0.0, longest, open_low=True, closed=True)
+    for index, stop in enumerate(full_stops):
+        integer(f"full_stops[{index}]", stop, 0, vocabulary.size - 1)
     if rate and (replace_length != 0 or poisson_mean is not None):
         vocabulary.require("mask", "denoising")
     if share and not full_stops:

@@ -9,9 +9,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from maskformer.checks import choose
 from maskformer.objectives import loss as losses
 from maskformer.objectives import randomness
-from maskformer.objectives.counting import check_fraction, check_length
+from maskformer.objectives.counting import check_copies, check_fraction, check_length
 from maskformer.objectives.objective import Objective
 from maskformer.objectives.rows import Corrupted, Row, rows_from_batch
 from maskformer.objectives.select import ORDER
@@ -137,14 +138,15 @@ def diffusion(
     16
     """
     vocabulary.require("mask", "diffusion")
-    if compat not in ("llada", "mdlm"):
-        raise ValueError(f"compat={compat!r}: expected 'llada' or 'mdlm'")
+    choose("compat", compat, ("llada", "mdlm"))
     epsilon = check_fraction("epsilon", epsilon)
-    if not 0.0 < epsilon < 0.5:
+    # Far below, the weight of a row at the lowest rate passes what float32 holds.
+    if not 1e-30 < epsilon < 0.5:
         raise ValueError(f"epsilon={epsilon:g}: expected above 0 and below 0.5; at 0 the loss weight is unbounded")
-    sampling = sampling or ("batch" if compat == "mdlm" else "uniform")
-    if sampling not in SAMPLINGS:
-        raise ValueError(f"sampling={sampling!r}: expected one of {', '.join(SAMPLINGS)}")
+    check_copies(static_copies)
+    if sampling is None:
+        sampling = "batch" if compat == "mdlm" else "uniform"
+    choose("sampling", sampling, SAMPLINGS)
     if sampling == "epochs" and static_copies:
         raise ValueError("sampling='epochs' draws anew every epoch: drop static_copies")
     length = check_length(length)

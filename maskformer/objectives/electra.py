@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from maskformer.checks import choose, number
 from maskformer.objectives import randomness
-from maskformer.objectives.counting import Count, check_fraction, check_length
+from maskformer.objectives.counting import Count, check_copies, check_length, check_rate, check_slots
 from maskformer.objectives.objective import Objective
 from maskformer.objectives.replace import Replace, check_policy
 from maskformer.objectives.rows import Corrupted, Selection
@@ -159,14 +160,12 @@ def electra(
     >>> electra(Vocabulary(size=100, pad=0, mask=4), 128).budget
     19
     """
-    length, rate, policy = check_length(length), check_fraction("rate", rate), check_policy(replacement)
+    length, rate, policy = check_length(length), check_rate("rate", rate), check_policy(replacement)
+    check_copies(static_copies)
     vocabulary.require("mask", "electra")
-    if max_predictions is not None and not 1 <= max_predictions <= length:
-        raise ValueError(f"max_predictions={max_predictions}: expected between 1 and the row length {length}")
-    if discriminate_at not in QUESTIONS:
-        raise ValueError(f"discriminate_at={discriminate_at!r}: expected one of {', '.join(QUESTIONS)}")
-    if not discriminator_weight >= 0:
-        raise ValueError(f"discriminator_weight={discriminator_weight}: expected at least 0")
+    check_slots(max_predictions, length)
+    choose("discriminate_at", discriminate_at, QUESTIONS)
+    number("discriminator_weight", discriminator_weight, "a factor of at least 0 and below 1e30", 0.0, 1e30)
     count = Count("round", rate, length, minimum=1, maximum=max_predictions)
     return Electra(
         "electra", vocabulary, length, count.largest(), rate, static_copies,

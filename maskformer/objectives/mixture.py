@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from maskformer.checks import number, require, shown
 from maskformer.objectives import randomness
 from maskformer.objectives.objective import Objective
 from maskformer.objectives.rows import Corrupted, rows_from_batch
-from maskformer.objectives.schedules import Schedule, as_rate, maximum
+from maskformer.objectives.schedules import Schedule, from_mapping, maximum
 from maskformer.objectives.sequence import attend_by_prefix
 
 CHOICE = 100
@@ -177,11 +178,11 @@ def mixture(
     if len(weights) != len(parts):
         raise ValueError(f"mixture: {len(parts)} objectives and {len(weights)} weights")
     checked = tuple(
-        w if isinstance(w, Schedule) else as_rate("weight", w) if isinstance(w, Mapping) else _weight(w)
+        w if isinstance(w, Schedule) else from_mapping("weight", w) if isinstance(w, Mapping) else _weight(w)
         for w in weights
     )
     if not any(isinstance(w, Schedule) or w > 0 for w in checked):
-        raise ValueError(f"mixture: weights={weights}: at least one must be above 0")
+        raise ValueError(f"mixture: weights={shown(weights)}: at least one must be above 0")
     return Mixture(
         name, first.vocabulary, first.length, max(part.budget for part in parts),
         needs=tuple(dict.fromkeys(need for part in parts for need in part.needs)),
@@ -192,6 +193,8 @@ def mixture(
 
 
 def _weight(weight: Any) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-        raise ValueError(f"weight={weight!r}: expected a number of at least 0")
-    return float(weight)
+    # A float32 sum of what is larger or smaller would be infinite, or 0.
+    expected = "a number of at least 0: 0, or between 1e-30 and 1e30"
+    weight = number("weight", weight, expected, 0.0, 1e30)
+    require(weight == 0 or weight > 1e-30, "weight", weight, expected)
+    return weight

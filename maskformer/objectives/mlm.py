@@ -10,9 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from maskformer.checks import choose, number, shown
 from maskformer.objectives import randomness, schedules
 from maskformer.objectives.compat import COMPAT
-from maskformer.objectives.counting import Count, binomial_quantile, check_fraction, check_length, slots
+from maskformer.objectives.counting import (
+    Count,
+    binomial_quantile,
+    check_copies,
+    check_fraction,
+    check_length,
+    check_slots,
+    slots,
+)
 from maskformer.objectives.lexicon import Lexicon, LexiconUnits
 from maskformer.objectives.objective import Masking
 from maskformer.objectives.predict import PredictCorrupted, PredictSome
@@ -50,10 +59,8 @@ def _check_common(name, vocabulary, length, rate, replacement, max_predictions, 
     policy = check_policy(replacement)
     if policy[0] > 0:
         vocabulary.require("mask", name)
-    if max_predictions is not None and not 1 <= max_predictions <= length:
-        raise ValueError(f"max_predictions={max_predictions}: expected between 1 and the row length {length}")
-    if isinstance(static_copies, bool) or static_copies < 0 or int(static_copies) != static_copies:
-        raise ValueError(f"static_copies={static_copies!r}: expected 0 (dynamic) or a number of fixed copies")
+    check_slots(max_predictions, length)
+    check_copies(static_copies)
     return _Common(length, rate, schedules.maximum(rate), policy, vocabulary.ids(_MARKERS))
 
 
@@ -61,7 +68,7 @@ def _assemble(name, vocabulary, common, select, replace, predict_rate, static_co
     predict: Any = PredictCorrupted()
     budget = select.most()
     if predict_rate is not None:
-        predict_rate = check_fraction("predict_rate", predict_rate)
+        predict_rate = check_fraction("predict_rate", predict_rate, low_open=True)
         if predict_rate > common.most:
             return _disjoint(name, vocabulary, common, select, replace, predict_rate, static_copies, what)
         if predict_rate < common.most:
@@ -150,8 +157,9 @@ def mlm(
         limit = max_predictions or (length if whole_word else binomial_quantile(length, common.most))
         select = Bernoulli(common.most, limit, vocabulary.special_ids, vocabulary.size, per_word=whole_word)
     else:
-        hint = f"; '{compat}' is an objective of its own: create('{compat}', ...)" if compat in COMPAT else ""
-        raise ValueError(f"compat={compat!r}: expected one of {', '.join(CONVENTIONS)}{hint}")
+        own = isinstance(compat, str) and compat in COMPAT
+        hint = f"; '{compat}' is an objective of its own: create('{compat}', ...)" if own else ""
+        raise ValueError(f"compat={shown(compat)}: expected one of {', '.join(CONVENTIONS)}{hint}")
     replace = Replace(
         common.policy, vocabulary.mask, vocabulary.size, never, per_unit=whole_word and compat == "roberta"
     )
@@ -194,7 +202,7 @@ def span_mlm(
     common = _check_common("span_mlm", vocabulary, length, rate, replacement, None, static_copies)
     if longest > common.length:
         raise ValueError(
-            f"longest={longest}: a span would be longer than the row of {common.length} tokens; "
+            f"longest={shown(longest)}: a span would be longer than the row of {common.length} tokens; "
             "lower it or lengthen the rows"
         )
     makers: dict[str, Callable[[], tuple[float, ...]]] = {
@@ -202,8 +210,7 @@ def span_mlm(
         "inverse": lambda: inverse_lengths(longest),
         "uniform": lambda: uniform_lengths(shortest, longest),
     }
-    if distribution not in makers:
-        raise ValueError(f"distribution={distribution!r}: expected one of {', '.join(makers)}")
+    choose("distribution", distribution, makers)
     count = Count("ceil", common.most, common.length)
     select = Spans(count, makers[distribution](), common.markers, vocabulary.size, in_words)
     replace = Replace(common.policy, vocabulary.mask, vocabulary.size, vocabulary.special_ids, per_unit=per_span)
@@ -318,8 +325,7 @@ def conditional_mlm(
     128
     """
     common = _check_common("conditional_mlm", vocabulary, length, rate, replacement, max_predictions, static_copies)
-    if weights not in WEIGHT_SOURCES:
-        raise ValueError(f"weights={weights!r}: expected one of {', '.join(WEIGHT_SOURCES)}")
+    choose("weights", weights, WEIGHT_SOURCES)
     if weights == "positions" and table is not None:
         raise ValueError("table: weights='positions' reads the batch's select_weights; drop one of the two")
     if not scaled and weights != "positions":
@@ -329,11 +335,11 @@ def conditional_mlm(
         raise ValueError("table: weights='loss' makes its own, the running losses; drop one of the two")
     for field, value in (("decay", decay), ("floor", floor)):
         if value is not None and not adaptive:
-            raise ValueError(f"{field}={value!r}: only weights='loss' keeps a running mean; drop it")
+            raise ValueError(f"{field}={shown(value)}: only weights='loss' keeps a running mean; drop it")
     decay = check_fraction("decay", 0.99 if decay is None else decay)
     floor = 0.1 if floor is None else floor
-    if not 0 < floor < float("inf"):
-        raise ValueError(f"floor={floor!r}: expected a loss above 0")
+    # In float32 less would be 0, and more infinite.
+    floor = number("floor", floor, "a loss above 0, from 1e-30 to below 1e30", 1e-30, 1e30)
     if weights != "positions":
         table = check_table([1.0] * vocabulary.size if table is None else table, vocabulary.size)
     limit = max_predictions or (binomial_quantile(common.length, common.most) if scaled else common.length)

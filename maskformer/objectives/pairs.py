@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from maskformer import masks
+from maskformer.checks import choose, integer
+from maskformer.objectives.counting import check_copies
 from maskformer.objectives.objective import Objective
 from maskformer.objectives.rows import Corrupted, Reads, Side
 from maskformer.objectives.sequence import attend_by_prefix
@@ -238,8 +240,10 @@ def pair_objective(
 
     `total` bounds the sizes of inputs and targets together, where that is less than the sum of the two `lengths`.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
+    choose("layout", layout, LAYOUTS)
+    check_copies(fields.get("static_copies", 0))
+    if start_id is not None:
+        integer("start_id", start_id, 0, vocabulary.size - 1)
     if start_id is None:
         start_id = vocabulary.bos if vocabulary.bos is not None else vocabulary.pad
     if start_id is None and layout == "encoder_decoder":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from maskformer.checks import nearest, require, shown, typed
 from maskformer.objectives.compat import COMPAT as CONVENTIONS
 from maskformer.objectives.compat import Convention
 from maskformer.objectives.denoising import denoising
@@ -18,10 +19,10 @@ from maskformer.objectives.objective import Objective
 from maskformer.objectives.sequence import causal_lm, fim, prefix_lm
 from maskformer.objectives.span_corruption import span_corruption, ul2
 from maskformer.objectives.translation import masked_source
-from maskformer.objectives.vocabulary import Vocabulary
+from maskformer.objectives.vocabulary import Vocabulary, VocabularyError
 
 
-def mixture_of(vocabulary: Vocabulary, length: int, *, parts: Iterable[Mapping[str, Any]] = ()) -> Mixture:
+def mixture_of(vocabulary: Vocabulary, length: int, *, parts: Sequence[Any] = ()) -> Mixture:
     """A `mixture` written as data.
 
     Args:
@@ -32,12 +33,17 @@ def mixture_of(vocabulary: Vocabulary, length: int, *, parts: Iterable[Mapping[s
     16
     """
     built, weights = [], []
-    for part in parts:
-        if not isinstance(part, Mapping) or "name" not in part:
-            raise ValueError(f"mixture part {part!r}: expected a mapping such as {{'name': 'mlm', 'weight': 1}}")
+    for index, part in enumerate(parts):
+        named = isinstance(part, Mapping) and "name" in part
+        require(named, f"parts[{index}]", part, "a mapping such as {'name': 'mlm', 'weight': 1}")
         part = dict(part)
         weights.append(part.pop("weight", 1.0))
-        built.append(create(part.pop("name"), vocabulary, length, **part))
+        try:
+            built.append(_create(part.pop("name"), vocabulary, length, part))
+        except VocabularyError as error:
+            raise VocabularyError(f"parts[{index}]: {error.problem}", error.fix) from error
+        except ValueError as error:
+            raise ValueError(f"parts[{index}]: {error}") from error
     return mixture(built, weights)
 
 
@@ -94,14 +100,17 @@ def builder(function: Callable[..., Objective]) -> Callable[..., Objective]:
     return function
 
 
-def _nearest(word: str, known) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
 def parameters(name: str) -> dict[str, inspect.Parameter]:
-    """The parameters that the objective `name` takes beyond vocabulary and length."""
-    return dict(list(inspect.signature(BUILDERS[name]).parameters.items())[2:])
+    """The parameters that the objective `name` takes beyond vocabulary and length, annotated with types.
+
+    What its author has not annotated, or with what its module does not hold, is `inspect.Parameter.empty`.
+    """
+    found = list(inspect.signature(BUILDERS[name]).parameters.items())[2:]
+    try:
+        annotations = typing.get_type_hints(BUILDERS[name])
+    except NameError:
+        annotations = {}
+    return {key: parameter.replace(annotation=annotations.get(key, parameter.empty)) for key, parameter in found}
 
 
 def create(name: str, vocabulary: Vocabulary, length: int, **params: Any) -> Objective:
@@ -129,17 +138,30 @@ def create(name: str, vocabulary: Vocabulary, length: int, **params: Any) -> Obj
     ...
     ValueError: rate=1.2: expected a fraction between 0 and 1
     """
+    return _create(name, vocabulary, length, params)
+
+
+def _create(name: Any, vocabulary: Vocabulary, length: int, params: Mapping[str, Any]) -> Objective:
+    typed("name", name, str)
     if name in COMPAT:
         params = {**COMPAT[name].params, **params}
         name = COMPAT[name].objective
     if name not in BUILDERS:
         known = list(dict.fromkeys([*BUILDERS, *COMPAT]))
-        raise ValueError(f"objective '{name}' is unknown{_nearest(name, known)} (known: {', '.join(known)})")
+        raise ValueError(f"objective {shown(name)} is unknown{nearest(name, known)} (known names: {', '.join(known)})")
     known_parameters = parameters(name)
-    for key in params:
+    for key, value in params.items():
         if key not in known_parameters:
             raise ValueError(
-                f"objective '{name}' has no parameter '{key}'{_nearest(key, known_parameters)} "
+                f"objective '{name}' has no parameter {shown(key)}{nearest(key, known_parameters)} "
                 f"(it takes {', '.join(known_parameters)})"
             )
-    return BUILDERS[name](vocabulary, length, **params)
+        if known_parameters[key].annotation is not inspect.Parameter.empty:
+            typed(key, value, known_parameters[key].annotation)
+    objective = BUILDERS[name](vocabulary, length, **params)
+    # What is nearly 0 may leave no slot in a row so short.
+    require(
+        objective.budget > 0, "rate", params.get("rate"),
+        f"a higher one: objective '{name}' would predict no token of a row of {length}",
+    )
+    return objective

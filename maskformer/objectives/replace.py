@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskformer.checks import shown
 from maskformer.objectives import randomness
 from maskformer.objectives.counting import check_fraction
 from maskformer.objectives.rows import KEEP, MASK, RANDOM, Selection
@@ -76,7 +77,7 @@ def check_policy(policy) -> tuple[float, float, float]:
     except TypeError:
         policy = (policy,)
     if len(policy) != 3:
-        raise ValueError(f"replacement={policy}: expected (mask, random, keep), such as (0.8, 0.1, 0.1)")
+        raise ValueError(f"replacement={shown(policy)}: expected (mask, random, keep), such as (0.8, 0.1, 0.1)")
     policy = tuple(check_fraction(f"replacement[{i}]", p) for i, p in enumerate(policy))
     if abs(sum(policy) - 1.0) > 1e-6:
         raise ValueError(f"replacement={policy}: (mask, random, keep) sums to {sum(policy):g}, expected 1")

@@ -9,17 +9,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from maskformer.objectives.counting import check_fraction
+from maskformer import checks
+from maskformer.checks import shown
+from maskformer.objectives.counting import MOST, check_fraction, check_rate
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """A rate as a function of the step, and the largest value it takes (which sizes the static budget)."""
+    """A rate as a function of the step, the largest value it takes (which sizes the static budget), and its first one
+    (None where only a call would tell)."""
 
     function: Callable[[jax.Array], jax.Array]
     maximum: float
     description: str
+    start: float | None = None
 
     def __call__(self, step: jax.Array) -> jax.Array:
         return jnp.clip(jnp.asarray(self.function(step), jnp.float32), 0.0, self.maximum)
@@ -27,9 +32,8 @@ class Schedule:
 
 def _steps(name: str, steps: Any) -> int:
     steps = _whole(f"{name} schedule: steps", steps)
-    if isinstance(steps, bool) or int(steps) != steps or steps < 1:
-        raise ValueError(f"{name} schedule: steps={steps!r}, expected a whole number of at least 1")
-    return int(steps)
+    whole = isinstance(steps, float) and steps.is_integer()
+    return checks.integer(f"{name} schedule: steps", int(steps) if whole else steps, 1, MOST)
 
 
 def linear(start: float, end: float, steps: int) -> Schedule:
@@ -44,7 +48,7 @@ def linear(start: float, end: float, steps: int) -> Schedule:
     def function(step):
         return start + (end - start) * jnp.clip(step / steps, 0.0, 1.0)
 
-    return Schedule(function, max(start, end), f"linear {start:g} -> {end:g} over {steps}")
+    return Schedule(function, max(start, end), f"linear {start:g} -> {end:g} over {steps}", start)
 
 
 def cosine(start: float, end: float, steps: int) -> Schedule:
@@ -59,7 +63,7 @@ def cosine(start: float, end: float, steps: int) -> Schedule:
     def function(step):
         return end + (start - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(step / steps, 0.0, 1.0)))
 
-    return Schedule(function, max(start, end), f"cosine {start:g} -> {end:g} over {steps}")
+    return Schedule(function, max(start, end), f"cosine {start:g} -> {end:g} over {steps}", start)
 
 
 def step(values: Mapping[int, float]) -> Schedule:
@@ -68,16 +72,21 @@ def step(values: Mapping[int, float]) -> Schedule:
     >>> [round(float(step({0: 0.3, 10: 0.15})(s)), 2) for s in (0, 9, 10, 99)]
     [0.3, 0.3, 0.15, 0.15]
     """
-    pairs = sorted((int(s), check_fraction(f"schedule value at step {s}", v)) for s, v in values.items())
+    expected = "a mapping such as {0: 0.3, 1000: 0.15}"
+    checks.require(isinstance(values, Mapping), "step schedule: values", values, expected)
+    firsts = {first: _whole("step schedule: first step", first) for first in values}
+    for first in firsts.values():
+        checks.integer("step schedule: first step", first, 0, MOST)
+    pairs = sorted((firsts[s], check_fraction(f"schedule value at step {firsts[s]}", v)) for s, v in values.items())
     if not pairs or pairs[0][0] != 0:
-        raise ValueError(f"step schedule {dict(values)}: expected an entry for step 0")
-    starts = jnp.asarray([s for s, _ in pairs])
-    rates = jnp.asarray([v for _, v in pairs], jnp.float32)
+        raise ValueError(f"step schedule {shown(dict(values))}: expected an entry for step 0")
+    starts = np.asarray([s for s, _ in pairs], np.int32)
+    rates = np.asarray([v for _, v in pairs], np.float32)
 
     def function(at):
-        return rates[jnp.sum(at >= starts) - 1]
+        return jnp.asarray(rates)[jnp.sum(at >= jnp.asarray(starts)) - 1]
 
-    return Schedule(function, max(v for _, v in pairs), f"step {dict(pairs)}")
+    return Schedule(function, max(v for _, v in pairs), f"step {dict(pairs)}", pairs[0][1])
 
 
 def optax_schedule(function: Callable[[jax.Array], jax.Array], maximum: float) -> Schedule:
@@ -113,11 +122,15 @@ def in_steps(params: Any, steps: int) -> Any:
         return params
     if params.get("schedule") == "step":
         values = step_values(params)
+        if not isinstance(values, Mapping):
+            return dict(params)  # `step` says what is wrong with it
         counted: dict[Any, Any] = {}
         for key, value in values.items():
             first = str(_share(key, steps)) if _is_share(key) else key
             if first in counted:
-                raise ValueError(f"step schedule {dict(values)}: two values begin at step {first} of {steps} steps")
+                raise ValueError(
+                    f"step schedule {shown(dict(values))}: two values begin at step {first} of {steps} steps"
+                )
             counted[first] = value
         return {"schedule": "step", "values": counted}
     if "schedule" in params and _is_share(params.get("steps")):
@@ -137,10 +150,10 @@ def _is_share(value: Any) -> bool:
 def _share(text: str, steps: int) -> int:
     try:
         share = Fraction(text[:-1].strip()) / 100
-    except ValueError:
+    except (ValueError, ZeroDivisionError):
         share = Fraction(-1)
     if not 0 <= share <= 1:
-        raise ValueError(f"schedule at {text!r}: expected a share of the run such as '50%'")
+        raise ValueError(f"schedule at {shown(text)}: expected a share of the run such as '50%'")
     return int(share * steps)
 
 
@@ -148,13 +161,14 @@ def _whole(name: str, value: Any) -> Any:
     """`value`, or the whole number that it spells."""
     if _is_share(value):
         raise ValueError(
-            f"{name}={value!r} is a share of a run, whose length only a training config knows; give a number of "
+            f"{name}={shown(value)} is a share of a run, whose length only a training config knows; give a number of "
             "steps, or read the parameters through schedules.in_steps(params, steps)"
         )
     if not isinstance(value, str):
         return value
-    if not value.isdecimal():
-        raise ValueError(f"{name}={value!r}: expected a number of steps, or a share of the run such as '50%'")
+    # Longer than any number of steps, and Python refuses to read thousands of digits.
+    spelt = value.isdecimal() and len(value) < 20
+    checks.require(spelt, name, value, "a number of steps, or a share of the run such as '50%'")
     return int(value)
 
 
@@ -164,31 +178,46 @@ _NAMED = {"linear": linear, "cosine": cosine, "step": step}
 def as_rate(name: str, value: Any) -> float | Schedule:
     """A constant rate, a `Schedule`, or a mapping from a config such as `{"schedule": "linear", "start": .3, ...}`.
 
+    A schedule may begin or end at 0; a rate that is always 0 predicts nothing.
+
     Raises:
       ValueError: names `name`, the value and what was expected.
 
     >>> as_rate("rate", {"schedule": "step", "values": {"0": 0.3, "500": 0.15}}).description
     'step {0: 0.3, 500: 0.15}'
     """
-    if isinstance(value, Schedule):
-        return value
     if isinstance(value, Mapping):
-        options = dict(value)
-        kind = options.pop("schedule", None)
-        if kind not in _NAMED:
-            raise ValueError(f"{name}.schedule={kind!r}: expected one of {', '.join(_NAMED)}")
-        if kind == "step":
-            return step({_whole(f"{name}: schedule at", k): v for k, v in step_values(options).items()})
-        try:
-            return _NAMED[kind](**options)
-        except TypeError as error:
-            raise ValueError(f"{name}: a {kind} schedule takes start, end and steps, got {sorted(options)}") from error
+        value = from_mapping(name, value)
+    if isinstance(value, Schedule):
+        if not value.maximum > 0:
+            raise ValueError(f"{name}: {value.description} is 0 at every step, so nothing is hidden or predicted")
+        return value
     if callable(value):
         raise ValueError(
             f"{name}: a bare function has no known maximum, which sizes the prediction budget; "
             "wrap it: objectives.schedules.optax_schedule(function, maximum)"
         )
-    return check_fraction(name, value)
+    return check_rate(name, value)
+
+
+def from_mapping(name: str, params: Mapping[str, Any]) -> Schedule:
+    """The schedule that a config writes as `params`.
+
+    Raises:
+      ValueError: names `name`, the value and what was expected.
+    """
+    options = dict(params)
+    kind = options.pop("schedule", None)
+    checks.choose(f"{name}.schedule", kind, tuple(_NAMED))
+    try:
+        if kind == "step":
+            return step(step_values(options))
+        return _NAMED[kind](**options)
+    except TypeError as error:
+        got = shown(sorted(options))
+        raise ValueError(f"{name}: a {kind} schedule takes start, end and steps, got {got}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def maximum(rate: float | Schedule) -> float:

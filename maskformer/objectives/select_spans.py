@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskformer.checks import integer, typed
 from maskformer.objectives import randomness
 from maskformer.objectives.counting import Count, check_fraction
 from maskformer.objectives.rows import Row, Selection
@@ -23,7 +24,7 @@ def geometric_lengths(p: float = 0.2, longest: int = 10) -> tuple[float, ...]:
     >>> round(sum((i + 1) * q for i, q in enumerate(probabilities)), 3)
     3.797
     """
-    p = check_fraction("geometric p", p, low_open=True)
+    p = check_fraction("geometric_p", p, low_open=True)
     raw = [p * (1 - p) ** (i) for i in range(_longest(longest))]
     return tuple(x / sum(raw) for x in raw)
 
@@ -40,15 +41,13 @@ def inverse_lengths(longest: int = 3) -> tuple[float, ...]:
 
 def uniform_lengths(shortest: int, longest: int) -> tuple[float, ...]:
     """Equal chances for shortest..longest."""
-    if not 1 <= shortest <= _longest(longest):
-        raise ValueError(f"span lengths {shortest}..{longest}: expected 1 <= shortest <= longest")
+    integer("shortest", shortest, 1, _longest(longest))
     return tuple(0.0 if i + 1 < shortest else 1.0 / (longest - shortest + 1) for i in range(longest))
 
 
 def _longest(longest: int) -> int:
-    if isinstance(longest, bool) or int(longest) != longest or longest < 1:
-        raise ValueError(f"longest={longest!r}: expected a whole number of at least 1")
-    return int(longest)
+    typed("longest", longest, int)
+    return integer("longest", int(longest), 1)
 
 
 @dataclass(frozen=True, eq=False)

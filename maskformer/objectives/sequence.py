@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from maskformer import masks
+from maskformer.checks import choose
 from maskformer.objectives import randomness
 from maskformer.objectives.counting import check_fraction, check_length
 from maskformer.objectives.objective import Objective
@@ -95,8 +96,7 @@ def causal_lm(vocabulary: Vocabulary, length: int, *, shift: str = "next") -> Ca
     8
     """
     length = check_length(length)
-    if shift not in ("next", "right"):
-        raise ValueError(f"shift={shift!r}: expected 'next' or 'right'")
+    choose("shift", shift, ("next", "right"))
     start = vocabulary.bos if vocabulary.bos is not None else vocabulary.cls
     if shift == "right" and start is None:
         raise ValueError("causal_lm: shift='right' starts every segment with vocabulary.bos, and there is none; "
@@ -267,8 +267,7 @@ def fim(
     if len(set(markers.values())) < 3:
         raise ValueError(f"fim: {markers}: the three markers must differ")
     for name, token in markers.items():
-        if token not in vocabulary.special_ids:
-            raise ValueError(f"{name}={token}: not a special id of the vocabulary; list it in vocabulary.special")
+        vocabulary.require_special(name, token)
     rate, spm_rate = check_fraction("rate", rate), check_fraction("spm_rate", spm_rate)
     return FillInTheMiddle(
         "fim", vocabulary, length, length, rate, description=f"fim: rate {rate:g}, SPM {spm_rate:g}",

@@ -11,8 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskformer.checks import choose, number, require, shown
 from maskformer.objectives import randomness
-from maskformer.objectives.counting import binomial_quantile, check_fraction, check_length, slots, top_n
+from maskformer.objectives.counting import (
+    binomial_quantile,
+    check_fraction,
+    check_length,
+    check_rate,
+    slots,
+    top_n,
+)
 from maskformer.objectives.pairs import Pair, PairObjective, append, compact, pair_objective
 from maskformer.objectives.rows import Row
 from maskformer.objectives.units import units_from_starts
@@ -183,10 +191,11 @@ class SpanNoise:
         return Pair(inputs, input_size, targets, target_size)
 
 
-def _check_mean(mean: float) -> float:
-    if isinstance(mean, bool) or not isinstance(mean, (int, float)) or not mean >= 1:
-        raise ValueError(f"mean={mean!r}: expected a mean span length of at least 1 token")
-    return float(mean)
+def _check_mean(mean: Any, length: int, name: str = "mean") -> float:
+    mean = number(name, mean, "a mean span length of at least 1 token", 1.0, math.inf)
+    if mean > length:
+        raise ValueError(f"{name}={mean:g}: a span would be longer than the row of {length} tokens; lower it")
+    return mean
 
 
 def _span_noise(name, vocabulary, length, denoisers, weights, modes, roll) -> SpanNoise:
@@ -246,11 +255,8 @@ def span_corruption(
     (512, 114)
     """
     length = check_length(length)
-    rate, mean = check_fraction("rate", rate), _check_mean(mean)
-    if variant not in VARIANTS:
-        raise ValueError(f"variant={variant!r}: expected one of {', '.join(VARIANTS)}")
-    if mean > length:
-        raise ValueError(f"mean={mean:g}: a span would be longer than the row of {length} tokens")
+    rate, mean = check_rate("rate", rate), _check_mean(mean, length)
+    choose("variant", variant, VARIANTS)
     if roll and variant not in ("span", "drop"):
         raise ValueError(f"roll=True: variant '{variant}' draws tokens independently, there is nothing to roll")
     if variant in ("span", "drop"):
@@ -359,25 +365,27 @@ def ul2(
     685
     """
     length = check_length(length)
-    settings, modes = [], []
-    for denoiser in denoisers:
-        if len(denoiser) != 3:
-            raise ValueError(f"denoiser {denoiser!r}: expected (mode, mean span or None, rate)")
+    settings: list[tuple[float, float]] = []
+    modes: list[int | None] = []
+    for index, denoiser in enumerate(denoisers):
+        named = f"denoisers[{index}]"
+        three = isinstance(denoiser, list | tuple) and len(denoiser) == 3 and isinstance(denoiser[0], str)
+        require(three, named, denoiser, "(mode, mean span or None, rate), such as ('R', 3.0, 0.15)")
         mode, mean, rate = denoiser
-        rate = check_fraction(f"rate of denoiser {mode}", rate, low_open=True)
-        if mean is not None and _check_mean(mean) > length:
-            raise ValueError(f"denoiser {mode}: mean span {mean:g} is longer than the row of {length} tokens")
-        settings.append((rate, math.inf if mean is None else float(mean)))
-        modes.append(None if mode_tokens is None else mode_tokens.get(mode))
-        if mode_tokens is not None and modes[-1] is None:
-            raise ValueError(f"mode_tokens has no id for mode {mode!r}; give one, or mode_tokens=None for none")
-        if modes[-1] is not None and modes[-1] not in vocabulary.special_ids:
-            raise ValueError(f"mode_tokens[{mode!r}]={modes[-1]}: list it in vocabulary.special")
-    if not settings:
-        raise ValueError("ul2: no denoisers given")
-    weights = tuple(float(w) for w in (weights if weights is not None else [1.0] * len(settings)))
-    if len(weights) != len(settings) or min(weights) < 0 or sum(weights) <= 0:
-        raise ValueError(f"weights={weights}: expected {len(settings)} numbers of at least 0, some above 0")
+        rate = check_fraction(f"{named} rate", rate, low_open=True)
+        settings.append((rate, math.inf if mean is None else _check_mean(mean, length, f"{named} mean span")))
+        if mode_tokens is None:
+            modes.append(None)
+            continue
+        if mode not in mode_tokens:
+            raise ValueError(f"mode_tokens has no id for mode {shown(mode)}; give one, or mode_tokens=None for none")
+        modes.append(vocabulary.require_special(f"mode_tokens[{shown(mode)}]", mode_tokens[mode]))
+    require(bool(settings), "denoisers", denoisers, "at least one (mode, mean span or None, rate)")
+    weights = [1.0] * len(settings) if weights is None else list(weights)
+    # A float32 sum of what is larger or smaller would be infinite, or 0.
+    fits = len(weights) == len(settings) and all(w == 0 or 1e-30 < w < 1e30 for w in weights) and any(weights)
+    require(fits, "weights", weights, f"{len(settings)} numbers, 0 or between 1e-30 and 1e30, some above 0")
+    weights = tuple(float(w) for w in weights)
     make = _span_noise("ul2", vocabulary, length, settings, weights, tuple(modes), roll=False)
     return pair_objective(
         "ul2", vocabulary, length, layout, make, make.lengths, start_id, make.total, static_copies=static_copies,

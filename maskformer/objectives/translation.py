@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from maskformer.checks import integer
 from maskformer.objectives.counting import check_length
 from maskformer.objectives.mlm import mlm
 from maskformer.objectives.objective import Masking, Objective
@@ -89,13 +90,16 @@ def masked_source(
     >>> masked_source(Vocabulary(size=100, pad=0, mask=4), 16, target_length=12, rate=0.1).budget
     12
     """
-    target_length = length if target_length is None else check_length(target_length)
+    length = check_length(length)
+    target_length = length if target_length is None else check_length(target_length, "target_length")
     if source is None:
         source = mlm(vocabulary, length, rate=rate, compat=compat, replacement=replacement, whole_word=whole_word,
                      static_copies=static_copies)
     if not isinstance(source, Masking) or source.length != length:
         raise ValueError("masked_source: `source` must hide in place, in rows of the source's length")
     start = next((i for i in (start_id, vocabulary.bos, vocabulary.pad) if i is not None), None)
+    if start_id is not None:
+        integer("start_id", start_id, 0, vocabulary.size - 1)
     if start is None:
         raise ValueError("masked_source: the decoder input starts with vocabulary.bos (or pad), and there is neither")
     return MaskedSource(

@@ -9,9 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskformer.checks import shown
+
 _NAMED = ("pad", "mask", "cls", "sep", "unk", "bos", "eos")
 # Below this many ids a chain of comparisons fuses into the neighbouring elementwise work and beats a gather.
 _COMPARE_AT_MOST = 16
+
+
+class VocabularyError(ValueError):
+    """An objective needs an id that the vocabulary does not have.
+
+    Attributes:
+      problem, fix: the message, and its end, which says what to do about a `Vocabulary`.
+    """
+
+    def __init__(self, problem: str, fix: str):
+        super().__init__(problem + fix)
+        self.problem, self.fix = problem, fix
 
 
 @dataclass(frozen=True)
@@ -103,20 +117,29 @@ class Vocabulary:
         """The id called `name`; ValueError naming the objective when the vocabulary has none."""
         value = getattr(self, name)
         if value is None:
-            raise ValueError(
-                f"objective '{objective}' needs vocabulary.{name}, which is None: "
-                f"add a {name} token to the tokenizer or choose an objective without one"
+            raise VocabularyError(
+                f"objective '{objective}' needs vocabulary.{name}, which is None",
+                f": add a {name} token to the tokenizer or choose an objective without one",
             )
         return value
 
     def require_sentinels(self, count: int, objective: str) -> tuple[int, ...]:
         """The first `count` sentinels; ValueError when there are fewer."""
         if len(self.sentinels) < count:
-            raise ValueError(
-                f"objective '{objective}' needs {count} sentinels and vocabulary.sentinels has "
-                f"{len(self.sentinels)}: add sentinel tokens, or use a lower rate, longer spans or shorter rows"
+            raise VocabularyError(
+                f"objective '{objective}' needs {count} sentinels and vocabulary.sentinels has {len(self.sentinels)}",
+                ": add sentinel tokens, or use a lower rate, longer spans or shorter rows",
             )
         return self.sentinels[:count]
+
+    def require_special(self, name: str, token: object) -> int:
+        """The id `token`, called `name`; ValueError unless it is one of those that no text has."""
+        if not isinstance(token, int) or token not in self.special_ids:
+            raise VocabularyError(
+                f"{name}={shown(token)}: not a special id of the vocabulary, one that no text has",
+                "; list it in vocabulary.special",
+            )
+        return token
 
 
 def is_any_of(tokens: jax.Array, ids: tuple[int, ...], size: int) -> jax.Array:

@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from maskformer.training.config import default_config, generator_section, objectives_section, resolve
+    from maskformer.training.config import resolve
+    from maskformer.training.defaults import default_config, generator_section, objectives_section
     from maskformer.training.loop import train_and_evaluate
     from maskformer.training.preemption import EX_TEMPFAIL, Preempted
     from maskformer.training.program import Program
@@ -18,10 +19,10 @@ _HOMES = {
     "NonFiniteError": "recorder",
     "Preempted": "preemption",
     "Program": "program",
-    "default_config": "config",
-    "generator_section": "config",
+    "default_config": "defaults",
+    "generator_section": "defaults",
     "load_config": "recipes",
-    "objectives_section": "config",
+    "objectives_section": "defaults",
     "parse_arg": "recipes",
     "resolve": "config",
     "train_and_evaluate": "loop",

@@ -1,27 +1,31 @@
-"""How a ConfigDict becomes a validated experiment.
+"""From a recipe's `ConfigDict`, or a run's `config.json`, to a validated experiment.
 
-A recipe starts from `default_config()`, which holds every key there is, changes what it needs, and returns the
-`ConfigDict`. `resolve` turns that into an `ExperimentConfig` of frozen dataclasses, those of `training/sections.py`
-among them. Nothing here touches a device.
+`resolve` reads each section into its frozen dataclass, which checks its own fields (`DataConfig`, `EncoderConfig`,
+those of `training/sections.py`), then makes the objectives and the model's shape once, which checks what concerns
+several sections. What a recipe starts from is in `training/defaults.py`. Nothing here touches a device.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
-import typing
+import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_collections
-from ml_collections import config_dict
+import numpy as np
 
 from maskformer import objectives
+from maskformer.checks import integer, nearest, one_line, require, shown, typed
 from maskformer.data import DEFAULT_VOCABULARY_SIZE, DataConfig, load_tokenizer
+from maskformer.evaluation.metrics import KINDS
 from maskformer.models import EncoderConfig, GeneratorConfig, with_generator
 from maskformer.training import tasks
 from maskformer.training.sections import (
+    LAST_SEED,
     CheckpointConfig,
     EvaluationConfig,
     MeshConfig,
@@ -30,8 +34,10 @@ from maskformer.training.sections import (
     WriterConfig,
     check_master_weights,
     check_warmup,
-    choose,
 )
+
+# More ids than any tokenizer in use has; tables of one entry for each id stay small beside the model.
+MOST_IDS = 2**21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +64,22 @@ class ExperimentConfig:
     def create_objective(self, vocabulary: objectives.Vocabulary, **changes: Any) -> Any:
         """The training objective over rows of `data.length` tokens, with some parameters changed, or another one."""
         section = objectives.schedules.in_steps(change_objective(self.objective, changes), self.train.steps)
-        return _create_objective(section, vocabulary, self.data.length)
+        values = {key: _tuples(value) for key, value in section.items()}
+        return objectives.create(values.pop("name"), vocabulary, self.data.length, **values)
 
     def create_model_config(self, vocabulary: objectives.Vocabulary) -> Any:
         """The model's shape; its vocabulary comes from the tokenizer and its positions from the row length."""
         # Mode tokens and the like make a row longer than the text it came from.
         longest = max(self.data.length, self.create_objective(vocabulary).output_length)
-        return _model_config(self.model, longest, vocab_size=vocabulary.size)
+        fields = {key: _tuples(value) for key, value in self.model.items() if key != "generator"}
+        encoder = EncoderConfig(vocab_size=vocabulary.size, max_length=longest, **fields)
+        generator = self.model.get("generator")
+        return with_generator(encoder, GeneratorConfig(**generator)) if generator else encoder
 
 
-_SECTIONS: dict[str, type] = {
+# The sections that are a dataclass as they stand. `objective` is a call of a builder, and of the model's fields some
+# come from the tokenizer and the data: asking for them twice would let the two answers differ.
+SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
@@ -76,51 +88,9 @@ _SECTIONS: dict[str, type] = {
     "mesh": MeshConfig,
     "writers": WriterConfig,
 }
-# What the tokenizer and the data decide; asking for them twice would let the two answers differ.
-_DERIVED_MODEL_FIELDS = ("vocab_size", "max_length")
-
-
-def default_config() -> ml_collections.ConfigDict:
-    """Every key of an experiment at its default, for a recipe to change.
-
-    Optional values are typed placeholders, so that `--config.optimizer.clip_norm=0.5` parses as a number.
-    """
-    config = ml_collections.ConfigDict({"seed": 0})
-    for name, section in _SECTIONS.items():
-        config[name] = _defaults(section)
-    config.model = _defaults(EncoderConfig, skip=_DERIVED_MODEL_FIELDS)
-    # Filled in by `generator_section` where the objective trains two networks.
-    config.model.generator = ml_collections.ConfigDict()
-    config.task = ml_collections.ConfigDict({"name": config_dict.placeholder(str)})
-    config.objective = objectives_section("mlm")
-    # Fields of the objective that evaluation changes; a recipe pins the rate here.
-    config.evaluation.objective = ml_collections.ConfigDict()
-    return config
-
-
-def objectives_section(name: str, **changes: Any) -> ml_collections.ConfigDict:
-    """The `objective` section of a recipe: every parameter of the objective `name`, some of them changed."""
-    section = ml_collections.ConfigDict({"name": name})
-    convention = objectives.COMPAT.get(name)
-    builder = name if convention is None else convention.objective
-    choose("objective.name", builder, tuple(objectives.BUILDERS))
-    for key, parameter in objectives.parameters(builder).items():
-        # Listing every parameter lets `--config.objective.KEY=` know it.
-        section[key] = _leaf(parameter.default, object)
-        if parameter.annotation in (Any, "Any") and parameter.default is not None:
-            # A rate is a number or a schedule of the step; a ConfigDict would pin the type of the default.
-            section[key] = config_dict.FieldReference(parameter.default, field_type=object)
-    for key, value in {**(convention.params if convention else {}), **changes}.items():
-        section[key] = value
-    return section
-
-
-def generator_section(**changes: Any) -> ml_collections.ConfigDict:
-    """The `model.generator` section of a recipe: every field of `GeneratorConfig`, some of them changed."""
-    section = _defaults(GeneratorConfig)
-    for key, value in changes.items():
-        section[key] = value
-    return section
+# What every evaluation measures; the rest depends on the objective.
+ALWAYS_MEASURED: tuple[str, ...] = ("loss", "accuracy", "accuracy_top5", "predicted", "unigram_loss", "unigram_accuracy")
+DERIVED_MODEL_FIELDS = ("vocab_size", "max_length")
 
 
 def resolve(config: Mapping[str, Any]) -> ExperimentConfig:
@@ -132,45 +102,142 @@ def resolve(config: Mapping[str, Any]) -> ExperimentConfig:
     Raises:
       ValueError: one line naming the field, its value and what was expected.
     """
+    config = plain(config)
+    require(isinstance(config, Mapping), "config", config, "a ConfigDict, or the mapping of a config.json")
     # A run from before there were tasks has the objective's own.
-    config = {"task": {}, **plain(config)}
-    known = {field.name for field in dataclasses.fields(ExperimentConfig)}
-    _check_keys("", config, known)
-    missing = sorted(known - config.keys())
+    config = {"task": {}, **config}
+    _check_keys("", config, _names(ExperimentConfig))
+    missing = sorted(_names(ExperimentConfig) - config.keys())
     if missing:
         raise ValueError(f"config.{missing[0]} is missing: start the recipe from maskformer.training.default_config()")
-    sections = {name: _build(section, config[name], name) for name, section in _SECTIONS.items()}
-    if "name" not in config["objective"]:
-        raise ValueError("objective.name is missing: expected the name of an objective, such as 'mlm'")
-    evaluated = change_objective(config["objective"], sections["evaluation"].objective)
-    vocabulary = _vocabulary_to_be(sections["data"])
-    steps, length = sections["train"].steps, sections["data"].length
-    check_warmup(sections["optimizer"], steps)
-    _check_schedules("objective", config["objective"], steps)
-    objective = _create_objective(objectives.schedules.in_steps(config["objective"], steps), vocabulary, length)
-    _create_objective(objectives.schedules.in_steps(evaluated, steps), vocabulary, length)
-    names = {field.name for field in dataclasses.fields(EncoderConfig)} - set(_DERIVED_MODEL_FIELDS)
-    _check_keys("model", config["model"], names | {"generator"})
-    _check_types(EncoderConfig, {name: config["model"][name] for name in config["model"].keys() & names}, "model")
-    check_master_weights(sections["optimizer"], config["model"].get("param_dtype", EncoderConfig.param_dtype))
-    _check_generator(config["model"].get("generator"), objective)
-    model = _model_config(config["model"], max(length, objective.output_length), vocab_size=vocabulary.size)
-    tasks.create(config["task"], objective, model, label_smoothing=sections["train"].label_smoothing)
-    return ExperimentConfig(
-        seed=config["seed"], task=config["task"], objective=config["objective"], model=config["model"], **sections
-    )
+    for name in ("task", "objective", "model", *SECTIONS):
+        require(isinstance(config[name], Mapping), name, config[name], "a section, which holds keys and values")
+    sections = {name: _read(section, config[name], name) for name, section in SECTIONS.items()}
+    integer("seed", config["seed"], 0, LAST_SEED)
+    experiment = ExperimentConfig(**{**config, **sections})
+    check_warmup(experiment.optimizer, experiment.train.steps)
+    objective, evaluated = _check_objectives(experiment)
+    model = _check_model(experiment, objective)
+    _check_task(experiment, objective, evaluated, model)
+    return experiment
+
+
+def _check_objectives(experiment: ExperimentConfig) -> tuple[Any, Any]:
+    """The objectives of training and of evaluation, which a single stack can serve."""
+    section, changes = experiment.objective, experiment.evaluation.objective
+    require(isinstance(section.get("name"), str), "objective.name", section.get("name"), "a name, such as 'mlm'")
+    _check_schedules("objective", section, experiment.train.steps)
+    objective = _create_objective(experiment, {}, "objective")
+    evaluated = _create_objective(experiment, changes, "evaluation.objective") if changes else objective
+    for made in (objective, evaluated):
+        if made.makes_pairs:
+            raise ValueError(
+                f"objective.name={made.name!r}: makes pairs for an encoder and a decoder, and maskformer trains single "
+                "stacks; set objective.layout='prefix' where it has one, or use one such as 'mlm', 'prefix_lm' or "
+                "'diffusion'"
+            )
+    if experiment.evaluation.every and getattr(evaluated.rate, "start", None) == 0.0:
+        raise ValueError(
+            f"objective.rate: {evaluated.rate.description} is 0 at its start, at which it is evaluated, so nothing "
+            "would be predicted; set --config.evaluation.objective.rate to the rate to evaluate at"
+        )
+    return objective, evaluated
+
+
+def _check_model(experiment: ExperimentConfig, objective: Any) -> Any:
+    """The model's shape, which suits the objective and can be trained."""
+    model = experiment.model
+    known = _names(EncoderConfig) - set(DERIVED_MODEL_FIELDS)
+    _check_keys("model", model, known | {"generator"})
+    generator = model.get("generator")
+    require(isinstance(generator, Mapping), "model.generator", generator, "a section: {} for none")
+    assert generator is not None
+    _check_keys("model.generator", generator, _names(GeneratorConfig))
+    if objective.trains_generator and not generator:
+        raise ValueError(
+            f"model.generator is empty: objective.name={objective.name!r} trains a generator beside the model; set it "
+            "to maskformer.training.generator_section()"
+        )
+    if generator and not objective.trains_generator:
+        raise ValueError(
+            f"model.generator={shown(dict(generator))}: objective.name={objective.name!r} trains no generator; set it "
+            "to {}"
+        )
+    for kind in ("param", "compute", "output"):
+        field = f"{kind}_dtype"
+        if model.get(field) == "float16":
+            raise ValueError(
+                f"model.{field}='float16': expected another for training: gradients and Adam's epsilon underflow in "
+                "it, and nothing scales the loss; use 'bfloat16', which has the range of float32"
+            )
+    model_config = experiment.create_model_config(vocabulary_to_be(experiment.data))
+    check_master_weights(experiment.optimizer, model.get("param_dtype", EncoderConfig.param_dtype))
+    return model_config
+
+
+def _check_task(experiment: ExperimentConfig, objective: Any, evaluated: Any, model: Any) -> None:
+    """That the task can be made, and measures what says which evaluation is the best."""
+    section, smoothing = experiment.task, experiment.train.label_smoothing
+    typed("task.name", section.get("name"), str | None)
+    try:
+        objective.check_label_smoothing(smoothing)
+    except ValueError as error:
+        raise ValueError(f"train.{error}") from error
+    task = tasks.create(section, objective, model, label_smoothing=smoothing)
+    ours = tasks.BUILDERS[section.get("name") or objective.task].__module__.startswith("maskformer.")
+    metric = experiment.evaluation.metric
+    if ours and experiment.evaluation.every and metric not in ALWAYS_MEASURED:
+        names = metric_names(task, evaluated)
+        expected = f"what objective.name={evaluated.name!r} measures, one of {', '.join(names)}"
+        require(metric in names, "evaluation.metric", metric, expected + nearest(metric, names))
+
+
+def metric_names(task: tasks.Task, objective: objectives.Objective) -> tuple[str, ...]:
+    """What an evaluation under `objective` measures, and so what `evaluation.metric` may name."""
+    row, one = jax.ShapeDtypeStruct((1, objective.length), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    batch = {"tokens": row, "segment_ids": row, "positions": row, "example_id": one, "epoch": one}
+    batch |= dict.fromkeys(objective.needs, row)
+    corrupted = jax.eval_shape(lambda batch: objective(jax.random.key(0), batch, step=0), batch)
+    names = ALWAYS_MEASURED
+    if corrupted.denominators is not None:
+        names += ("token_loss",)
+    elif corrupted.kinds is not None:
+        # A replacement that never happens has no mean.
+        shares = getattr(getattr(objective, "replace", None), "policy", (1.0,) * len(KINDS))
+        kinds = [kind for kind, share in zip(KINDS, shares) if share > 0]
+        names += ("perplexity", *(f"{name}_{kind}" for kind in kinds for name in ("loss", "accuracy")))
+    else:
+        names += ("perplexity",)
+    return tuple(dict.fromkeys((*names, *task.factors, *task.means)))
 
 
 def plain(config: Any) -> Any:
-    """The config as nested dicts, lists and scalars, ready for `json.dumps`."""
-    if isinstance(config, ml_collections.ConfigDict):
-        config = config.to_dict()
-    if isinstance(config, Mapping):
+    """The config as nested dicts, lists and scalars, ready for `json.dumps`.
+
+    Raises:
+      ValueError: a value that JSON does not have, or one that holds itself.
+    """
+    try:
+        return _plain(config, "")
+    except RecursionError:
+        raise ValueError("config: expected values that hold a few others, and some are nested without end") from None
+
+
+def _plain(value: Any, path: str) -> Any:
+    if isinstance(value, ml_collections.ConfigDict):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
         # As JSON has them: a schedule written as {0: 0.3, 1000: 0.15} must equal itself when read back.
-        return {str(key): plain(value) for key, value in config.items()}
-    if isinstance(config, list | tuple):
-        return [plain(value) for value in config]
-    return config
+        return {str(key): _plain(inner, f"{path}.{key}" if path else str(key)) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner, path) for inner in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    fix = "; write str(path)" if isinstance(value, os.PathLike) else ""
+    kinds = "a number, a string, None, or a list or mapping of them, which config.json can hold"
+    raise ValueError(f"{one_line(path) or 'config'}={shown(value)}: expected {kinds}, got {type(value).__name__}{fix}")
 
 
 def change_objective(section: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,18 +252,53 @@ def change_objective(section: Mapping[str, Any], changes: Mapping[str, Any]) -> 
     return {**kept, **changes}
 
 
+def vocabulary_to_be(config: DataConfig) -> objectives.Vocabulary:
+    """The vocabulary that the tokenizer will have, without training it."""
+    if not config.trains_tokenizer:
+        return load_tokenizer(config).vocabulary
+    size = config.vocabulary_size or DEFAULT_VOCABULARY_SIZE
+    require(size <= MOST_IDS, "data.vocabulary_size", size, f"at most {MOST_IDS}")
+    sentinels = tuple(range(size - 1, size - 1 - config.sentinels, -1))
+    return objectives.Vocabulary(size=size, pad=0, unk=1, cls=2, sep=3, mask=4, sentinels=sentinels)
+
+
+def _create_objective(experiment: ExperimentConfig, changes: Mapping[str, Any], section: str) -> Any:
+    """The objective, whose errors name the config's own keys."""
+    vocabulary, data = vocabulary_to_be(experiment.data), experiment.data
+    try:
+        return experiment.create_objective(vocabulary, **changes)
+    except objectives.VocabularyError as error:
+        problem = _under(section, error.problem)
+        if data.trains_tokenizer:
+            fix = f"the last data.sentinels={data.sentinels} ids are such: raise it, or lower what needs them"
+        else:
+            fix = f"data.tokenizer={shown(data.tokenizer)} brings its own: take another, or another objective"
+        raise ValueError(f"{problem}; {fix}") from error
+    except ValueError as error:
+        raise ValueError(_under(section, str(error))) from error
+
+
+def _under(section: str, message: str) -> str:
+    """The message of an objective with its parameter named as a key of the config: `objective.rate=2: expected ...`."""
+    names_parameter = re.match(r"[a-z_]+(\[.*?\])?[=.:]", message)
+    return f"{section}.{message}" if names_parameter else f"config.{section}: {message}"
+
+
 def _check_schedules(path: str, value: Any, steps: int) -> None:
     """Raise for a step schedule whose last value the run would never reach."""
     if isinstance(value, list | tuple):
         for index, item in enumerate(value):
             _check_schedules(f"{path}[{index}]", item, steps)
     elif isinstance(value, Mapping) and value.get("schedule") == "step":
-        starts = objectives.schedules.step_values(objectives.schedules.in_steps(value, steps))
+        try:
+            starts = objectives.schedules.step_values(objectives.schedules.in_steps(value, steps))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         last = max((int(key) for key in starts if str(key).isdecimal()), default=0)
         if last >= steps:
             raise ValueError(
-                f"{path}={dict(objectives.schedules.step_values(value))!r}: its last value begins at step {last}, and "
-                f"the run ends at train.steps={steps}; give a share of the run, such as '50%', or set "
+                f"{path}={shown(dict(objectives.schedules.step_values(value)))}: its last value begins at step {last}, "
+                f"and the run ends at train.steps={steps}; give a share of the run, such as '50%', or set "
                 f"--config.train.steps above {last}"
             )
     elif isinstance(value, Mapping):
@@ -204,106 +306,22 @@ def _check_schedules(path: str, value: Any, steps: int) -> None:
             _check_schedules(f"{path}.{key}", item, steps)
 
 
-def _create_objective(section: Mapping[str, Any], vocabulary: objectives.Vocabulary, length: int) -> Any:
-    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in section.items()}
-    name = values.pop("name")
-    try:
-        objective = objectives.create(name, vocabulary, length, **values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"config.objective: {error}") from error
-    if objective.makes_pairs:
-        raise ValueError(
-            f"objective.name={name!r}: makes pairs for an encoder and a decoder, and maskformer trains single stacks; "
-            "set objective.layout='prefix' where it has one, or use one such as 'mlm', 'prefix_lm' or 'diffusion'"
-        )
-    return objective
-
-
-def _check_generator(section: Mapping[str, Any] | None, objective: Any) -> None:
-    if objective.trains_generator and not section:
-        raise ValueError(
-            f"model.generator is empty: objective.name={objective.name!r} trains a generator beside the model; set it "
-            "to maskformer.training.generator_section()"
-        )
-    if section and not objective.trains_generator:
-        raise ValueError(
-            f"model.generator={dict(section)}: objective.name={objective.name!r} trains no generator; set it to {{}}"
-        )
-    if section:
-        _check_keys("model.generator", section, {field.name for field in dataclasses.fields(GeneratorConfig)})
-        _check_types(GeneratorConfig, section, "model.generator")
-
-
-def _vocabulary_to_be(config: DataConfig) -> objectives.Vocabulary:
-    """The vocabulary that the tokenizer will have, without training it."""
-    if not config.trains_tokenizer:
-        return load_tokenizer(config).vocabulary
-    size = config.vocabulary_size or DEFAULT_VOCABULARY_SIZE
-    sentinels = tuple(range(size - 1, size - 1 - config.sentinels, -1))
-    return objectives.Vocabulary(size=size, pad=0, unk=1, cls=2, sep=3, mask=4, sentinels=sentinels)
-
-
-def _model_config(model: Mapping[str, Any], length: int, vocab_size: int) -> Any:
-    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in model.items()}
-    generator = values.pop("generator", None)
-    encoder = EncoderConfig(vocab_size=vocab_size, max_length=length, **values)
-    if not generator:
-        return encoder
-    return with_generator(encoder, GeneratorConfig(**generator))
-
-
-def _defaults(section: type, skip: tuple[str, ...] = ()) -> ml_collections.ConfigDict:
-    types_ = typing.get_type_hints(section)
-    values = ml_collections.ConfigDict()
-    for field in dataclasses.fields(section):
-        if field.name in skip:
-            continue
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        values[field.name] = _leaf(default, types_[field.name])
-    return values
-
-
-def _leaf(default: Any, annotation: Any) -> Any:
-    """`default`, or for None a placeholder of the annotated type so that overrides are parsed and checked."""
-    if default is not None:
-        several = len([option for option in typing.get_args(annotation) if option is not types.NoneType]) > 1
-        # A mask is a string or a tuple of them; a ConfigDict would pin the type of the default.
-        return config_dict.FieldReference(default, field_type=object) if several else default
-    options = [option for option in typing.get_args(annotation) if option is not types.NoneType]
-    kind = typing.get_origin(options[0]) or options[0] if options else object
-    return config_dict.placeholder(kind if kind in (int, float, str, bool, tuple) else object)
-
-
-def _build(section: type, values: Mapping[str, Any], name: str) -> Any:
-    _check_keys(name, values, {field.name for field in dataclasses.fields(section)})
-    _check_types(section, values, name)
-    return section(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+def _read(section: type, values: Mapping[str, Any], name: str) -> Any:
+    _check_keys(name, values, _names(section))
+    return section(**{key: _tuples(value) for key, value in values.items()})
 
 
 def _check_keys(path: str, values: Mapping[str, Any], known: set[str]) -> None:
     for key in values:
         if key not in known:
-            close = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(sorted(known))}"
-            raise ValueError(f"config.{path + '.' if path else ''}{key}: no such key{hint}")
+            hint = nearest(key, sorted(known), cutoff=0.5) or f"; known keys: {', '.join(sorted(known))}"
+            raise ValueError(f"config.{path + '.' if path else ''}{one_line(key, 80)}: no such key{hint}")
 
 
-def _check_types(section: type, values: Mapping[str, Any], name: str) -> None:
-    """Scalars of the wrong type fail here, by name, before a validator compares them."""
-    hints = typing.get_type_hints(section)
-    for key, value in values.items():
-        options = typing.get_args(hints[key]) if _is_union(hints[key]) else (hints[key],)
-        scalars = tuple(option for option in options if option in (int, float, str, bool, types.NoneType))
-        if len(scalars) != len(options):
-            continue
-        accepted = scalars + (int,) if float in scalars else scalars
-        wrong = isinstance(value, bool) and bool not in accepted
-        if wrong or not isinstance(value, accepted):
-            expected = " or ".join("None" if option is types.NoneType else option.__name__ for option in scalars)
-            raise ValueError(f"{name}.{key}={value!r}: expected {expected}, got {type(value).__name__}")
+def _names(section: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(section)}
 
 
-def _is_union(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that dataclasses and builders hold."""
+    return tuple(value) if isinstance(value, list) else value

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import inspect
 import os
 import pathlib
 import runpy
 import sys
+import traceback
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ml_collections
 
+from maskformer.checks import nearest, one_line, require, shown
 from maskformer.training import sweeps
+
+
+class ArgumentError(ValueError):
+    """The part behind the recipe's colon is wrong: a mistake of the command line, not of the recipe."""
 
 
 def parse_arg(
@@ -31,17 +36,17 @@ def parse_arg(
     >>> parse_arg("tinny", choices=("tiny", "base"), default="base")
     Traceback (most recent call last):
         ...
-    ValueError: config argument 'tinny': expected one of tiny, base; did you mean 'tiny'?
+    maskformer.training.recipes.ArgumentError: config argument 'tinny': expected one of tiny, base; did you mean 'tiny'?
     """
     choice, values = default, dict(options)
     for part in filter(None, (arg or "").split(",")):
         key, equals, text = part.partition("=")
         if not equals:
             if key not in choices:
-                raise ValueError(f"config argument {key!r}: expected {_choices(key, choices)}")
+                raise ArgumentError(f"config argument {shown(key)}: expected {_choices(key, choices)}")
             choice = key
         elif key not in options:
-            raise ValueError(f"config argument {key!r}: expected {_choices(key, options)}")
+            raise ArgumentError(f"config argument {shown(key)}: expected {_choices(key, options)}")
         else:
             values[key] = _parse_as(key, text, type(options[key]))
     return choice, types.SimpleNamespace(**values)
@@ -62,9 +67,14 @@ def load_config(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, str]:
     recipe = recipes[-1]
     path, colon, arg = recipe.partition(":")
     get_config = _load_recipe(path).get("get_config")
-    if get_config is None:
+    if not callable(get_config):
         raise ValueError(f"--config={recipe}: {path} has no get_config(arg=None)")
-    config = get_config(arg if colon else None)
+    config = _called(path, get_config, arg if colon else None)
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ValueError(
+            f"{path}:{_first_line(get_config)}: get_config returned {shown(config)}: expected the ConfigDict that "
+            "default_config() gives, changed; end it with `return config`"
+        )
     return override(config, changes), recipe
 
 
@@ -89,10 +99,10 @@ def override(config: ml_collections.ConfigDict, flags: Sequence[str]) -> ml_coll
     for flag in flags:
         key, equals, text = flag.partition("=")
         if not key.startswith("--config."):
-            raise ValueError(f"argument {flag!r}: no such flag; expected --config.KEY=VALUE")
+            raise ValueError(f"argument {shown(flag)}: no such flag; expected --config.KEY=VALUE")
         key = key.removeprefix("--config.")
         if not equals:
-            raise ValueError(f"--config.{key}: expected --config.{key}=VALUE, with an equals sign")
+            raise ValueError(f"argument {shown(flag)}: expected {shown(flag + '=VALUE')}, with an equals sign")
         kind = sweeps.key_type(config, key)
         changes[key] = text if kind is str and text != "None" else _literal(text)
     return sweeps.apply(config, changes)
@@ -118,17 +128,21 @@ def load_sweep(recipe: str, name: str = "sweep") -> list[dict[str, Any]]:
         asked = "no sweep() of its own" if name == "sweep" else f"no {function}()"
         raise ValueError(f"--sweep={name}: {path} has {asked}; use --sweep={' or --sweep='.join(known)}")
     takes_arg = bool(inspect.signature(module[function]).parameters)
-    sweep: Iterator[dict[str, Any]] = module[function](arg) if takes_arg else module[function]()
-    return list(sweep)
+    sweep = _called(path, module[function], *([arg] if takes_arg else []))
+    told = f"{path}:{_first_line(module[function])}: {function}()"
+    require(isinstance(sweep, Iterable), f"{told} gives", sweep, "an iterable of dicts of config keys and values")
+    runs = _called(path, list, sweep)
+    for changes in runs:
+        require(isinstance(changes, dict), f"{told} yields", changes, "a dict of config keys and values")
+    return runs
 
 
 def _load_recipe(path: str) -> dict[str, Any]:
     file = pathlib.Path(path)
     if not file.is_file():
         near = sorted(file.parent.glob("*.py")) if file.parent.is_dir() else []
-        close = difflib.get_close_matches(path, map(str, near), n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ", such as configs/bert.py:mini"
-        raise ValueError(f"--config={path}: no such file; expected the path of a recipe{hint}")
+        hint = nearest(path, near) or ", such as configs/bert.py:mini"
+        raise ValueError(f"--config={one_line(path)}: no such file; expected the path of a recipe{hint}")
     # As with `python -m`: a recipe may import the project it lies in, from wherever the command was installed; and its
     # neighbours, as `configs/mine.py` imports `configs.bert`, from wherever the command is run.
     if os.getcwd() not in sys.path and "" not in sys.path:
@@ -136,19 +150,43 @@ def _load_recipe(path: str) -> dict[str, Any]:
     around = str(file.resolve().parent.parent)
     if around not in sys.path:
         sys.path.append(around)
+    return _called(path, runpy.run_path, path)
+
+
+def _called(path: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the recipe's `function` returns; whatever it raises is one line that names the recipe's file and line."""
     try:
-        return runpy.run_path(path)
+        return function(*arguments)
+    except ArgumentError:
+        raise
     except ModuleNotFoundError as error:
         raise ValueError(
             f"--config={path}: the recipe imports {error.name!r}, which is not found; run from the folder that holds "
             "it, or put that folder on PYTHONPATH"
         ) from error
+    except SyntaxError as error:
+        raise ValueError(f"{error.filename or path}:{error.lineno}: {error.msg}; expected Python") from error
+    except Exception as error:
+        own = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if _same_file(frame.filename, path)]
+        line = own[-1] if own else _first_line(function)
+        said = one_line(str(error)) or "no message"
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path}:{line}: {kind}{said}") from error
+
+
+def _same_file(one: str, other: str) -> bool:
+    return os.path.abspath(one) == os.path.abspath(other)
+
+
+def _first_line(function: Any) -> int:
+    return getattr(getattr(function, "__code__", None), "co_firstlineno", 1)
 
 
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        # No literal, such as {[]: 1}, or nested deeper than Python reads: it is text.
         return text
 
 
@@ -158,13 +196,8 @@ def _parse_as(key: str, text: str, kind: type) -> Any:
     try:
         return kind(text)
     except ValueError as error:
-        raise ValueError(f"config argument {key}={text!r}: expected {kind.__name__}") from error
+        raise ArgumentError(f"config argument {key}={shown(text)}: expected {kind.__name__}") from error
 
 
-def _choices(key: str, known: Any) -> str:
-    return f"one of {', '.join(known)}{_nearest(key, known)}"
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def _choices(key: str, known: Sequence[str] | dict[str, Any]) -> str:
+    return f"one of {', '.join(known)}{nearest(key, known)}"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
+
+from maskformer.checks import choose, integer, number, require, typed_fields
+from maskformer.data.config import SPLITS
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")
@@ -13,17 +16,10 @@ DECAYED = ("matrices", "kernels", "all")
 MODES = ("min", "max")
 
 
-def require(ok: bool, field: str, value: Any, expected: str) -> None:
-    """Raise the one-line `ValueError` of a config field unless `ok`."""
-    if not ok:
-        raise ValueError(f"{field}={value!r}: expected {expected}")
-
-
-def choose(field: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raise unless `value` is one of `allowed`, naming the nearest."""
-    close = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    require(value in allowed, field, value, f"one of {', '.join(allowed)}{hint}")
+# Steps and rows are counted in int32 on the devices.
+MOST = 2**31 - 1
+# JAX makes a key from the low 32 bits of a seed: beyond them, two seeds would be one.
+LAST_SEED = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,21 +61,28 @@ class OptimizerConfig:
     ema_decay: float | None = None
 
     def __post_init__(self) -> None:
+        typed_fields(self, "optimizer")
         choose("optimizer.name", self.name, OPTIMIZERS)
         choose("optimizer.schedule", self.schedule, SCHEDULES)
         choose("optimizer.decay", self.decay, DECAYED)
-        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a number above 0")
-        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more steps")
-        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        number(
+            "optimizer.learning_rate", self.learning_rate, "a number above 0 and below 1000", 0.0, 1e3, open_low=True
+        )
+        integer("optimizer.warmup_steps", self.warmup_steps, 0, MOST)
+        number("optimizer.weight_decay", self.weight_decay, "a number from 0 to below 1000", 0.0, 1e3)
         for field in ("final_fraction", "decay_fraction"):
-            require(0 <= getattr(self, field) <= 1, f"optimizer.{field}", getattr(self, field), "a share in [0, 1]")
+            number(f"optimizer.{field}", getattr(self, field), "a share in [0, 1]", 0.0, 1.0, closed=True)
         for field in ("b1", "b2", "momentum"):
-            require(0 <= getattr(self, field) < 1, f"optimizer.{field}", getattr(self, field), "a decay in [0, 1)")
-        require(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "a number above 0")
+            number(f"optimizer.{field}", getattr(self, field), "a decay in [0, 1)", 0.0, 1.0)
+        # Below the smallest float32 it is 0, and the update of a gradient of 0 is NaN.
+        number("optimizer.epsilon", self.epsilon, "a number above 0, from 1e-30 to 1", 1e-30, 1.0, closed=True)
         if self.clip_norm is not None:
-            require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "a norm above 0, or None")
+            number(
+                "optimizer.clip_norm", self.clip_norm, "a norm above 0 and below 1e30, or None for no clipping",
+                0.0, 1e30, open_low=True,
+            )
         if self.ema_decay is not None:
-            require(0 < self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "a decay in (0, 1), or None")
+            number("optimizer.ema_decay", self.ema_decay, "a decay in (0, 1), or None", 0.0, 1.0, open_low=True)
         if self.schedule == "inverse_sqrt":
             require(
                 self.warmup_steps > 0, "optimizer.warmup_steps", self.warmup_steps,
@@ -110,13 +113,17 @@ class TrainConfig:
     resume: str | None = None
 
     def __post_init__(self) -> None:
+        typed_fields(self, "train")
         for field in ("steps", "batch_size", "accumulation_steps", "log_every"):
-            require(getattr(self, field) >= 1, f"train.{field}", getattr(self, field), "an integer of at least 1")
+            integer(f"train.{field}", getattr(self, field), 1, MOST)
         require(
             self.batch_size % self.accumulation_steps == 0, "train.accumulation_steps", self.accumulation_steps,
             f"a divisor of train.batch_size={self.batch_size}",
         )
-        require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "a share in [0, 1)")
+        number("train.label_smoothing", self.label_smoothing, "a share in [0, 1)", 0.0, 1.0)
+        for field in ("init_from", "resume"):
+            value = getattr(self, field)
+            require(value is None or value.strip(), f"train.{field}", value, "the workdir of a run, or None")
         require(
             self.init_from is None or self.resume is None, "train.init_from", self.init_from,
             "None beside train.resume, which already brings the parameters",
@@ -151,13 +158,16 @@ class EvaluationConfig:
     min_improvement: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, "evaluation.every", self.every, "0 (never) or a number of steps")
-        require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "at least 1 row")
+        typed_fields(self, "evaluation")
+        integer("evaluation.every", self.every, 0, MOST)
+        integer("evaluation.batch_size", self.batch_size, 1, MOST)
+        integer("evaluation.seed", self.seed, 0, LAST_SEED)
+        choose("evaluation.split", self.split, SPLITS)
         choose("evaluation.mode", self.mode, MODES)
         for field in ("max_batches", "patience"):
-            value = getattr(self, field)
-            require(value is None or value >= 1, f"evaluation.{field}", value, "at least 1, or None")
-        require(self.min_improvement >= 0, "evaluation.min_improvement", self.min_improvement, "0 or more")
+            if getattr(self, field) is not None:
+                integer(f"evaluation.{field}", getattr(self, field), 1, MOST)
+        number("evaluation.min_improvement", self.min_improvement, "a number of at least 0", 0.0, math.inf)
         if self.patience is not None:
             require(self.every > 0, "evaluation.every", self.every, "at least 1 when evaluation.patience is set")
 
@@ -175,8 +185,9 @@ class CheckpointConfig:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, "checkpoint.every", self.every, "0 (only at the end) or a number of steps")
-        require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+        typed_fields(self, "checkpoint")
+        integer("checkpoint.every", self.every, 0, MOST)
+        integer("checkpoint.keep", self.keep, 1, MOST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,10 +215,12 @@ class MeshConfig:
         return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "context": self.context}
 
     def __post_init__(self) -> None:
+        typed_fields(self, "mesh")
         choose("mesh.context_method", self.context_method, ("all_gather", "ring"))
         sizes = self.sizes
         for axis, size in sizes.items():
-            require(size >= 1 or size == -1, f"mesh.{axis}", size, "at least 1, or -1 for all remaining devices")
+            fits = size == -1 or 1 <= size <= MOST
+            require(fits, f"mesh.{axis}", size, "at least 1 device, or -1 for all that remain")
         require(
             list(sizes.values()).count(-1) <= 1, "mesh", sizes, "at most one axis of -1, since only one can be inferred"
         )
@@ -226,6 +239,9 @@ class WriterConfig:
     progress: bool = True
     tensorboard: bool = True
     wandb_project: str | None = None
+
+    def __post_init__(self) -> None:
+        typed_fields(self, "writers")
 
 
 def check_warmup(optimizer: OptimizerConfig, steps: int) -> None:

@@ -6,12 +6,13 @@ A recipe's `sweep()` or `sweep_<name>()` yields one dict for each run.
 from __future__ import annotations
 
 import copy
-import difflib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_collections
+
+from maskformer.checks import nearest, one_line, shown
 
 Overrides = dict[str, Any]
 
@@ -84,12 +85,14 @@ def apply(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]) -> ml
         for name in path:
             section = section[name]
         if isinstance(section.get(last), ml_collections.ConfigDict) and kind is not None:
-            raise ValueError(f"config.{key}={value!r}: a section; set one of {', '.join(section[last])}")
+            raise ValueError(f"config.{key}={shown(value)}: a section; set one of {', '.join(section[last])}")
         try:
             section[last] = tuple(value) if isinstance(value, list) else value
-        except TypeError as error:
-            expected = kind.__name__ if kind is not None else "another type"
-            raise ValueError(f"config.{key}={value!r}: expected {expected}, got {type(value).__name__}") from error
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            # A ConfigDict refuses another type than the key's, and mappings with keys that it could not name.
+            expected = kind.__name__ if kind is not None else "a value of another type"
+            got = type(value).__name__
+            raise ValueError(f"config.{key}={shown(value)}: expected {expected}, got {got}") from error
     return config
 
 
@@ -105,7 +108,7 @@ def key_type(config: ml_collections.ConfigDict, key: str) -> type | None:
         if not isinstance(section, ml_collections.ConfigDict) or name not in section:
             if depth and ".".join([*path, last][:depth]) in OPEN_SECTIONS:
                 return None
-            raise ValueError(f"config.{key}: no such key{_nearest_key(section, name)}")
+            raise ValueError(f"config.{one_line(key)}: no such key{_nearest_key(section, name)}")
         holder, section = section, section[name]
     kind = holder.get_type(last)
     return None if kind in (object, type(None)) else kind
@@ -113,10 +116,7 @@ def key_type(config: ml_collections.ConfigDict, key: str) -> type | None:
 
 def _nearest_key(section: Any, name: str) -> str:
     known = list(section) if isinstance(section, ml_collections.ConfigDict) else []
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known there: {', '.join(known)}" if known else ""
+    return nearest(name, known, cutoff=0.5) or (f"; known there: {', '.join(known)}" if known else "")
 
 
 def _merge(parts: Iterable[Mapping[str, Any]]) -> Overrides:
@@ -124,6 +124,7 @@ def _merge(parts: Iterable[Mapping[str, Any]]) -> Overrides:
     for part in parts:
         for key, value in part.items():
             if key in merged:
-                raise ValueError(f"sweep key {key!r} is set twice, to {merged[key]!r} and {value!r}; keep one of them")
+                both = f"{shown(merged[key])} and {shown(value)}"
+                raise ValueError(f"sweep key {key!r} is set twice, to {both}; keep one of them")
             merged[key] = value
     return merged

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskformer import evaluation, models
-from maskformer.checks import nearest
+from maskformer.checks import nearest, shown
 from maskformer.evaluation.predictions import predict
 from maskformer.models.electra import ElectraConfig
 from maskformer.objectives import Corrupted, Objective, move_token_losses, token_cross_entropy, token_loss_sums
@@ -348,7 +348,7 @@ def parameters(name: str) -> dict[str, inspect.Parameter]:
       ValueError: there is no such task.
     """
     if name not in BUILDERS:
-        raise ValueError(f"task.name={name!r}: expected one of {', '.join(BUILDERS)}{nearest(name, BUILDERS)}")
+        raise ValueError(f"task.name={shown(name)}: expected one of {', '.join(BUILDERS)}{nearest(name, BUILDERS)}")
     takes = list(inspect.signature(BUILDERS[name]).parameters.items())[2:]
     return {key: parameter for key, parameter in takes if key not in _OFFERED}
 
@@ -380,7 +380,7 @@ def create(
         if key not in known:
             expected = f"one of {', '.join(known)}" if known else "none"
             hint = nearest(key, known)
-            raise ValueError(f"task.{key}: task '{name}' has no such parameter; expected {expected}{hint}")
+            raise ValueError(f"task.{shown(key)[1:-1]}: task '{name}' has no such parameter; expected {expected}{hint}")
     takes = inspect.signature(BUILDERS[name]).parameters
     if label_smoothing and "label_smoothing" not in takes:
         raise ValueError(f"train.label_smoothing={label_smoothing!r}: task '{name}' does not take it; set it to 0")

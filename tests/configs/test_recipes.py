@@ -1,22 +1,53 @@
 """Every recipe in configs/: it resolves at every size, leaks nothing, and trains."""
 
+import os
 import pathlib
+import subprocess
+import sys
+import textwrap
 
 import jax
 import pytest
 
-from configs.bert import SIZES
-from maskformer import inspection
+from configs import shapes
+from maskformer import inspection, models, objectives
 from maskformer.training import load_config, objectives_section, resolve, runs, train_and_evaluate
 from tests.training.tiny import metric_lines, tiny_config, write_corpus
 
-RECIPES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py") if path.stem != "__init__")
+RECIPES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py") if path.stem not in ("__init__", "shapes"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_resolves_at_every_size(recipe):
-    for size in SIZES:
+    for size in shapes.GPT if recipe == "gpt" else shapes.BERT:
         resolve(load_config([f"--config=configs/{recipe}.py:{size}"])[0])
+
+
+# Radford et al. 2019, table 2, as the released weights count them: 124, 355, 774 and 1558 million.
+@pytest.mark.parametrize(
+    "size, parameters",
+    [("small", 124_439_808), ("medium", 354_823_168), ("large", 774_030_080), ("xl", 1_557_611_200)],
+)
+def test_gpt_has_the_parameters_of_gpt_2(size, parameters):
+    experiment = resolve(load_config([f"--config=configs/gpt.py:{size},seq=1024,vocab=50257"])[0])
+    vocabulary = objectives.Vocabulary(size=50257, pad=0)
+    assert models.create(experiment.create_model_config(vocabulary)).num_params() == parameters
+
+
+def test_no_recipe_starts_a_device_before_it_trains():
+    # jax.distributed must be initialised before any device, and comes after the config.
+    code = f"""
+        from jax._src import xla_bridge
+        from maskformer.training import load_config, resolve
+        for name in {RECIPES}:
+            resolve(load_config([f"--config=configs/{{name}}.py:tiny", "--config.evaluation.metric=loss"])[0])
+        resolve(load_config(["--config=configs/bert.py:tiny", "--config.evaluation.metric=perplexity"])[0])
+        assert not xla_bridge.backends_are_initialized()
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from maskformer import models
@@ -26,6 +27,12 @@ WRONG = {
     "mask array": (dict(mask="dense(table)"), "model.mask='dense(table)': no array named 'table'"),
     "no mask": (dict(mask=None), "model.mask=None: expected a mask such as 'causal & window(512)'"),
     "mask kind": (dict(mask=("causal", 3)), "model.mask=('causal', 3): expected a mask"),
+    "vanishing epsilon": (dict(norm_epsilon=1e-40), "model.norm_epsilon=1e-40: expected a number above 0, from 1e-30"),
+    "double": (dict(param_dtype="float64"), "model.param_dtype='float64': JAX makes it float32 unless jax_enable_x64"),
+    "doubled output": (dict(output_dtype="float64"), "model.output_dtype='float64': JAX makes it float32"),
+    "backend": (dict(attention_implementation="50%"), "model.attention_implementation='50%': expected one of None,"),
+    "huge": (dict(width=2**40), "model.width=1099511627776: expected an integer of at most 1048576"),
+    "long": (dict(norm="x" * 3000), "model.norm='xxx"),
     "mask pattern": (dict(layers=2, mask=("causal",) * 3), "a pattern of 3 masks is longer than model.layers=2"),
 }
 
@@ -36,7 +43,14 @@ def test_a_wrong_field_is_refused_by_name(name):
     with pytest.raises(ValueError) as error:
         models.EncoderConfig(**{"vocab_size": 100, "layers": 4, "width": 16, "heads": 4, **changes})
     assert message in str(error.value)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_double_precision_is_accepted_where_jax_has_it():
+    with jax.enable_x64(True):
+        config = models.EncoderConfig(vocab_size=20, layers=1, width=8, heads=2, param_dtype="float64")
+        shapes = models.create(config).param_shapes()
+    assert all(leaf.dtype == "float64" for leaf in jax.tree.leaves(shapes))
 
 
 def test_every_choice_that_an_error_offers_is_accepted():

@@ -115,13 +115,6 @@ def test_rolling_frees_the_last_token_and_keeps_the_row_recoverable():
     assert 5 < last_hidden < 100     # 4 of 24 positions are noise
 
 
-def test_rate_zero_hides_nothing():
-    batch = batch_of(2, 16)
-    out = corrupt(objectives.create("span_corruption", VOCABULARY, 16, rate=0.0), batch)
-    assert (out.encoder_input_tokens[:, :16] == batch["tokens"]).all()
-    assert out.decoder_loss_weights.sum() == 0
-
-
 def test_simple_variants_do_what_their_names_say():
     batch = batch_of(64, 20, markers=False)
     tokens = batch["tokens"]
