@@ -12,7 +12,7 @@ import numpy as np
 from maskformer import masks
 from maskformer.attention import dropout, score_mods
 from maskformer.masks.arbitrary import open_closures
-from maskformer.masks.checks import offset
+from maskformer.masks.builder_arguments import offset
 
 DTYPES = tuple(map(jnp.dtype, (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)))
 

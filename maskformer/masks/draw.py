@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from maskformer.masks.checks import whole_number
+from maskformer.masks.builder_arguments import whole_number
 from maskformer.masks.expression import Mask
 from maskformer.masks.parse import parse
 
