@@ -208,8 +208,8 @@ def plain_options(call: Call, *, soft_cap: bool) -> str | None:
     """Why a kernel without score_mod, sinks, dropout and residual (and maybe soft cap) cannot take a call, or None."""
     if call.score_mod is not None:
         return "the kernel runs no score_mod"
-    if call.sinks is not None:
-        return "the kernel has no sinks"
+    if call.sink_logits is not None:
+        return "the kernel has no sink_logits"
     if call.seed is not None:
         return "the kernel's dropout draws other entries than ours"
     if call.return_residual:
