@@ -65,6 +65,11 @@ class Dealing:
         even, odd = (jax.lax.ppermute(x, self.axis, route) for x, route in zip((even, odd), back))
         return jnp.concatenate([even, odd], axis=axis)
 
+    def turn(self, tree: Any) -> Any:
+        """Everything one device onward."""
+        route = [(i, (i + 1) % self.devices) for i in range(self.devices)]
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, route), tree)
+
     def _routes(self, slot: int) -> list[tuple[int, int]]:
         """Part ``2 i + slot`` lies on device i; early parts go to the device of their number, late ones count back."""
         parts = [2 * i + slot for i in range(self.devices)]
@@ -131,7 +136,7 @@ def _ring(parts: list[Call], dealing: Dealing):
     split = [dataclasses.replace(part, sink_logits=None).split() for part in parts]
     # The keys of an input travel, and are put in their place where they arrive.
     inputs = [dataclasses.replace(own, key=None, value=None) for own, _ in split]
-    results = _ring_attend(_Ring(dealing), (inputs, list(zip(keys, values))), [rest for _, rest in split])
+    results = _ring_attend(dealing, (inputs, list(zip(keys, values))), [rest for _, rest in split])
     return results if sink_logits is None else [add_sinks(*result, sink_logits) for result in results]
 
 
@@ -144,43 +149,33 @@ def add_sinks(output: jax.Array, residual: jax.Array, sink_logits: jax.Array) ->
     return (output * share[..., None]).astype(output.dtype), jnp.where(empty, -jnp.inf, total)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Ring:
-    dealing: Dealing
-
-    def turn(self, tree):
-        """Everything one device onward."""
-        n = self.dealing.devices
-        route = [(i, (i + 1) % n) for i in range(n)]
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.dealing.axis, route), tree)
-
-    def pairs(self, step, inputs: list[Inputs], pairs, rests: list[Call]):
-        """For each key part that is here at a step, and each query part: operands of blockwise and where they meet."""
-        source = (jax.lax.axis_index(self.dealing.axis) - step) % self.dealing.devices
-        starts = self.dealing.starts(source, pairs[0][0].shape[1])
-        for j, ((key, value), start) in enumerate(zip(pairs, starts)):
-            for i, (own, rest) in enumerate(zip(inputs, rests)):
-                bias = own.bias
-                if bias is not None and bias.shape[3] > 1:
-                    bias = jax.lax.dynamic_slice_in_dim(bias, start, key.shape[1], axis=3)
-                call = rest.join(dataclasses.replace(own, key=key, value=value, bias=bias))
-                yield i, j, start, _operands(call, start)
+def _meetings(dealing: Dealing, step, inputs: list[Inputs], pairs, rests: list[Call]):
+    """For each key part that is here at a step, and each query part: operands of blockwise and where they meet."""
+    source = (jax.lax.axis_index(dealing.axis) - step) % dealing.devices
+    starts = dealing.starts(source, pairs[0][0].shape[1])
+    for j, ((key, value), start) in enumerate(zip(pairs, starts)):
+        for i, (own, rest) in enumerate(zip(inputs, rests)):
+            bias = own.bias
+            if bias is not None and bias.shape[3] > 1:
+                bias = jax.lax.dynamic_slice_in_dim(bias, start, key.shape[1], axis=3)
+            call = rest.join(dataclasses.replace(own, key=key, value=value, bias=bias))
+            yield i, j, start, _operands(call, start)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring_attend(static: _Ring, traced, rests):
-    return _ring_forward(static, traced, rests)[0]
+def _ring_attend(dealing: Dealing, traced, rests):
+    return _ring_forward(dealing, traced, rests)[0]
 
 
-def _ring_forward(static: _Ring, traced, rests):
+def _ring_forward(dealing: Dealing, traced, rests):
     inputs, pairs = traced
 
     def step(carry, index):
         pairs, rows = carry
         rows = list(rows)
-        for i, _, _, (operands, fixed) in static.pairs(index, inputs, pairs, rests):
+        for i, _, _, (operands, fixed) in _meetings(dealing, index, inputs, pairs, rests):
             rows[i] = _merge(*rows[i], *forward(operands, fixed, rows[i][0].dtype))
-        return (static.turn(pairs), rows), None
+        return (dealing.turn(pairs), rows), None
 
     rows = []
     for own in inputs:
@@ -188,7 +183,7 @@ def _ring_forward(static: _Ring, traced, rests):
         precise = jnp.promote_types(own.query.dtype, jnp.float32)
         shape = (batch, length, heads)
         rows.append((jnp.zeros((*shape, pairs[0][1].shape[-1]), precise), jnp.full(shape, -jnp.inf, precise)))
-    (_, rows), _ = jax.lax.scan(step, (pairs, rows), jnp.arange(static.dealing.devices))
+    (_, rows), _ = jax.lax.scan(step, (pairs, rows), jnp.arange(dealing.devices))
     results = [(output.astype(own.query.dtype), residual) for (output, residual), own in zip(rows, inputs)]
     return results, (traced, rests, rows)
 
@@ -201,7 +196,7 @@ def _merge(output, residual, more_output, more_residual):
     return output, total
 
 
-def _ring_backward(static: _Ring, saved, cotangents):
+def _ring_backward(dealing: Dealing, saved, cotangents):
     (inputs, pairs), rests, rows = saved
 
     def zeros(tree):
@@ -212,18 +207,18 @@ def _ring_backward(static: _Ring, saved, cotangents):
     def step(carry, index):
         pairs, d_pairs, d_inputs = carry
         d_pairs, d_inputs = [list(pair) for pair in d_pairs], list(d_inputs)
-        for i, j, start, (operands, fixed) in static.pairs(index, inputs, pairs, rests):
+        for i, j, start, (operands, fixed) in _meetings(dealing, index, inputs, pairs, rests):
             wanted = jax.tree.map(_floats, operands)
             gradients = backward(Residuals(operands, fixed, *rows[i], None), *cotangents[i], wanted)
             key, value = _back_to_key_heads(gradients, pairs[j][0].shape[2])
             d_pairs[j] = [old + new for old, new in zip(d_pairs[j], (key, value))]
             d_inputs[i] = _add(d_inputs[i], gradients, start)
         d_pairs = [tuple(pair) for pair in d_pairs]
-        return (*static.turn((pairs, d_pairs)), d_inputs), None
+        return (*dealing.turn((pairs, d_pairs)), d_inputs), None
 
     # After a whole turn the keys' gradients are back where the keys came from.
     carry = (pairs, zeros(pairs), zeros(inputs))
-    (_, d_pairs, d_inputs), _ = jax.lax.scan(step, carry, jnp.arange(static.dealing.devices))
+    (_, d_pairs, d_inputs), _ = jax.lax.scan(step, carry, jnp.arange(dealing.devices))
     cast = lambda gradient, x: gradient.astype(x.dtype) if _floats(x) else None
     return jax.tree.map(cast, (d_inputs, d_pairs), (inputs, pairs)), None
 

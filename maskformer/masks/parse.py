@@ -169,7 +169,7 @@ class _Parser:
                     if name not in entry.parameters:
                         self.fail(f"{word}() has no argument {shown(name)}", _nearest(name, entry.parameters))
                     if name in named:
-                        self.fail(f"{word}(): {name!r} is given twice")
+                        self.fail(f"{word}(): {shown(name)} is given twice")
                     self.at += 2
                     named[name] = self.value(entry.parameters[name])
                 else:
