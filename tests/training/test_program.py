@@ -1,0 +1,54 @@
+"""A program needs no device until it is placed, and is lowered from shapes alone to the step that the loop runs."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+
+from maskformer.training import Program
+from maskformer.training.step import masking_key
+from tests.training.tiny import tiny_config
+
+ROOT = pathlib.Path(__file__).parents[2]
+WITHOUT_DEVICE = """
+import sys
+from maskformer.training import Program
+from tests.training.tiny import tiny_config
+program = Program.of(tiny_config(sys.argv[1]))
+program.prepare_data()
+print(len(program.dataset("train")) > 0, program.task.flops_per_token > 0, program.unigram.shape == (program.vocabulary.size,))
+print(program.state_shapes.params["embeddings"]["tokens"]["embedding"].shape[1])
+from jax._src import xla_bridge
+print(xla_bridge.backends_are_initialized())
+"""
+
+
+def test_all_of_a_program_but_its_place_is_made_without_a_device(corpus):
+    environment = {**os.environ, "JAX_PLATFORMS": "nonesuch", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DEVICE, str(corpus)], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["True True True", "32", "False"], done.stderr[-2000:]
+
+
+def test_the_step_lowered_from_shapes_is_the_one_that_runs(corpus, devices):
+    devices(8)
+    placed = Program.of(tiny_config(corpus, mesh__data=2, mesh__fsdp=4)).on()
+    compiled = placed.lower_train().compile()
+    assert compiled.memory_analysis().argument_size_in_bytes > 0
+    state, batch = placed.init(), next(iter(placed.train_batches(0)))
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), state) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), placed.state
+    )
+    # Called as it was compiled: other shapes, types or places would be refused.
+    after = compiled(state, batch)
+    assert int(after.step) == 1
+
+
+def test_every_part_is_made_once(corpus):
+    program = Program.of(tiny_config(corpus))
+    assert program.task is program.task and program.objective is program.task.objective
+    assert program.model is program.task.model and program.dataset("train") is program.dataset("train")
+    assert (masking_key(0) == program.on().masking_key).all()
