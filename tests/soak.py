@@ -180,12 +180,13 @@ class Row:
 
 @contextlib.contextmanager
 def small_disk(folder: pathlib.Path) -> Iterator[Callable[[int], bool]]:
-    """A function that makes a disk at `folder` of so many bytes, or resizes it; False where only root may."""
+    """A function that leaves so many bytes free on a disk at `folder`, made at the first call; False if it cannot."""
     mounted = False
 
-    def resize(size: int) -> bool:
+    def resize(free: int) -> bool:
         nonlocal mounted
-        options = f"{'remount,' if mounted else ''}size={size}"
+        used = shutil.disk_usage(folder).used if mounted else 0
+        options = f"{'remount,' if mounted else ''}size={used + free}"
         done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "soak", str(folder)], capture_output=True)
         mounted = mounted or done.returncode == 0
         return done.returncode == 0

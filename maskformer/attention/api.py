@@ -20,7 +20,7 @@ def dot_product_attention(
     mask: masks.Mask | None = None,
     bias: jax.Array | None = None,
     score_mod: ScoreMod | None = None,
-    sinks: jax.Array | None = None,
+    sink_logits: jax.Array | None = None,
     scale: float | jax.Array | None = None,
     logits_soft_cap: float | None = None,
     dropout_rate: float = 0.0,
@@ -44,7 +44,7 @@ def dot_product_attention(
       bias: added to the scaled logits; broadcasts to [batch, heads, q_len, kv_len]. Differentiable.
       score_mod: ``(score, batch, head, q_position, kv_position) -> score``, written for scalars, applied after the
         bias (see `maskformer.attention.score_mods`). Arrays that it captures are differentiable.
-      sinks: [heads] logits that join the softmax's denominator and no output (as in gpt-oss). Differentiable.
+      sink_logits: [heads] logits that join the softmax's denominator and no output (as in gpt-oss). Differentiable.
       scale: multiplies ``Q K^T``; ``1 / sqrt(head_dim)`` by default.
       logits_soft_cap: ``cap * tanh(logits / cap)``, after bias and score_mod and before the mask.
       dropout_rate: probability of dropping an attention probability, in [0, 1).
@@ -52,7 +52,7 @@ def dot_product_attention(
         position, key position) on every backend, tiling and sharding.
       q_offset: position of the first query, for chunked prefill and decoding; keys start at position 0.
       implementation: a backend by name, or None to let `maskformer.attention.dispatch` choose.
-      return_residual: also return the logsumexp, the logarithm of the softmax's denominator (sinks included).
+      return_residual: also return the logsumexp, the logarithm of the softmax's denominator (sink_logits included).
 
     Returns:
       [batch, q_len, heads, value_dim] in query's dtype; with ``return_residual`` a pair of it and the logsumexp,
@@ -74,7 +74,7 @@ def dot_product_attention(
         mask=mask,
         bias=bias,
         score_mod=score_mod,
-        sinks=sinks,
+        sink_logits=sink_logits,
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         dropout_rate=dropout_rate,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +12,35 @@ import numpy as np
 
 from maskformer import masks
 from maskformer.attention import dropout, score_mods
+from maskformer.checks import shown
 from maskformer.masks.arbitrary import open_closures
-from maskformer.masks.checks import offset
+from maskformer.masks.builder_arguments import offset
 
 DTYPES = tuple(map(jnp.dtype, (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What of a call may have a gradient, or that gradient. Shapes as in `Call`; ``scale`` is []."""
+
+    query: Any
+    key: Any
+    value: Any
+    bias: Any
+    captured: tuple[Any, ...]
+    sink_logits: Any
+    scale: Any
+
+
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One checked attention call. Arrays have a batch axis; optional ones are None when absent."""
+    """One checked attention call. Arrays have a batch axis; optional ones are None when absent.
+
+    A pytree of its arrays. Numbers that are known when it is made are part of its structure, and so stay known under
+    any transformation.
+    """
 
     query: jax.Array  # [batch, q_len, heads, head_dim]
     key: jax.Array  # [batch, kv_len, kv_heads, head_dim]
@@ -27,16 +48,59 @@ class Call:
     mask: masks.Mask | None
     bias: jax.Array | None  # [batch|1, heads|1, q_len|1, kv_len|1]
     score_mod: score_mods.Lifted | None
-    sinks: jax.Array | None  # [heads]
+    sink_logits: jax.Array | None  # [heads]
     seed: jax.Array | None  # uint32 [2]; None without dropout
     dropout_rate: float
-    scale: float
+    scale: float | jax.Array
     logits_soft_cap: float | None
     q_offset: int | jax.Array
     return_residual: bool = False
     # Where a shard's batch entries and heads lie in the whole call: score_mod and dropout go by the whole.
     batch_start: int | jax.Array = 0
     head_start: int | jax.Array = 0
+    known: tuple[str, ...] = dataclasses.field(init=False, repr=False)  # which numbers are
+
+    def __post_init__(self) -> None:
+        known = tuple(name for name in NUMBERS if isinstance(getattr(self, name), (int, float)))
+        object.__setattr__(self, "known", known)
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        fixed = (*OPTIONS, *self.known)
+        arrays = tuple(getattr(self, name) for name in ARRAYS if name not in self.known)
+        return arrays, (self.known, tuple(getattr(self, name) for name in fixed))
+
+    @classmethod
+    def tree_unflatten(cls, structure: Any, arrays: Any) -> Call:
+        # What stands for an array here may be a number, or anything else.
+        known, fixed = structure
+        call = object.__new__(cls)
+        names = (*OPTIONS, *known, *(name for name in ARRAYS if name not in known), "known")
+        for name, value in zip(names, (*fixed, *arrays, known), strict=True):
+            object.__setattr__(call, name, value)
+        return call
+
+    def split(self) -> tuple[Inputs, Call]:
+        """What may have a gradient, and the rest: the call with None in its place."""
+        score_mod = self.score_mod
+        inputs = Inputs(
+            query=self.query,
+            key=self.key,
+            value=self.value,
+            bias=self.bias,
+            captured=score_mod.captured if score_mod else (),
+            sink_logits=self.sink_logits,
+            scale=jnp.asarray(self.scale, jnp.promote_types(self.query.dtype, jnp.float32)),
+        )
+        nothing = Inputs(query=None, key=None, value=None, bias=None, captured=(), sink_logits=None, scale=None)
+        return inputs, self.join(nothing)
+
+    def join(self, inputs: Inputs) -> Call:
+        """The call with other inputs: `split` the other way."""
+        given = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
+        captured = given.pop("captured")
+        return dataclasses.replace(
+            self, **given, score_mod=self.score_mod and dataclasses.replace(self.score_mod, captured=captured)
+        )
 
     @property
     def batch(self) -> int:
@@ -64,6 +128,11 @@ class Call:
         return self.heads // self.kv_heads
 
 
+NUMBERS = ("scale", "q_offset", "batch_start", "head_start")
+OPTIONS = ("dropout_rate", "logits_soft_cap", "return_residual")
+ARRAYS = ("query", "key", "value", "mask", "bias", "score_mod", "sink_logits", "seed", *NUMBERS)
+
+
 def check(
     query,
     key,
@@ -72,7 +141,7 @@ def check(
     mask=None,
     bias=None,
     score_mod=None,
-    sinks=None,
+    sink_logits=None,
     scale=None,
     logits_soft_cap=None,
     dropout_rate=0.0,
@@ -116,23 +185,28 @@ def check(
         if bias.ndim != 4 or any(size not in (1, want) for size, want in zip(bias.shape, full, strict=True)):
             raise ValueError(f"bias: expected a shape that broadcasts to [batch, heads, q_len, kv_len] = {full}, "
                              f"got {bias.shape}")
-    if sinks is not None:
-        sinks = _logits("sinks", sinks)
-        if sinks.shape != (heads,):
-            raise ValueError(f"sinks: expected one logit per query head, shape ({heads},), got {sinks.shape}")
+    if sink_logits is not None:
+        sink_logits = _logits("sink_logits", sink_logits)
+        if sink_logits.shape != (heads,):
+            raise ValueError(
+                f"sink_logits: expected one logit per query head, shape ({heads},), got {sink_logits.shape}"
+            )
     if logits_soft_cap is not None:
         logits_soft_cap = _soft_cap(logits_soft_cap)
     dropout_rate = dropout.static_rate(dropout_rate)
     if dropout_rate > 0 and dropout_key is None:
         raise ValueError(f"dropout_rate is {dropout_rate} but dropout_key is None; pass a key, or rate 0 to evaluate")
+    if score_mod is not None:
+        score_mods.check_heads(score_mod, heads)
+        score_mod = score_mods.lift(score_mod, jnp.promote_types(query.dtype, jnp.float32))
     return Call(
         query=query,
         key=key,
         value=value,
         mask=None if mask is None else _as_mask(mask, batch, heads),
         bias=bias,
-        score_mod=score_mod and score_mods.lift(score_mod, jnp.promote_types(query.dtype, jnp.float32)),
-        sinks=sinks,
+        score_mod=score_mod,
+        sink_logits=sink_logits,
         seed=dropout.seed_words(dropout_key) if dropout_rate > 0 else None,
         dropout_rate=dropout_rate,
         scale=1.0 / math.sqrt(head_dim) if scale is None else _scale(scale),
@@ -157,7 +231,7 @@ def _soft_cap(value) -> float:
         cap = math.nan
     if not 0 < cap < math.inf:
         raise ValueError(
-            f"logits_soft_cap: expected a positive number known while tracing, or None, got {value!r}"
+            f"logits_soft_cap: expected a positive number known while tracing, or None, got {shown(value)}"
         ) from None
     return cap
 
@@ -170,7 +244,7 @@ def _scale(value) -> float | jax.Array:
     real = dtype is not None and (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer))
     if not real or value.shape != ():
         raise ValueError(
-            f"scale: expected a number or a scalar array, got {value!r}; multiply the query by one per head"
+            f"scale: expected a number or a scalar array, got {shown(value)}; multiply the query by one per head"
         )
     return jnp.asarray(value)
 

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 
 from maskformer import masks
 from maskformer.attention import batching, blocks
-from maskformer.attention.arguments import Call
+from maskformer.attention.arguments import Call, Inputs
 from maskformer.attention.blockwise_backward import backward
-from maskformer.attention.blockwise_chunk import Fixed, Inputs, Options, Residuals, vary, varying
+from maskformer.attention.blockwise_chunk import Fixed, Residuals, vary, varying
 from maskformer.attention.blockwise_forward import forward
 
 
@@ -37,79 +37,58 @@ def prefers(call: Call) -> str | None:
 def attend(call: Call) -> tuple[jax.Array, jax.Array]:
     """Output [batch, q_len, heads, value_dim] and logsumexp, float32 [batch, q_len, heads]."""
     mask, block_map = blocks.block_map(call)
-    return run(*operands(call, mask, block_map, q_offset=call.q_offset, kv_offset=0))
+    return run(*operands(call, mask, block_map, kv_offset=0))
 
 
-def operands(call: Call, mask: masks.Mask, block_map: masks.BlockMap, *, q_offset: Any, kv_offset: Any):
-    """What `run` takes: static options, inputs that may have gradients, and the rest.
+def operands(call: Call, mask: masks.Mask, block_map: masks.BlockMap, *, kv_offset: Any) -> tuple[Inputs, Fixed]:
+    """What `run` takes: inputs that may have gradients, and the rest.
 
     Args:
-      q_offset, kv_offset: positions of the first query and key; ints, or traced (a device's shard).
+      kv_offset: the position of the first key; an int, or traced (a device's shard).
     """
-    key, value = call.key, call.value
+    inputs, rest = call.split()
     if block_map.shape[1] > 1 and call.groups > 1:
         # Heads with tile lists of their own share no tiles: each gets its key head.
-        key, value = (jnp.repeat(x, call.groups, axis=2) for x in (key, value))
-    inputs = Inputs(
-        query=call.query,
-        key=key,
-        value=value,
-        bias=call.bias,
-        captured=call.score_mod.captured if call.score_mod else (),
-        sinks=call.sinks,
-        scale=jnp.asarray(call.scale, jnp.promote_types(call.query.dtype, jnp.float32)),
-    )
-    fixed = Fixed(
-        mask=mask,
-        block_map=block_map,
-        seed=call.seed,
-        q_offset=jnp.asarray(q_offset, jnp.int32),
-        kv_offset=jnp.asarray(kv_offset, jnp.int32),
-        batch_start=jnp.asarray(call.batch_start, jnp.int32),
-        head_start=jnp.asarray(call.head_start, jnp.int32),
-    )
-    options = Options(
-        score_mod=call.score_mod and dataclasses.replace(call.score_mod, captured=()),
-        soft_cap=call.logits_soft_cap,
-        dropout_rate=call.dropout_rate,
-    )
+        key, value = (jnp.repeat(x, call.groups, axis=2) for x in (call.key, call.value))
+        inputs = dataclasses.replace(inputs, key=key, value=value)
+    numbers = {name: jnp.asarray(getattr(rest, name), jnp.int32) for name in ("q_offset", "batch_start", "head_start")}
+    fixed = Fixed(dataclasses.replace(rest, mask=mask, **numbers), block_map, jnp.asarray(kv_offset, jnp.int32))
     # Inside a caller's own `jax.shard_map` all vary over the same mesh axes. Out here, where JAX sums the gradients of
     # those that did not.
     axes = frozenset().union(*(varying(leaf) for leaf in jax.tree.leaves((inputs, fixed))))
-    inputs, fixed = jax.tree.map(lambda leaf: vary(leaf, axes), (inputs, fixed))
-    return options, inputs, fixed
+    return jax.tree.map(lambda leaf: vary(leaf, axes), (inputs, fixed))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def run(options: Options, inputs: Inputs, fixed: Fixed):
+@jax.custom_vjp
+def run(inputs: Inputs, fixed: Fixed):
     """Output [batch, q_len, heads, value_dim] and logsumexp [batch, q_len, heads]; differentiable in ``inputs``."""
-    return _forward(options, inputs, fixed, inputs.query.dtype)
+    return _forward(inputs, fixed, inputs.query.dtype)
 
 
-def _forward(options: Options, inputs: Inputs, fixed: Fixed, dtype: Any):
-    compute = functools.partial(forward, options, dtype=dtype)
+def _forward(inputs: Inputs, fixed: Fixed, dtype: Any):
+    compute = functools.partial(forward, dtype=dtype)
     return batching.map_by_map(compute, lambda batched: batched[1].block_map)(inputs, fixed)
 
 
-def _run_forward(options, inputs, fixed):
+def _run_forward(inputs, fixed):
     # With symbolic zeros every leaf says whether anybody wants its gradient: a constant bias costs none.
     wanted = jax.tree.map(lambda leaf: leaf.perturbed, inputs)
     inputs, fixed = jax.tree.map(lambda leaf: leaf.value, (inputs, fixed))
     # A rounded output leaves an error in the sum of a row's gradients. In those of queries, keys and values it drowns
     # in their own rounding; these sum over rows, and have little else.
-    summed = jax.tree.leaves((wanted.bias, wanted.captured, wanted.sinks, wanted.scale))
+    summed = jax.tree.leaves((wanted.bias, wanted.captured, wanted.sink_logits, wanted.scale))
     dtype = inputs.query.dtype
-    output, residual = _forward(options, inputs, fixed, jnp.promote_types(dtype, jnp.float32) if any(summed) else dtype)
+    output, residual = _forward(inputs, fixed, jnp.promote_types(dtype, jnp.float32) if any(summed) else dtype)
     return (output.astype(dtype), residual), Residuals(inputs, fixed, output, residual, _Static.of(wanted))
 
 
-def _run_backward(options, residuals, cotangents):
+def _run_backward(residuals, cotangents):
     d_output, d_residual = (
         None if isinstance(c, jax.custom_derivatives.SymbolicZero) else c for c in cotangents
     )
     if d_output is None:
         d_output = jnp.zeros_like(residuals.output)
-    compute = functools.partial(backward, options, wanted=residuals.wanted.tree())
+    compute = functools.partial(backward, wanted=residuals.wanted.tree())
     compute = batching.map_by_map(compute, lambda batched: batched[0].fixed.block_map)
     return compute(residuals, d_output, d_residual), None
 

@@ -11,10 +11,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from maskformer.attention.arguments import Inputs
 from maskformer.attention.blockwise_chunk import (
     Chunk,
-    Inputs,
-    Options,
     Residuals,
     dot,
     full,
@@ -28,9 +27,7 @@ from maskformer.attention.blockwise_chunk import (
 from maskformer.attention.blockwise_layout import Walk, add_cut
 
 
-def backward(
-    options: Options, residuals: Residuals, d_output: jax.Array, d_residual: jax.Array | None, wanted: Inputs
-) -> Inputs:
+def backward(residuals: Residuals, d_output: jax.Array, d_residual: jax.Array | None, wanted: Inputs) -> Inputs:
     """Gradients of all inputs; None for those nobody wants."""
     original, fixed = residuals.inputs, residuals.fixed
     layout, precise = layout_of(original, fixed, transposed=True), precise_dtype(original)
@@ -43,7 +40,7 @@ def backward(
     want_bias = inputs.bias is not None and wanted.bias
 
     def chunk_pass(carry, index):
-        chunk = Chunk(options, layout, inputs, fixed, index)
+        chunk = Chunk(layout, inputs, fixed, index)
         walk = Walk.of(fixed.block_map, chunk.entry, transposed=True)
 
         def column_pass(carry, column):
@@ -76,9 +73,9 @@ def backward(
     if d_bias is not None and original.bias is not None:
         d_bias = jax.lax.slice(d_bias, (0,) * 4, original.bias.shape).astype(original.bias.dtype)
     d_sinks = None
-    if original.sinks is not None and wanted.sinks:
-        d_sinks = -jnp.sum(jnp.exp(original.sinks.astype(precise) - log_total) * delta, axis=(0, 1))
-        d_sinks = d_sinks.astype(original.sinks.dtype)
+    if original.sink_logits is not None and wanted.sink_logits:
+        d_sinks = -jnp.sum(jnp.exp(original.sink_logits.astype(precise) - log_total) * delta, axis=(0, 1))
+        d_sinks = d_sinks.astype(original.sink_logits.dtype)
     dtype = original.query.dtype
     return Inputs(
         query=(d_query * scale).astype(dtype),
@@ -86,7 +83,7 @@ def backward(
         value=d_value.astype(dtype),
         bias=d_bias,
         captured=tuple(d_captured),
-        sinks=d_sinks,
+        sink_logits=d_sinks,
         scale=d_scale,
     )
 
@@ -160,8 +157,8 @@ class _Column:
             weights = jnp.where(chunk.visible(places, self.start), weights, 0.0)
         d_weights = dot(d_out, self.values, (3, 3)).reshape(weights.shape)
         dropped = weights
-        if chunk.fixed.seed is not None:
-            grown = jnp.where(chunk.keep(places), 1.0 / (1.0 - chunk.options.dropout_rate), 0.0)
+        if chunk.rest.seed is not None:
+            grown = jnp.where(chunk.keep(places), 1.0 / (1.0 - chunk.rest.dropout_rate), 0.0)
             dropped, d_weights = weights * grown, d_weights * grown
         d_value = d_value + dot(d_out_turned, dropped.astype(work).reshape(flat), (3, 2))
 

@@ -12,45 +12,24 @@ import jax.numpy as jnp
 
 from maskformer import masks
 from maskformer.attention import logits, platform
+from maskformer.attention.arguments import Call, Inputs
 from maskformer.attention.blockwise_layout import Layout, cut, plan
-from maskformer.attention.score_mods import Lifted
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What may have a gradient. Shapes as in `maskformer.attention.arguments.Call`; ``scale`` is []."""
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    bias: jax.Array | None
-    captured: tuple[jax.Array, ...]
-    sinks: jax.Array | None
-    scale: jax.Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-    """What has none."""
+    """What has no gradient.
 
-    mask: masks.Mask
+    Attributes:
+      rest: of the call, its inputs taken out; with a mask, and int32 arrays for numbers.
+      block_map: of the mask.
+      kv_offset: int32 [], the position of the first key.
+    """
+
+    rest: Call
     block_map: masks.BlockMap
-    seed: jax.Array | None
-    q_offset: jax.Array
     kv_offset: jax.Array
-    batch_start: jax.Array
-    head_start: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What is static."""
-
-    score_mod: Lifted | None
-    soft_cap: float | None
-    dropout_rate: float
 
 
 @jax.tree_util.register_dataclass
@@ -100,15 +79,17 @@ class Chunk:
     (or the other way about). It is named by its first query and first key.
     """
 
-    def __init__(self, options: Options, layout: Layout, inputs: Inputs, fixed: Fixed, index: jax.Array):
-        self.options, self.layout, self.inputs, self.fixed = options, layout, inputs, fixed
+    def __init__(self, layout: Layout, inputs: Inputs, fixed: Fixed, index: jax.Array):
+        self.layout, self.inputs, self.fixed, self.rest = layout, inputs, fixed, fixed.rest
         self.q_size, self.kv_size = layout.visit
         self.batch_start, self.head_start = layout.origin(index)
         self.batches = self.batch_start + positions(layout.batch_chunk)
         self.heads = self.head_start + positions(layout.head_chunk * layout.groups)
         shape = fixed.block_map.shape
         self.entry = (self.batch_start if shape[0] > 1 else 0, self.head_start if shape[1] > 1 else 0)
-        self.mask = fixed.mask.select(*self.entry)
+        mask = self.rest.mask
+        assert mask is not None
+        self.mask = mask.select(*self.entry)
 
     def of_width(self, blocks: int) -> Chunk:
         """The same chunk, seen so many blocks of keys at a time."""
@@ -127,10 +108,10 @@ class Chunk:
         return cut(self.inputs.bias, self.bias_corner(q_start, kv_start), sizes)
 
     def places(self, q_start: jax.Array, kv_start: jax.Array):
-        fixed = self.fixed
-        q = fixed.q_offset + q_start + positions(self.q_size)
-        k = fixed.kv_offset + kv_start + positions(self.kv_size)
-        return fixed.batch_start + self.batches, fixed.head_start + self.heads, q, k
+        rest = self.rest
+        q = rest.q_offset + q_start + positions(self.q_size)
+        k = self.fixed.kv_offset + kv_start + positions(self.kv_size)
+        return rest.batch_start + self.batches, rest.head_start + self.heads, q, k
 
     def of_queries(self, x: jax.Array, q_start: jax.Array) -> jax.Array:
         """A visit's part of [batch, length, heads, d], the heads of a key head stacked: [b, h, groups * q_size, d]."""
@@ -176,9 +157,9 @@ class Chunk:
         return logits.transform(
             scores,
             bias=bias,
-            score_mod=self.options.score_mod,
+            score_mod=self.rest.score_mod,
             captured=captured,
-            soft_cap=self.options.soft_cap,
+            soft_cap=self.rest.logits_soft_cap,
             places=places,
         )
 
@@ -209,7 +190,8 @@ class Chunk:
         return jnp.minimum(scores, ceiling), seen
 
     def keep(self, places) -> jax.Array:
-        return logits.keep(self.fixed.seed, self.options.dropout_rate, places)
+        assert self.rest.seed is not None
+        return logits.keep(self.rest.seed, self.rest.dropout_rate, places)
 
 
 def working_dtype(inputs: Inputs) -> jnp.dtype:

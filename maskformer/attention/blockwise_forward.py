@@ -8,11 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from maskformer.attention.arguments import Inputs
 from maskformer.attention.blockwise_chunk import (
     Chunk,
     Fixed,
-    Inputs,
-    Options,
     dot,
     full,
     layout_of,
@@ -24,13 +23,13 @@ from maskformer.attention.blockwise_chunk import (
 from maskformer.attention.blockwise_layout import Walk
 
 
-def forward(options: Options, inputs: Inputs, fixed: Fixed, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def forward(inputs: Inputs, fixed: Fixed, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Output [batch, q_len, heads, value_dim] in ``dtype`` and logsumexp [batch, q_len, heads]."""
     layout = layout_of(inputs, fixed, transposed=False)
     inputs = padded(inputs, layout)
 
     def chunk_pass(results, index):
-        chunk = Chunk(options, layout, inputs, fixed, index)
+        chunk = Chunk(layout, inputs, fixed, index)
         walk = Walk.of(fixed.block_map, chunk.entry, transposed=False)
 
         def row_pass(results, row):
@@ -74,7 +73,7 @@ class _Row:
             full(chunk.inputs, (*shape, chunk.inputs.value.shape[-1]), 0, precise),
         )
         # Where a bias or a score_mod makes -inf or NaN of its own, only the online softmax tells them apart.
-        plain = chunk.inputs.bias is None and chunk.options.score_mod is None
+        plain = chunk.inputs.bias is None and chunk.rest.score_mod is None
         if plain and walk.banded:
             return self.at_once(chunk, walk.band_start(self.row))
         if not (plain and layout.widths):
@@ -117,7 +116,7 @@ class _Row:
 
     def _values(self, chunk: Chunk, weights: jax.Array, kv_start: jax.Array, places) -> jax.Array:
         shape = weights.shape[:3]
-        if chunk.fixed.seed is not None:
+        if chunk.rest.seed is not None:
             weights = jnp.where(chunk.keep(places), weights, 0.0)
         weights = weights.astype(self.work).reshape(*self.queries.shape[:3], chunk.kv_size)
         values = chunk.of_keys(chunk.inputs.value, kv_start).astype(self.work)
@@ -128,12 +127,12 @@ def _finish(chunk: Chunk, top: jax.Array, total: jax.Array, output: jax.Array) -
     """Adds the sinks to the denominator, divides, and takes the logarithm."""
     # A row's maximum weighs 1. (To ask whether `top` is -inf would keep XLA's CPU library from fusing the softmax.)
     empty = total == 0
-    if chunk.inputs.sinks is not None:
-        sink = chunk.inputs.sinks.astype(top.dtype)[chunk.heads][:, None]
+    if chunk.inputs.sink_logits is not None:
+        sink = chunk.inputs.sink_logits.astype(top.dtype)[chunk.heads][:, None]
         new_top = jnp.where(empty, top, jnp.maximum(top, sink))
         shrink = jnp.where(empty, 1.0, jnp.exp(top - new_top))
         total = total * shrink + jnp.where(empty, 0.0, jnp.exp(sink - new_top))
         output, top = output * shrink[..., None], new_top
     total = jnp.where(empty, 1.0, total)
-    kept = 1.0 - chunk.options.dropout_rate
+    kept = 1.0 - chunk.rest.dropout_rate
     return output / (total * kept)[..., None], top + jnp.log(total)

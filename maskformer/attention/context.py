@@ -18,9 +18,9 @@ import jax.numpy as jnp
 
 from maskformer import masks
 from maskformer.attention import blocks, blockwise
-from maskformer.attention.arguments import Call
+from maskformer.attention.arguments import Call, Inputs
 from maskformer.attention.blockwise_backward import backward
-from maskformer.attention.blockwise_chunk import Inputs, Residuals
+from maskformer.attention.blockwise_chunk import Residuals
 from maskformer.attention.blockwise_forward import forward
 
 
@@ -64,6 +64,11 @@ class Dealing:
         back = [[(to, source) for source, to in self._routes(slot)] for slot in (0, 1)]
         even, odd = (jax.lax.ppermute(x, self.axis, route) for x, route in zip((even, odd), back))
         return jnp.concatenate([even, odd], axis=axis)
+
+    def turn(self, tree: Any) -> Any:
+        """Everything one device onward."""
+        route = [(i, (i + 1) % self.devices) for i in range(self.devices)]
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, route), tree)
 
     def _routes(self, slot: int) -> list[tuple[int, int]]:
         """Part ``2 i + slot`` lies on device i; early parts go to the device of their number, late ones count back."""
@@ -121,126 +126,66 @@ def _operands(call: Call, kv_offset: Any):
     block = blocks.choose(call)
     moved = masks.Shift.of(mask, call.q_offset, kv_offset)
     block_map = moved.block_map(call.q_len, call.kv_len, block)
-    return blockwise.operands(call, mask, block_map, q_offset=call.q_offset, kv_offset=kv_offset)
+    return blockwise.operands(call, mask, block_map, kv_offset=kv_offset)
 
 
 def _ring(parts: list[Call], dealing: Dealing):
-    results = []
-    keys = [dealing.deal(x, 1) for x in (parts[0].key, parts[0].value)]
+    keys, values = (dealing.deal(x, 1) for x in (parts[0].key, parts[0].value))
     # Sinks belong to the whole row: they join its logsumexp once, after the ring.
-    sinks = parts[0].sinks
-    plain = [dataclasses.replace(part, sinks=None) for part in parts]
-    traced = [
-        dict(
-            query=part.query,
-            bias=part.bias,
-            captured=part.score_mod.captured if part.score_mod else (),
-            scale=jnp.asarray(part.scale, jnp.promote_types(part.query.dtype, jnp.float32)),
-        )
-        for part in plain
-    ]
-    fixed = [
-        dict(
-            mask=part.mask,
-            seed=part.seed,
-            q_offset=jnp.asarray(part.q_offset),
-            batch_start=jnp.asarray(part.batch_start),
-            head_start=jnp.asarray(part.head_start),
-        )
-        for part in plain
-    ]
-    static = _Ring(dealing, _Blank.of(plain[0]))
-    for output, residual in _ring_attend(static, (traced, list(zip(*keys))), fixed):
-        if sinks is not None:
-            output, residual = add_sinks(output, residual, sinks)
-        results.append((output, residual))
-    return results
+    sink_logits = parts[0].sink_logits
+    split = [dataclasses.replace(part, sink_logits=None).split() for part in parts]
+    # The keys of an input travel, and are put in their place where they arrive.
+    inputs = [dataclasses.replace(own, key=None, value=None) for own, _ in split]
+    results = _ring_attend(dealing, (inputs, list(zip(keys, values))), [rest for _, rest in split])
+    return results if sink_logits is None else [add_sinks(*result, sink_logits) for result in results]
 
 
-def add_sinks(output: jax.Array, residual: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
+def add_sinks(output: jax.Array, residual: jax.Array, sink_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Adds learned sinks to the denominators of finished rows."""
     empty = residual == -jnp.inf
     known = jnp.where(empty, 0.0, residual)
-    total = jnp.logaddexp(known, sinks.astype(residual.dtype))
+    total = jnp.logaddexp(known, sink_logits.astype(residual.dtype))
     share = jnp.where(empty, 0.0, jnp.exp(known - total))
     return (output * share[..., None]).astype(output.dtype), jnp.where(empty, -jnp.inf, total)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Blank:
-    """The static rest of a call, hashable."""
-
-    score_mod: Any
-    soft_cap: float | None
-    dropout_rate: float
-
-    @classmethod
-    def of(cls, call: Call):
-        score_mod = call.score_mod and dataclasses.replace(call.score_mod, captured=())
-        return cls(score_mod, call.logits_soft_cap, call.dropout_rate)
-
-    def call(self, traced, fixed, key, value) -> Call:
-        traced = dict(traced)
-        captured = traced.pop("captured")
-        return Call(
-            **traced,
-            **fixed,
-            key=key,
-            value=value,
-            sinks=None,
-            score_mod=self.score_mod and dataclasses.replace(self.score_mod, captured=captured),
-            dropout_rate=self.dropout_rate,
-            logits_soft_cap=self.soft_cap,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ring:
-    dealing: Dealing
-    blank: _Blank
-
-    def turn(self, tree):
-        """Everything one device onward."""
-        n = self.dealing.devices
-        route = [(i, (i + 1) % n) for i in range(n)]
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.dealing.axis, route), tree)
-
-    def pairs(self, step, traced, pairs, fixed):
-        """For each key part that is here at a step, and each query part: operands of blockwise and where they meet."""
-        source = (jax.lax.axis_index(self.dealing.axis) - step) % self.dealing.devices
-        starts = self.dealing.starts(source, pairs[0][0].shape[1])
-        for j, ((key, value), start) in enumerate(zip(pairs, starts)):
-            for i, part in enumerate(traced):
-                part = dict(part)
-                if part["bias"] is not None and part["bias"].shape[3] > 1:
-                    part["bias"] = jax.lax.dynamic_slice_in_dim(part["bias"], start, key.shape[1], axis=3)
-                yield i, j, start, _operands(self.blank.call(part, fixed[i], key, value), start)
+def _meetings(dealing: Dealing, step, inputs: list[Inputs], pairs, rests: list[Call]):
+    """For each key part that is here at a step, and each query part: operands of blockwise and where they meet."""
+    source = (jax.lax.axis_index(dealing.axis) - step) % dealing.devices
+    starts = dealing.starts(source, pairs[0][0].shape[1])
+    for j, ((key, value), start) in enumerate(zip(pairs, starts)):
+        for i, (own, rest) in enumerate(zip(inputs, rests)):
+            bias = own.bias
+            if bias is not None and bias.shape[3] > 1:
+                bias = jax.lax.dynamic_slice_in_dim(bias, start, key.shape[1], axis=3)
+            call = rest.join(dataclasses.replace(own, key=key, value=value, bias=bias))
+            yield i, j, start, _operands(call, start)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring_attend(static: _Ring, inputs, fixed):
-    return _ring_forward(static, inputs, fixed)[0]
+def _ring_attend(dealing: Dealing, traced, rests):
+    return _ring_forward(dealing, traced, rests)[0]
 
 
-def _ring_forward(static: _Ring, inputs, fixed):
-    traced, pairs = inputs
+def _ring_forward(dealing: Dealing, traced, rests):
+    inputs, pairs = traced
 
     def step(carry, index):
         pairs, rows = carry
         rows = list(rows)
-        for i, _, _, (options, operands, rest) in static.pairs(index, traced, pairs, fixed):
-            rows[i] = _merge(*rows[i], *forward(options, operands, rest, rows[i][0].dtype))
-        return (static.turn(pairs), rows), None
+        for i, _, _, (operands, fixed) in _meetings(dealing, index, inputs, pairs, rests):
+            rows[i] = _merge(*rows[i], *forward(operands, fixed, rows[i][0].dtype))
+        return (dealing.turn(pairs), rows), None
 
     rows = []
-    for part in traced:
-        batch, length, heads, _ = part["query"].shape
-        precise = jnp.promote_types(part["query"].dtype, jnp.float32)
+    for own in inputs:
+        batch, length, heads, _ = own.query.shape
+        precise = jnp.promote_types(own.query.dtype, jnp.float32)
         shape = (batch, length, heads)
         rows.append((jnp.zeros((*shape, pairs[0][1].shape[-1]), precise), jnp.full(shape, -jnp.inf, precise)))
-    (_, rows), _ = jax.lax.scan(step, (pairs, rows), jnp.arange(static.dealing.devices))
-    results = [(output.astype(part["query"].dtype), residual) for (output, residual), part in zip(rows, traced)]
-    return results, (inputs, fixed, rows)
+    (_, rows), _ = jax.lax.scan(step, (pairs, rows), jnp.arange(dealing.devices))
+    results = [(output.astype(own.query.dtype), residual) for (output, residual), own in zip(rows, inputs)]
+    return results, (traced, rests, rows)
 
 
 def _merge(output, residual, more_output, more_residual):
@@ -251,9 +196,8 @@ def _merge(output, residual, more_output, more_residual):
     return output, total
 
 
-def _ring_backward(static: _Ring, saved, cotangents):
-    (traced, pairs), fixed, rows = saved
-    wanted = Inputs(query=True, key=True, value=True, bias=True, captured=(), sinks=False, scale=True)
+def _ring_backward(dealing: Dealing, saved, cotangents):
+    (inputs, pairs), rests, rows = saved
 
     def zeros(tree):
         return jax.tree.map(
@@ -261,32 +205,34 @@ def _ring_backward(static: _Ring, saved, cotangents):
         )
 
     def step(carry, index):
-        pairs, d_pairs, d_traced = carry
-        d_pairs, d_traced = [list(pair) for pair in d_pairs], [dict(part) for part in d_traced]
-        for i, j, start, (options, operands, rest) in static.pairs(index, traced, pairs, fixed):
-            flags = dataclasses.replace(wanted, captured=tuple(_floats(x) for x in operands.captured))
-            residuals = Residuals(operands, rest, *rows[i], None)
-            gradients = backward(options, residuals, *cotangents[i], flags)
+        pairs, d_pairs, d_inputs = carry
+        d_pairs, d_inputs = [list(pair) for pair in d_pairs], list(d_inputs)
+        for i, j, start, (operands, fixed) in _meetings(dealing, index, inputs, pairs, rests):
+            wanted = jax.tree.map(_floats, operands)
+            gradients = backward(Residuals(operands, fixed, *rows[i], None), *cotangents[i], wanted)
             key, value = _back_to_key_heads(gradients, pairs[j][0].shape[2])
             d_pairs[j] = [old + new for old, new in zip(d_pairs[j], (key, value))]
-            mine = d_traced[i]
-            mine["query"] = mine["query"] + gradients.query
-            mine["scale"] = mine["scale"] + gradients.scale
-            mine["captured"] = tuple(
-                old if new is None else old + new for old, new in zip(mine["captured"], gradients.captured)
-            )
-            if mine["bias"] is not None:
-                at = start if mine["bias"].shape[3] > 1 else 0
-                old = jax.lax.dynamic_slice_in_dim(mine["bias"], at, gradients.bias.shape[3], axis=3)
-                mine["bias"] = jax.lax.dynamic_update_slice_in_dim(mine["bias"], old + gradients.bias, at, axis=3)
+            d_inputs[i] = _add(d_inputs[i], gradients, start)
         d_pairs = [tuple(pair) for pair in d_pairs]
-        return (*static.turn((pairs, d_pairs)), d_traced), None
+        return (*dealing.turn((pairs, d_pairs)), d_inputs), None
 
     # After a whole turn the keys' gradients are back where the keys came from.
-    carry = (pairs, zeros(pairs), zeros(traced))
-    (_, d_pairs, d_traced), _ = jax.lax.scan(step, carry, jnp.arange(static.dealing.devices))
+    carry = (pairs, zeros(pairs), zeros(inputs))
+    (_, d_pairs, d_inputs), _ = jax.lax.scan(step, carry, jnp.arange(dealing.devices))
     cast = lambda gradient, x: gradient.astype(x.dtype) if _floats(x) else None
-    return jax.tree.map(cast, (d_traced, d_pairs), (traced, pairs)), None
+    return jax.tree.map(cast, (d_inputs, d_pairs), (inputs, pairs)), None
+
+
+def _add(sums: Inputs, gradients: Inputs, start: Any) -> Inputs:
+    """The sums of a query part and what one part of the keys, from ``start`` on, adds to them."""
+    captured = tuple(old if new is None else old + new for old, new in zip(sums.captured, gradients.captured))
+    bias = sums.bias
+    if bias is not None and gradients.bias is not None:
+        at = start if bias.shape[3] > 1 else 0
+        old = jax.lax.dynamic_slice_in_dim(bias, at, gradients.bias.shape[3], axis=3)
+        bias = jax.lax.dynamic_update_slice_in_dim(bias, old + gradients.bias, at, axis=3)
+    query, scale = sums.query + gradients.query, sums.scale + gradients.scale
+    return dataclasses.replace(sums, query=query, bias=bias, captured=captured, scale=scale)
 
 
 def _floats(x) -> bool:

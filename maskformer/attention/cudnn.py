@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from maskformer import masks
 from maskformer.attention import batching, intervals, platform
 from maskformer.attention.arguments import Call, fill
+from maskformer.checks import shown
 
 HEAD_DIM_LIMIT = 128
 KERNEL = "cudnn"
@@ -82,7 +83,7 @@ def _parse(call: Call) -> tuple[dict, jax.Array | None] | str:
         elif isinstance(term, masks.KeyPadding) and term.valid is None and lengths is None:
             lengths = term.lengths
         else:
-            return f"the kernel has no form of {term!r}, and would take it as a dense bias"
+            return f"the kernel has no form of {shown(term)}, and would take it as a dense bias"
     if window is not None and window.right != 0:
         if not causal:
             return f"the kernel has left windows only, and {window!r} looks right"

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 
 import jax
 
-from maskformer.attention import blockwise, context, cudnn, platform, reference, sharding, splash, tokamax
+from maskformer.attention import blockwise, context, cudnn, placements, platform, reference, splash, tokamax
 from maskformer.attention.arguments import Call
+from maskformer.checks import nearest, shown
 
 BACKENDS: dict[str, types.ModuleType] = {
     "splash": splash,
@@ -62,8 +63,11 @@ def choose(call: Call, implementation: str | None = None) -> Choice:
       ValueError: if ``implementation`` is unknown, or cannot honour the call.
     """
     if implementation is not None:
-        if implementation not in BACKENDS:
-            raise ValueError(f"implementation: expected one of {', '.join(BACKENDS)}, or None, got {implementation!r}")
+        if not isinstance(implementation, str) or implementation not in BACKENDS:
+            raise ValueError(
+                f"implementation: expected one of {', '.join(BACKENDS)}, or None, got {shown(implementation)}"
+                f"{nearest(implementation, BACKENDS)}"
+            )
         reason = BACKENDS[implementation].refuses(call)
         if reason is not None:
             raise ValueError(
@@ -84,18 +88,18 @@ def choose(call: Call, implementation: str | None = None) -> Choice:
 
 def run(call: Call, implementation: str | None) -> tuple[jax.Array, jax.Array | None]:
     """Computes a call, over the devices of the placement in force."""
-    placement = sharding.current()
+    placement = placements.current()
     if placement is None:
         return _run_local(call, implementation)
     if placement.size(placement.context) == 1:
-        return sharding.attend(call, placement, functools.partial(_run_local, implementation=implementation))
+        return placements.attend(call, placement, functools.partial(_run_local, implementation=implementation))
     if placement.context_method == "ring" and implementation not in (None, "blockwise"):
         raise ValueError(
             f"implementation {implementation!r} cannot honour this call: its keys travel round mesh axis "
             f"{placement.context!r}, which blockwise alone can compute; context_method='all_gather' takes any backend"
         )
     run_context = functools.partial(_run_context, implementation=implementation, placement=placement)
-    return sharding.attend(call, placement, run_context)
+    return placements.attend(call, placement, run_context)
 
 
 def _run_local(call: Call, implementation: str | None, after: str = ""):
@@ -108,7 +112,7 @@ def _run_local(call: Call, implementation: str | None, after: str = ""):
     return output, residual
 
 
-def _run_context(call: Call, implementation: str | None, placement: sharding.Placement):
+def _run_context(call: Call, implementation: str | None, placement: placements.Placement):
     axis = placement.context
     assert axis is not None
     devices = placement.size(axis)

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskformer.checks import shown
+
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: consecutive counters land far apart
 # Multipliers of Chris Wellons' "lowbias32", found by search for the lowest avalanche bias.
 _MULTIPLY_1 = 0x7FEB352D
@@ -117,7 +119,7 @@ def static_rate(rate: float) -> float:
     except (TypeError, ValueError):
         number = -1.0
     if not 0.0 <= number < 1.0:
-        raise ValueError(f"dropout rate: expected 0 <= rate < 1, known while tracing; got {rate!r}") from None
+        raise ValueError(f"dropout rate: expected 0 <= rate < 1, known while tracing; got {shown(rate)}") from None
     return number
 
 

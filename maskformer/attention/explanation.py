@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maskformer.attention import arguments, blocks, dispatch, platform, sharding
+from maskformer.attention import arguments, blocks, dispatch, placements, platform
 from maskformer.attention.arguments import Call
 
 
@@ -73,7 +73,7 @@ def explain_call(mask, query, key, value, implementation: str | None, options: d
     """See `maskformer.attention.explain`."""
     query, key, value = (_array_like(x) for x in (query, key, value))
     found: dict[str, Any] = {}
-    placement = sharding.current()
+    placement = placements.current()
     devices = 1 if placement is None else placement.size(placement.context)
     # What has a shape alone is traced like the queries; the rest, a concrete mask above all, stays known.
     leaves, structure = jax.tree.flatten((mask, options))

@@ -13,6 +13,7 @@ import numpy as np
 
 from maskformer import masks
 from maskformer.attention.arguments import Call
+from maskformer.checks import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,7 @@ def _run(mask: masks.Mask, call: Call) -> Bounds | str:
             return _runs(mask.terms, call)
         case masks.Or():
             return _union(mask, call)
-    return f"its mask has the term {mask!r}, which is not one run of keys per query"
+    return f"its mask has the term {shown(mask)}, which is not one run of keys per query"
 
 
 def _union(mask: masks.Or, call: Call) -> Bounds | str:
@@ -143,7 +144,7 @@ def _union(mask: masks.Or, call: Call) -> Bounds | str:
         starts.append(found[0])
         ends.append(found[1])
     if not (all(start is None for start in starts) or all(map(_sees_itself, mask.terms))):
-        return f"its mask has the term {mask!r}, which is not known to be one run of keys per query"
+        return f"its mask has the term {shown(mask)}, which is not known to be one run of keys per query"
     return _unless_open(jnp.minimum, starts), _unless_open(jnp.maximum, ends)
 
 
@@ -208,8 +209,8 @@ def plain_options(call: Call, *, soft_cap: bool) -> str | None:
     """Why a kernel without score_mod, sinks, dropout and residual (and maybe soft cap) cannot take a call, or None."""
     if call.score_mod is not None:
         return "the kernel runs no score_mod"
-    if call.sinks is not None:
-        return "the kernel has no sinks"
+    if call.sink_logits is not None:
+        return "the kernel has no sink_logits"
     if call.seed is not None:
         return "the kernel's dropout draws other entries than ours"
     if call.return_residual:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import jax
 
+from maskformer.checks import nearest, shown
+
 _assumed: contextvars.ContextVar[str | None] = contextvars.ContextVar("assumed_platform", default=None)
 
 
@@ -28,7 +30,8 @@ def assume(platform: str) -> Iterator[None]:
     'tpu'
     """
     if platform not in ("cpu", "gpu", "tpu"):
-        raise ValueError(f"platform: expected 'cpu', 'gpu' or 'tpu', got {platform!r}")
+        near = nearest(platform, ("cpu", "gpu", "tpu"))
+        raise ValueError(f"platform: expected 'cpu', 'gpu' or 'tpu', got {shown(platform)}{near}")
     token = _assumed.set(platform)
     try:
         yield

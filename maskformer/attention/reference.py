@@ -64,14 +64,14 @@ def attend(call: Call) -> tuple[jax.Array, jax.Array]:
 
     # A row that attends to nothing has maximum -inf; 0 in its place makes every exponential 0 and every gradient 0.
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf))
-    if call.sinks is not None:
-        sink = call.sinks.astype(precise)[:, None, None]
+    if call.sink_logits is not None:
+        sink = call.sink_logits.astype(precise)[:, None, None]
         top = jnp.where(top == -jnp.inf, top, jnp.maximum(top, jax.lax.stop_gradient(sink)))
     empty = top == -jnp.inf
     top = jnp.where(empty, 0.0, top)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    if call.sinks is not None:
+    if call.sink_logits is not None:
         total = total + jnp.exp(jnp.where(empty, -jnp.inf, sink - top))
     total = jnp.where(empty, 1.0, total)
     residual = jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]

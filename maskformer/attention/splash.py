@@ -108,11 +108,11 @@ def attend(call: Call) -> tuple[jax.Array, jax.Array]:
         for x, pad in ((query, q_pad), (call.key, kv_pad), (call.value, kv_pad))
     )
     options = _Options(block_q, block_kv, call.logits_soft_cap, function)
-    output, residual = _over_batch(options, query, key, value, call.sinks, infos, q_sequence, segment_ids)
+    output, residual = _over_batch(options, query, key, value, call.sink_logits, infos, q_sequence, segment_ids)
     return output[:, :, : call.q_len].transpose(0, 2, 1, 3), residual[:, :, : call.q_len].transpose(0, 2, 1)
 
 
-def _over_batch(options, query, key, value, sinks, infos, q_sequence, segment_ids):
+def _over_batch(options, query, key, value, sink_logits, infos, q_sequence, segment_ids):
     """The kernel over the batch: as more heads where all entries share their tiles, one entry at a time if not."""
     batch, heads = query.shape[:2]
     per_entry = (infos, segment_ids)
@@ -130,14 +130,14 @@ def _over_batch(options, query, key, value, sinks, infos, q_sequence, segment_id
                 for info in infos
             )
         query, key, value = (x.reshape(-1, *x.shape[2:]) for x in (query, key, value))
-        sinks = None if sinks is None else jnp.tile(sinks, batch)
+        sink_logits = None if sink_logits is None else jnp.tile(sink_logits, batch)
         infos = jax.tree.map(lambda x: x[0], infos)
-        output, residual = _attend(options, query, key, value, sinks, infos, q_sequence, None)
+        output, residual = _attend(options, query, key, value, sink_logits, infos, q_sequence, None)
         return output.reshape(batch, heads, *output.shape[1:]), residual.reshape(batch, heads, -1)
 
     def entry(b):
         picked_infos, picked_ids = jax.tree.map(lambda x: x[b] if x.shape[0] > 1 else x[0], per_entry)
-        return _attend(options, query[b], key[b], value[b], sinks, picked_infos, q_sequence, picked_ids)
+        return _attend(options, query[b], key[b], value[b], sink_logits, picked_infos, q_sequence, picked_ids)
 
     return jax.lax.map(entry, jnp.arange(batch))
 
@@ -165,7 +165,7 @@ class _Options:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options, query, key, value, sinks, infos, q_sequence, segment_ids):
+def _attend(options, query, key, value, sink_logits, infos, q_sequence, segment_ids):
     """One batch entry, heads first: output [heads, q, value_dim], logsumexp [heads, q]."""
     info = infos[0]._replace(q_sequence=q_sequence)
     output, (residual,) = kernels._splash_attention_forward(
@@ -184,20 +184,20 @@ def _attend(options, query, key, value, sinks, infos, q_sequence, segment_ids):
     empty = ~(residual > 0.5 * _MASKED)
     output = jnp.where(empty[..., None], 0.0, output.astype(jnp.float32))
     residual = jnp.where(empty, -jnp.inf, residual)
-    if sinks is not None:
-        total = jnp.where(empty, -jnp.inf, jnp.logaddexp(residual, sinks.astype(jnp.float32)[:, None]))
+    if sink_logits is not None:
+        total = jnp.where(empty, -jnp.inf, jnp.logaddexp(residual, sink_logits.astype(jnp.float32)[:, None]))
         output = output * jnp.where(empty, 0.0, jnp.exp(residual - jnp.where(empty, 0.0, total)))[..., None]
         residual = total
     return output.astype(query.dtype), residual
 
 
-def _attend_forward(options, query, key, value, sinks, infos, q_sequence, segment_ids):
-    output, residual = _attend(options, query, key, value, sinks, infos, q_sequence, segment_ids)
-    return (output, residual), (query, key, value, sinks, infos, q_sequence, segment_ids, output, residual)
+def _attend_forward(options, query, key, value, sink_logits, infos, q_sequence, segment_ids):
+    output, residual = _attend(options, query, key, value, sink_logits, infos, q_sequence, segment_ids)
+    return (output, residual), (query, key, value, sink_logits, infos, q_sequence, segment_ids, output, residual)
 
 
 def _attend_backward(options, saved, cotangents):
-    query, key, value, sinks, infos, q_sequence, segment_ids, output, residual = saved
+    query, key, value, sink_logits, infos, q_sequence, segment_ids, output, residual = saved
     d_output, d_residual = cotangents
     empty = residual == -jnp.inf
     delta = jnp.sum(output.astype(jnp.float32) * d_output.astype(jnp.float32), axis=-1)
@@ -225,9 +225,9 @@ def _attend_backward(options, saved, cotangents):
         **common,
     )
     d_sinks = None
-    if sinks is not None:
-        d_sinks = -jnp.sum(jnp.exp(sinks.astype(jnp.float32)[:, None] - residual) * delta, axis=1)
-        d_sinks = d_sinks.astype(sinks.dtype)
+    if sink_logits is not None:
+        d_sinks = -jnp.sum(jnp.exp(sink_logits.astype(jnp.float32)[:, None] - residual) * delta, axis=1)
+        d_sinks = d_sinks.astype(sink_logits.dtype)
     return d_query, d_key, d_value, d_sinks, None, None, None
 
 

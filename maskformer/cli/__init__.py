@@ -6,10 +6,12 @@ Each command is one module of this package, and a new one needs nothing else. `c
     def add_arguments(parser: Parser) -> None
         Its flags. `parser.epilog` may be set, and `parser.recipes` are the recipes that `--config=` names, for a
         command whose flags depend on what a recipe registers. Called only when this command is the one that is run.
+        The names `command`, `owns_process`, `parser`, `run` and `verbose` are taken.
 
     def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int
         Does it and returns the exit code. `config_flags` are the `--config...` flags as they were written; a command
-        that reads no recipe refuses them (`cli.parser.no_config`).
+        that reads no recipe refuses them (`cli.parser.no_config`). `arguments.owns_process` says that the process is
+        this command and nothing else, which may then answer its signals.
 
 A mistake of the user is a `ValueError` of one line: it ends the command with exit code 2. Modules of commands import
 nothing that imports JAX before `run` (or before `add_arguments`, where flags come from a table): `maskformer --help`
@@ -77,6 +79,7 @@ def create_parser(argv: Sequence[str]) -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a usage error is one line on stderr and exit code 2."""
+    owns_process = argv is None
     argv = sys.argv[1:] if argv is None else argv
     try:
         arguments, rest = create_parser(argv).parse_known_args(argv)
@@ -92,15 +95,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(message)s")
     if not arguments.verbose:
         logging.getLogger("absl").setLevel(logging.ERROR)
-    from maskformer.training.checkpoints import CheckpointError
-    from maskformer.training.distributed import JoinError
-
+    arguments.owns_process = owns_process
     try:
         return arguments.run(arguments, rest)
-    except (ValueError, CheckpointError, JoinError) as error:
+    except _mistakes() as error:
         if arguments.verbose:
             raise
         return _refuse(error)
+
+
+def _mistakes() -> tuple[type[Exception], ...]:
+    """What is no fault of the program; looked up when something was raised, since JAX comes with it."""
+    from maskformer.training.checkpoints import CheckpointError
+    from maskformer.training.distributed import JoinError
+
+    return ValueError, CheckpointError, JoinError
 
 
 def _refuse(error: object) -> int:

@@ -97,7 +97,7 @@ def _flag(argument: str) -> str:
 def _add_option(parser: Parser, argument: str, options: dict[str, Option]) -> None:
     """The flag of an option, which stands for None unless it is given."""
     flag = _flag(argument)
-    if flag in parser.flags or argument == "verbose":
+    if flag in parser.flags or argument in ("command", "owns_process", "parser", "run", "verbose"):
         raise ValueError(f"measure {next(iter(options))!r}: {flag} is a flag of evaluate itself; rename the option")
     option = next(iter(options.values()))
     assert option.help is not None

@@ -17,14 +17,25 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--workdir", required=True, type=folder, help="folder of the run; the same command resumes it"
     )
+    parser.add_argument(
+        "--steal", action="store_true", help="take the workdir over from another training that still has it"
+    )
     parser.add_argument("--sweep", metavar="NAME", help="which sweep of the recipe (sweep_NAME)")
     parser.add_argument("--sweep-index", type=int, help="train this run of the sweep, in WORKDIR/INDEX")
 
 
 def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
+    from maskformer.training.preemption import PreemptionGuard
+
     if arguments.sweep is not None and arguments.sweep_index is None:
         raise ValueError(f"--sweep={shown(arguments.sweep)}: needs --sweep-index, the run of the sweep to train")
-    from maskformer.training import EX_TEMPFAIL, Preempted, distributed, loop, recipes, resolve, sweeps
+    # Before JAX is imported and anything is read: a signal in these seconds asks for a requeue too.
+    with PreemptionGuard(ends_process=arguments.owns_process):
+        return _train(arguments, config_flags)
+
+
+def _train(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
+    from maskformer.training import Preempted, distributed, loop, recipes, resolve, sweeps
     from maskformer.training.workdir import RunError, prepare_workdir
 
     config, recipe = recipes.load_config(config_flags)
@@ -39,10 +50,10 @@ def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     prepare_workdir(workdir)
     distributed.initialize()
     try:
-        loop.train_and_evaluate(config, workdir)
+        loop.train_and_evaluate(config, workdir, steal=arguments.steal)
     except Preempted as stop:
         print(stop, file=sys.stderr)
-        return EX_TEMPFAIL
+        return stop.exit_code
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

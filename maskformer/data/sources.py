@@ -81,7 +81,7 @@ class _Tfds:
                 f"dataset {name!r} is prepared as {builder.info.file_format.value}, which has no random access;"
                 f" prepare it as array_record: {_prepare_command(name, 'ANOTHER_FOLDER')}"
             ) from None
-        except (ValueError, AssertionError) as error:
+        except Exception as error:  # slices that hold nothing, damaged files: TFDS and array_record raise many kinds
             raise DataError(f"dataset {name!r}, split {shown(split)}: {first_line(error)}") from None
         self._name, self._text_key = name, text_key
         # TFDS records the size of every shard when it prepares them; a path alone would miss a new preparation.
@@ -101,7 +101,8 @@ class _Tfds:
             if not isinstance(text, str):
                 raise DataError(
                     f"data.text_key={shown(self._text_key)}: record {number} of {self._name!r} has"
-                    f" {type(text).__name__} there, expected text"
+                    f" {type(text).__name__} there, expected text;"
+                    " set data.text_key, or prepare it again if it is damaged"
                 )
             yield text
         if damaged:
@@ -114,8 +115,15 @@ class _Tfds:
     def _texts(self) -> Iterator[Any]:
         size = len(self._records)
         for start in range(0, size, _READ_AT_ONCE):
-            for record in self._records.__getitems__(range(start, min(start + _READ_AT_ONCE, size))):
-                yield record[self._text_key]
+            stop = min(start + _READ_AT_ONCE, size)
+            try:
+                texts = [record[self._text_key] for record in self._records.__getitems__(range(start, stop))]
+            except Exception as error:  # array_record's own
+                raise DataError(
+                    f"dataset {self._name!r}, records {start} to {stop - 1}: {first_line(error)};"
+                    " a file of it is damaged or missing: prepare it again"
+                ) from None
+            yield from texts
 
 
 def _prepared_austen() -> Any:
@@ -153,12 +161,17 @@ def tfds_builder(config: DataConfig, **options: Any) -> Any:
     if not is_text(config.data_dir or ""):
         raise DataError(f"data.data_dir={shown(config.data_dir)}: TFDS needs a name in UTF-8; rename the folder")
     try:
-        return tfds.builder(config.tfds_name, data_dir=config.data_dir, **options)
+        builder = tfds.builder(config.tfds_name, data_dir=config.data_dir, **options)
+        if builder.info.splits and builder.info.features is None:
+            raise ValueError("features.json is missing; prepare it again")
+        return builder
     except tfds.core.DatasetNotFoundError:
         raise DataError(f"data.name={shown(config.name)}: {_not_found(config)}") from None
-    except (ValueError, AssertionError, OSError) as error:  # an unknown configuration or version of a known dataset
+    except Exception as error:  # an unknown configuration or version, damaged files: TFDS raises many kinds
         # TFDS begins with the call and ends with a list that its first line only announces.
         reason = first_line(error).split('}": ')[-1].split(". Here are")[0]
+        if not isinstance(error, (ValueError, AssertionError, ImportError)):
+            reason += "; a file of it is damaged or missing: prepare it again"
         raise DataError(f"data.name={shown(config.name)}: {reason}") from None
 
 
@@ -169,7 +182,8 @@ def _not_found(config: DataConfig) -> str:
     known = tfds.list_builders(with_community_datasets=False)
     base = re.split("[/:]", config.tfds_name)[0]
     root = Path(config.data_dir or tfds.core.constants.DATA_DIR).expanduser()
-    versions = sorted(path.parent.relative_to(root) for path in (root / base).rglob("dataset_info.json"))
+    found = (root / base).rglob("dataset_info.json") if base.isidentifier() else ()
+    versions = sorted(path.parent.relative_to(root) for path in found)
     if versions:
         names = ", ".join(f"tfds:{path.parent}:{path.name}" for path in versions)
         return f"no such version or configuration; prepared in {root}: {names}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -11,13 +12,18 @@ from maskformer.evaluation.measure import Measurable
 from maskformer.objectives import Corrupted, Objective, Vocabulary
 
 
+def predict(
+    model: Any, objective: Objective, params: Any, corrupted: Corrupted, dropout_key: jax.Array | None = None
+) -> jax.Array:
+    """The model's logits [batch, predicted, vocabulary] at the positions that the objective predicts, under its
+    attention; without a dropout key, deterministic.
+    """
+    return model.apply(params, **corrupted.inputs(objective.attend(corrupted)), dropout_key=dropout_key)
+
+
 def predictions(model: Any, objective: Objective) -> Predict:
-    """A function `params, corrupted -> logits` [batch, predicted, vocabulary] under the objective's attention."""
-
-    def predict(params: Any, corrupted: Corrupted) -> jax.Array:
-        return model.apply(params, **corrupted.inputs(objective.attend(corrupted)))
-
-    return predict
+    """`predict` of this model and objective: a function `params, corrupted -> logits`."""
+    return functools.partial(predict, model, objective)
 
 
 def objective_with_masks(run: Measurable, measure: str) -> Objective:

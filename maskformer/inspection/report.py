@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from maskformer.checks import printable
+from maskformer.inspection import report_render
 from maskformer.inspection.declared import Example, Network, declared_layers
 from maskformer.inspection.leaks import check_tokens, relabel
 from maskformer.objectives import KEEP, MASK, RANDOM, Objective
@@ -77,15 +78,11 @@ class MaskReport:
 
     def to_text(self, color: bool = False, width: int = 100) -> str:
         """The report for a terminal; `color` adds ANSI colours to the sample rows."""
-        from maskformer.inspection.report_render import to_text
-
-        return to_text(self, color, width)
+        return report_render.to_text(self, color, width)
 
     def to_html(self) -> str:
         """The report as one HTML page without any outside reference."""
-        from maskformer.inspection.report_render import to_html
-
-        return to_html(self)
+        return report_render.to_html(self)
 
 
 def mask_report(

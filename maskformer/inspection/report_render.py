@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import html
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from maskformer.checks import printable
-from maskformer.inspection.report import MaskReport, SampleRow
+
+if TYPE_CHECKING:
+    from maskformer.inspection.report import MaskReport, SampleRow
 
 _ANSI = {
     "mask": "\033[1;37;41m", "random": "\033[1;35m", "keep": "\033[1;33m", "hidden": "\033[31m", "special": "\033[2m",

@@ -10,6 +10,7 @@ True
 
 from maskformer.masks.arbitrary import Dense, Predicate, dense, predicate
 from maskformer.masks.block_map import BlockMap, block_map
+from maskformer.masks.builders import builder
 from maskformer.masks.composites import Choice, PerHead, Shift, per_head, shift
 from maskformer.masks.draw import draw, picture
 from maskformer.masks.expression import And, Mask, Not, Or
@@ -44,7 +45,6 @@ from maskformer.masks.ranges import (
     key_ranges,
     query_ranges,
 )
-from maskformer.masks.registry import builder
 from maskformer.masks.sequences import (
     Documents,
     GlobalTokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskformer.masks.checks import array as check_array
-from maskformer.masks.checks import canonical
+from maskformer.checks import shown
+from maskformer.masks.builder_arguments import array as check_array
+from maskformer.masks.builder_arguments import as_array, canonical
+from maskformer.masks.builders import builder
 from maskformer.masks.expression import Mask, leaf, take
-from maskformer.masks.registry import builder
 
 
 @leaf(array=2)
@@ -68,7 +70,7 @@ class Predicate(Mask):
         def one(q: Any, k: Any) -> Any:
             answer = self.fn(q, k, *arrays)
             if answer is None or isinstance(answer, (tuple, list, dict, Mask)):
-                raise TypeError(f"predicate({name}) returned a {type(answer).__name__}, expected one bool")
+                raise ValueError(f"predicate({name}) returned a {type(answer).__name__}, expected one bool")
             # A number attends unless it is 0; `&` and `~` of the mask must not see its bits.
             return jnp.asarray(answer).astype(bool)
 
@@ -162,17 +164,38 @@ def predicate(fn: Callable[..., Any], *arrays: Any, batch_dims: int = 0) -> Mask
     █ · · █
     """
     if not callable(fn):
-        raise TypeError(f"predicate takes a function of (q, k, *arrays); got {type(fn).__name__}")
-    if batch_dims not in (0, 1, 2):
-        raise ValueError(f"predicate: batch_dims={batch_dims!r}, expected 0, 1 or 2")
+        raise ValueError(f"predicate takes a function of (q, k, *arrays); got {type(fn).__name__} {shown(fn)}")
+    if type(batch_dims) is not int or batch_dims not in (0, 1, 2):
+        raise ValueError(f"predicate: batch_dims={shown(batch_dims)}, expected 0, 1 or 2")
     arrays = tuple(_as_jax_would(index, array) for index, array in enumerate(arrays))
+    _check_parameters(fn, len(arrays))
     ranks = tuple(np.ndim(array) - batch_dims for array in arrays)
     if min(ranks, default=0) < 0:
         raise ValueError(f"predicate: an array has fewer dimensions than batch_dims={batch_dims}")
     return Predicate(fn, arrays, ranks)
 
 
+def _check_parameters(fn: Callable[..., Any], arrays: int) -> None:
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # of a function that is not Python's
+        return
+    try:
+        signature.bind(*[None] * (2 + arrays))
+    except TypeError as error:
+        raise ValueError(
+            f"predicate: fn is called with q, k and {arrays} array{'s' * (arrays != 1)}, and it takes "
+            f"{shown(str(signature))[1:-1]}: {error}"
+        ) from None
+
+
 def _as_jax_would(index: int, value: Any) -> Any:
     """What the function will see of an argument: lists become arrays, 64 bits become 32 unless enabled."""
-    value = np.asarray(value) if isinstance(value, (list, tuple)) else value
-    return canonical("predicate", f"arrays[{index}]", value) if isinstance(value, np.ndarray) else value
+    name = f"arrays[{index}]"
+    known = value if hasattr(value, "dtype") else as_array("predicate", name, value)
+    kinds = (np.number, np.bool_, jax.dtypes.extended)
+    if not any(jnp.issubdtype(known.dtype, kind) for kind in kinds):
+        raise ValueError(f"predicate: {name} has dtype {known.dtype}, expected numbers")
+    if isinstance(known, np.ndarray):
+        known = canonical("predicate", name, known)
+    return known if hasattr(value, "dtype") or isinstance(value, (list, tuple)) else value

@@ -10,12 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskformer.masks.checks import offset, whole_number
-from maskformer.masks.composites import PerHead, Shift
-from maskformer.masks.expression import Mask
-from maskformer.masks.intervals import BOTH, Analysis
+from maskformer.checks import shown
+from maskformer.masks.builder_arguments import offset, whole_number
 from maskformer.masks.tile_lists import Band, TileLists, band, compacted, listed, stacked
-from maskformer.masks.tiles import Found, Programs, bounds, search, tile_set
+from maskformer.masks.tiles import Found, MaskLike, Programs, Reading, bounds, search, tile_set
 
 
 @functools.partial(
@@ -131,7 +129,7 @@ class BlockMap:
         return "\n".join(" ".join("·▒█"[kind] for kind in row) for row in self.kinds()[batch, head])
 
 
-def block_map(mask: Mask, q_len: int, kv_len: int, block: int | tuple[int, int], q_offset: Any = 0) -> BlockMap:
+def block_map(mask: MaskLike, q_len: int, kv_len: int, block: int | tuple[int, int], q_offset: Any = 0) -> BlockMap:
     """Classifies the tiles of a mask as empty, full or partial, without ever forming the matrix.
 
     Interval analysis of the predicate (see ``maskformer.masks.intervals``): sound, so a tile in no list attends
@@ -153,23 +151,22 @@ def block_map(mask: Mask, q_len: int, kv_len: int, block: int | tuple[int, int],
     """
     sizes = block if isinstance(block, (tuple, list)) else (block, block)
     if len(sizes) != 2:
-        raise ValueError(f"block_map: block={block!r}, expected an int or (block_q, block_kv)")
+        raise ValueError(f"block_map: block={shown(block)}, expected an int or (block_q, block_kv)")
     block_q, block_kv = (whole_number("block_map", "block", size, 1) for size in sizes)
     q_len, kv_len = whole_number("block_map", "q_len", q_len, 1), whole_number("block_map", "kv_len", kv_len, 1)
     q_offset = offset("block_map", "q_offset", q_offset)
     mask.check_lengths(q_len, kv_len, q_offset)
-    shifted = mask if isinstance(q_offset, int) and q_offset == 0 else Shift.of(mask, q_offset)
 
     programs = Programs()
-    build = _Builder(q_len, kv_len, (block_q, block_kv), programs)
-    found = build.static(shifted) if _is_static(shifted, programs) else build.traced(shifted)
+    build = _Builder(q_len, kv_len, (block_q, block_kv), q_offset, programs)
+    found = build.static(mask) if _is_static(mask, q_offset, programs) else build.traced(mask)
     widened = tuple(sorted(build.widened))
     return BlockMap(*found, q_len, kv_len, block_q, block_kv, widened=widened)
 
 
-def _is_static(mask: Mask, programs: Programs) -> bool:
+def _is_static(mask: MaskLike, q_offset: Any, programs: Programs) -> bool:
     """Whether every array is known now, those that predicates close over included."""
-    if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(mask)):
+    if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves((mask, q_offset))):
         return False
     leaves = mask.select(0, 0).leaves()
     return not any(isinstance(const, jax.core.Tracer) for leaf in leaves for const in programs.of(leaf)[0].consts)
@@ -180,19 +177,20 @@ _Tiles = tuple[TileLists, TileLists, TileLists, TileLists, Band | None, Band | N
 
 
 class _Builder:
-    def __init__(self, q_len: int, kv_len: int, block: tuple[int, int], programs: Programs):
+    def __init__(self, q_len: int, kv_len: int, block: tuple[int, int], q_offset: Any, programs: Programs):
         self.q_len, self.kv_len, self.block, self.programs = q_len, kv_len, block, programs
+        self.q_offset = q_offset if isinstance(q_offset, (int, jax.core.Tracer)) else np.asarray(q_offset)
         self.grid = (-(-q_len // block[0]), -(-kv_len // block[1]))
         self.widened: set[str] = set()
 
-    def search(self, mask: Mask) -> Found:
-        found = search(mask, self.q_len, self.kv_len, self.block, self.programs)
+    def search(self, mask: MaskLike) -> Found:
+        found = search(mask, self.q_len, self.kv_len, self.block, self.programs, self.q_offset)
         self.widened |= found.widened
         return found
 
     # --- arrays known: all on the host ----------------------------------------------------------------------
 
-    def static(self, mask: Mask) -> _Tiles:
+    def static(self, mask: MaskLike) -> _Tiles:
         batch, heads = mask.shape
         mask = jax.tree.map(_on_host, mask)
         found = [[self.search(mask.select(b, h).sharpen()) for h in range(heads)] for b in range(batch)]
@@ -205,22 +203,22 @@ class _Builder:
 
     # --- arrays traced --------------------------------------------------------------------------------------
 
-    def traced(self, mask: Mask) -> _Tiles:
+    def traced(self, mask: MaskLike) -> _Tiles:
         batch, heads = mask.shape
-        if heads > 1 and not _has_per_head(mask):
+        if heads > 1 and not mask.has_per_head:
             over_heads = jax.vmap(lambda h: self.over_batch(mask, batch, h), out_axes=1)
             return over_heads(jnp.arange(heads))
         # Heads of different kinds have lists of different sizes.
         partial, full, partial_t, full_t, *_ = zip(*(self.over_batch(mask, batch, h) for h in range(heads)))
         return stacked(partial), stacked(full), stacked(partial_t), stacked(full_t), None, None
 
-    def over_batch(self, mask: Mask, batch: int, h: Any) -> _Tiles:
+    def over_batch(self, mask: MaskLike, batch: int, h: Any) -> _Tiles:
         """The tiles of one head, ``[batch, ...]``."""
         if batch == 1:
             return jax.tree.map(lambda x: jnp.asarray(x)[None], self.one(mask.select(0, h)))
         return jax.vmap(lambda b: self.one(mask.select(b, h)))(jnp.arange(batch))
 
-    def one(self, mask: Mask) -> _Tiles:
+    def one(self, mask: MaskLike) -> _Tiles:
         """The tiles of a mask of shape ``(1, 1)``: candidates on the host, then their class as traced values."""
         mask = mask.sharpen()
         found = self.search(mask)
@@ -234,7 +232,7 @@ class _Builder:
         # Of most of the grid, bounds of whole rows and columns of tiles are cheaper than those of each tile.
         axes = (np.arange(self.grid[0])[:, None], np.arange(self.grid[1])[None, :]) if whole else (rows, columns)
         tiles = tile_set(jnp, (self.q_len, self.kv_len), self.block, *axes)
-        result = Analysis(tiles).expand(bounds(mask, tiles, self.programs, self.widened), BOTH)
+        result = bounds(mask, Reading(tiles, self.programs, self.widened), self.q_offset)
         shape = np.broadcast_shapes(*(axis.shape for axis in axes))
         low, high = (jnp.broadcast_to(end, shape) for end in (result.lo, result.hi))
         if whole:
@@ -255,10 +253,6 @@ def _on_host(array: Any) -> Any:
     """As NumPy's, but for PRNG keys, which have no such form."""
     is_key = isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
     return array if is_key else np.asarray(array)
-
-
-def _has_per_head(mask: Mask) -> bool:
-    return isinstance(mask, PerHead) or any(map(_has_per_head, mask.children()))
 
 
 def _namespace(block_map: BlockMap) -> Any:

@@ -11,9 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskformer.masks.checks import offset
-from maskformer.masks.expression import Mask, broadcast_leads, check_mask, node
-from maskformer.masks.registry import builder
+from maskformer.checks import shown
+from maskformer.masks.builder_arguments import offset
+from maskformer.masks.builders import builder
+from maskformer.masks.expression import Mask, broadcast_leads, node
+from maskformer.masks.intervals import Interval
+from maskformer.masks.tiles import Reading
 
 
 @jax.tree_util.register_static
@@ -57,6 +60,9 @@ class Shift(Mask):
     def attend(self, q: Any, k: Any) -> Any:
         return self.term.attend(q + self.q_offset, k + self.k_offset)
 
+    def tile_bounds(self, reading: Reading) -> Interval:
+        return self.term.tile_bounds(reading.shifted(self.q_offset, self.k_offset))
+
     def check_lengths(self, q_len: int, kv_len: int, q_offset: Any = 0) -> None:
         if all(isinstance(offset, int) for offset in (self.q_offset, self.k_offset, q_offset)):
             self.term.check_lengths(q_len, kv_len + self.k_offset, q_offset + self.q_offset)
@@ -76,6 +82,10 @@ class PerHead(Mask):
 
     def rebuild(self, children: Sequence[Mask]) -> Mask:
         return PerHead(tuple(children))
+
+    @property
+    def has_per_head(self) -> bool:
+        return True
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -119,6 +129,17 @@ class Choice(Mask):
         branches = [functools.partial(_attend_on, shape, term) for term in self.terms]
         return jax.lax.switch(self.index, branches, q, k)
 
+    def tile_bounds(self, reading: Reading) -> Interval:
+        analysis, tiles = reading.analysis, reading.tiles
+        depends, terms = analysis.align(*[term.tile_bounds(reading) for term in self.terms])
+        xp, index = tiles.xp, analysis.constant(self.index)
+        # Without knowing which, a tile is what all of the terms agree on.
+        lo = xp.stack([xp.broadcast_to(term.lo, tiles.shape(depends)) for term in terms])
+        hi = xp.stack([xp.broadcast_to(term.hi, tiles.shape(depends)) for term in terms])
+        if index.exact:
+            return Interval(lo[index.lo], hi[index.lo], depends)
+        return Interval(lo.all(0), hi.any(0), depends)
+
     def spell(self) -> tuple[str, list[tuple[str | None, Any]]]:
         return "per_head", [(None, term) for term in self.terms]
 
@@ -143,11 +164,11 @@ def per_head(*heads: Mask) -> Mask:
              [1, 1, 0],
              [0, 1, 1]]]], dtype=int32)
     """
-    if len(heads) == 1 and not isinstance(heads[0], Mask):
+    if len(heads) == 1 and isinstance(heads[0], (tuple, list)):
         heads = tuple(heads[0])
     wrong = [type(head).__name__ for head in heads if not isinstance(head, Mask)]
     if wrong or not heads:
-        raise TypeError(f"per_head takes one mask for each head; got {', '.join(wrong) or 'none'}")
+        raise ValueError(f"per_head takes one mask for each head; got {', '.join(wrong[:4]) or 'none'}")
     return PerHead(heads)
 
 
@@ -163,4 +184,6 @@ def shift(mask: Mask, q_offset: Any = 0, k_offset: Any = 0) -> Mask:
            [1, 1, 1]], dtype=int32)
     """
     offsets = (offset("shift", name, value) for name, value in (("q_offset", q_offset), ("k_offset", k_offset)))
-    return Shift.of(check_mask("shift", mask), *offsets)
+    if not isinstance(mask, Mask):
+        raise ValueError(f"shift: mask={shown(mask)}, expected a mask")
+    return Shift.of(mask, *offsets)

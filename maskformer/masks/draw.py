@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from maskformer.masks.checks import whole_number
+from maskformer.checks import shown
+from maskformer.masks.builder_arguments import whole_number
 from maskformer.masks.expression import Mask
 from maskformer.masks.parse import parse
 
@@ -84,7 +85,7 @@ def draw(
     if path is not None:
         folder = os.path.dirname(os.fspath(path)) or "."
         if not os.path.isdir(folder):
-            raise ValueError(f"draw: path={os.fspath(path)!r}, but there is no folder {folder!r}")
+            raise ValueError(f"draw: path={shown(os.fspath(path))}, but there is no folder {shown(folder)}")
         figure.savefig(path, dpi=150, format="png")
     return figure
 
@@ -149,7 +150,9 @@ def picture(
     examples = {}
     for name in mask.unbound:
         if name not in EXAMPLES:
-            raise ValueError(f"mask {text!r} needs the array {name!r}, for which there is no example; give {name}=...")
+            raise ValueError(
+                f"mask {shown(text)} needs the array {name!r}, for which there is no example; give {name}=..."
+            )
         examples[name] = EXAMPLES[name](reach)
     mask = mask.bind(**{name: value[None] if name in BATCHED else value for name, value in examples.items()})
     lines = [repr(mask)]

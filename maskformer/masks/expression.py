@@ -11,18 +11,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskformer.masks.checks import LARGEST, offset
-from maskformer.masks.registry import BUILDERS, builder_name
+from maskformer.checks import shown
+from maskformer.masks.block_map import BlockMap, block_map
+from maskformer.masks.builder_arguments import LARGEST, offset
+from maskformer.masks.builders import BUILDERS, builder_name
+from maskformer.masks.intervals import Interval
+from maskformer.masks.tiles import Reading
+from maskformer.masks.writing import Writable, Writer
 
 
-class Mask:
+class Mask(Writable):
     """Who may attend to whom. Build one with the functions of ``maskformer.masks``; combine with ``& | ~``.
 
     Attributes of subclasses are public: backends match on them (``isinstance(mask, masks.SlidingWindow)``).
@@ -73,10 +78,10 @@ class Mask:
     # --- what every mask can do -----------------------------------------------------------------------------
 
     def __and__(self, other: Mask) -> Mask:
-        return _join(And, self, check_mask("&", other), lambda kept, term: kept.implies(term))
+        return all_of((self, check_mask("&", other)))
 
     def __or__(self, other: Mask) -> Mask:
-        return _join(Or, self, check_mask("|", other), lambda kept, term: term.implies(kept))
+        return any_of((self, check_mask("|", other)))
 
     __rand__ = __and__
     __ror__ = __or__
@@ -85,12 +90,30 @@ class Mask:
         return Not(self)
 
     def implies(self, other: Mask) -> bool:
-        """Whether ``other`` is known to attend wherever this mask does: here, if it is the same of the same arrays.
+        """Whether ``other`` is known to attend wherever this mask does.
 
         ``&`` leaves out what another term implies: an objective's mask and a config's may both say "segments".
         """
-        mine, theirs = jax.tree.flatten(self), jax.tree.flatten(other)
-        return mine[1] == theirs[1] and all(map(operator.is_, mine[0], theirs[0]))
+        return other.identity in self.implied
+
+    @functools.cached_property
+    def identity(self) -> Any:
+        """Equal for two masks that are the same of the same arrays, whose values are not looked at."""
+        identity = _identity(self)
+        try:
+            hash(identity)
+        except TypeError:  # of a function that cannot be hashed: the same as itself alone
+            return id(self)
+        return identity
+
+    @functools.cached_property
+    def implied(self) -> frozenset[Any]:
+        """The identities of the masks known to attend wherever this one does, and those that each of them implies."""
+        return frozenset((self.identity,))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An identity holds for the arrays of this process.
+        return {name: value for name, value in vars(self).items() if name not in ("identity", "implied")}
 
     def __bool__(self) -> bool:
         raise TypeError("a mask has no truth value: combine masks with & | ~ (not `and`, `or`, `not`)")
@@ -112,10 +135,11 @@ class Mask:
         return self._write()[1]
 
     def _write(self) -> tuple[str, dict[str, Any]]:
-        from maskformer.masks.writing import Writer
+        writer = Writer(self.unbound)
+        return self.write(writer), writer.named
 
-        writer = Writer()
-        return writer.mask(self), writer.named
+    def write(self, writer: Writer) -> str:
+        return writer.call(*self.spell())
 
     @property
     def unbound(self) -> tuple[str, ...]:
@@ -210,15 +234,20 @@ class Mask:
         """An equal mask that the interval analysis sees through better; called once, on a mask of shape (1, 1)."""
         return self.rebuild([child.sharpen() for child in self.children()])
 
-    def tile_bounds(self, analysis: Any) -> Any:
-        """``Interval`` of ``(all, any)`` on each tile, for a leaf that knows better than the analysis; else None."""
-        return None
+    def tile_bounds(self, reading: Reading) -> Interval:
+        """``(all, any)`` on each tile: from the predicate's jaxpr, for a mask that does not know better."""
+        return reading.trace(self)
+
+    @property
+    def has_per_head(self) -> bool:
+        """Whether heads follow different expressions somewhere in the mask."""
+        return any(child.has_per_head for child in self.children())
 
     def check_lengths(self, q_len: int, kv_len: int, q_offset: Any = 0) -> None:
         """Raises ValueError where an array does not cover the positions asked for, or int32 does not."""
         last = max(kv_len, q_offset + q_len if isinstance(q_offset, (int, np.integer)) else 0) - 1
         if last > LARGEST:
-            raise ValueError(f"{self!r}: position {last} is asked for, and positions are int32, up to {LARGEST}")
+            raise ValueError(f"{shown(self)}: position {last} is asked for, and positions are int32, up to {LARGEST}")
         for child in self.children():
             child.check_lengths(q_len, kv_len, q_offset)
         for name, array, _ in self.arrays():
@@ -240,10 +269,8 @@ class Mask:
         matrix = np.asarray(self.select(batch, head).dense(q_len, kv_len, q_offset))
         return "\n".join(" ".join("·█"[int(cell)] for cell in row) for row in matrix)
 
-    def block_map(self, q_len: int, kv_len: int, block: int | tuple[int, int], q_offset: Any = 0):
+    def block_map(self, q_len: int, kv_len: int, block: int | tuple[int, int], q_offset: Any = 0) -> BlockMap:
         """Which tiles are empty, full or partial: see ``maskformer.masks.block_map``."""
-        from maskformer.masks.block_map import block_map
-
         return block_map(self, q_len, kv_len, block, q_offset)
 
 
@@ -292,14 +319,22 @@ class And(Mask):
 
     terms: tuple[Mask, ...]
 
+    joined: ClassVar[bool] = True
+
     def children(self) -> tuple[Mask, ...]:
         return self.terms
 
     def rebuild(self, children: Sequence[Mask]) -> Mask:
         return And(tuple(children))
 
+    def write(self, writer: Writer) -> str:
+        return writer.join("&", self.terms)
+
     def attend(self, q: Any, k: Any) -> Any:
         return functools.reduce(operator.and_, [term.attend(q, k) for term in self.terms])
+
+    def tile_bounds(self, reading: Reading) -> Interval:
+        return reading.combine(operator.and_, self.terms)
 
 
 @node
@@ -308,14 +343,22 @@ class Or(Mask):
 
     terms: tuple[Mask, ...]
 
+    joined: ClassVar[bool] = True
+
     def children(self) -> tuple[Mask, ...]:
         return self.terms
 
     def rebuild(self, children: Sequence[Mask]) -> Mask:
         return Or(tuple(children))
 
+    def write(self, writer: Writer) -> str:
+        return writer.join("|", self.terms)
+
     def attend(self, q: Any, k: Any) -> Any:
         return functools.reduce(operator.or_, [term.attend(q, k) for term in self.terms])
+
+    def tile_bounds(self, reading: Reading) -> Interval:
+        return reading.combine(operator.or_, self.terms)
 
 
 @node
@@ -330,8 +373,66 @@ class Not(Mask):
     def rebuild(self, children: Sequence[Mask]) -> Mask:
         return Not(children[0])
 
+    def __invert__(self) -> Mask:
+        return self.term
+
+    def write(self, writer: Writer) -> str:
+        return "~" + writer.operand(self.term)
+
     def attend(self, q: Any, k: Any) -> Any:
         return ~self.term.attend(q, k)
+
+    def tile_bounds(self, reading: Reading) -> Interval:
+        inner = self.term.tile_bounds(reading)
+        return Interval(~inner.hi, ~inner.lo, inner.depends)
+
+
+def all_of(masks: Iterable[Mask]) -> Mask:
+    """The masks joined by ``&``, in order, without the terms that another one implies; at least one mask."""
+    kept: dict[Any, Mask] = {}
+    implied: set[Any] = set()
+    for term in _terms(And, masks):
+        if term.identity in implied:
+            continue
+        for identity in term.implied:
+            kept.pop(identity, None)
+        kept[term.identity] = term
+        implied |= term.implied
+    return _joined(And, kept)
+
+
+def any_of(masks: Iterable[Mask]) -> Mask:
+    """The masks joined by ``|``, in order, without the terms that imply another one; at least one mask."""
+    kept: dict[Any, Mask] = {}
+    implying: dict[Any, list[Any]] = {}
+    for term in _terms(Or, masks):
+        if not kept.keys().isdisjoint(term.implied):
+            continue
+        for identity in implying.get(term.identity, ()):
+            kept.pop(identity, None)
+        kept[term.identity] = term
+        for identity in term.implied:
+            implying.setdefault(identity, []).append(term.identity)
+    return _joined(Or, kept)
+
+
+def _identity(node: Any) -> Any:
+    """Of a pytree. Its structure would do, but that of JAX hashes alike for all windows, whatever their size."""
+    level = jax.tree_util.default_registry.flatten_one_level(node)
+    if level is None:
+        return id(node)
+    children = (child.identity if isinstance(child, Mask) else _identity(child) for child in level[0])
+    return type(node), level[1], tuple(children)
+
+
+def _terms(kind: type, masks: Iterable[Mask]) -> Iterator[Mask]:
+    for mask in masks:
+        yield from mask.terms if type(mask) is kind else (mask,)  # type: ignore[attr-defined]
+
+
+def _joined(kind: type, kept: dict[Any, Mask]) -> Mask:
+    terms = tuple(kept.values())
+    return kind(terms) if len(terms) > 1 else terms[0]
 
 
 def take(array: Any, index: Any) -> jax.Array:
@@ -348,16 +449,6 @@ def _take_row(array: Any, index: Any) -> Any:
             raise IndexError(f"select({index}) of a mask with {size} entries in that dimension")
         return array[int(index)]
     return jax.lax.dynamic_index_in_dim(jnp.asarray(array), index, keepdims=False)
-
-
-def _join(kind: type, first: Mask, second: Mask, covers: Callable[[Mask, Mask], bool]) -> Mask:
-    """The terms of both, in order, without those that another one ``covers``."""
-    terms: list[Mask] = []
-    for mask in (first, second):
-        for term in mask.terms if type(mask) is kind else (mask,):  # type: ignore[attr-defined]
-            if not any(covers(kept, term) for kept in terms):
-                terms = [kept for kept in terms if not covers(term, kept)] + [term]
-    return kind(tuple(terms)) if len(terms) > 1 else terms[0]
 
 
 def _is_default(value: Any, default: Any) -> bool:

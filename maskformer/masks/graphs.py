@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskformer.masks.checks import array, is_concrete, whole_number
+from maskformer.checks import shown
+from maskformer.masks.builder_arguments import LARGEST, array, is_concrete, whole_number
+from maskformer.masks.builders import builder
 from maskformer.masks.expression import Mask, leaf, take
 from maskformer.masks.intervals import BOTH, Interval
 from maskformer.masks.positions import chunked, dilated_window, sliding_window
-from maskformer.masks.registry import builder
 from maskformer.masks.sequences import global_tokens
+from maskformer.masks.tiles import Reading
 
 
 @leaf(edges=2)
@@ -44,9 +47,10 @@ class Graph(Mask):
         # Under an offset positions may be negative, and must not meet the padding.
         return there & (q >= 0) & (k >= 0)
 
-    def tile_bounds(self, analysis: Any) -> Any:
+    def tile_bounds(self, reading: Reading) -> Interval:
         """Counts the distinct edges in each tile, by sorting (edge, tile) pairs: no matrix, no analysis of a search."""
-        xp, tiles, size = analysis.xp, analysis.tiles, self.node_size
+        analysis, tiles, size = reading.analysis, reading.tiles, self.node_size
+        xp = tiles.xp
         edges = analysis.constant(self.edges)
         if not edges.exact:
             return Interval(np.asarray(False), np.asarray(True))
@@ -122,6 +126,8 @@ def graph(edges: Any, node_size: int = 1, directed: bool = True) -> Mask:
     █ · █ █
     """
     edges = array("graph", "edges", edges, 2)
+    if not isinstance(directed, bool):
+        raise ValueError(f"graph: directed={shown(directed)}, expected True or False")
     if edges.shape[-1] != 2:
         raise ValueError(f"graph: edges has shape {edges.shape}, expected [edges, 2] with (query, key) pairs")
     xp = np if isinstance(edges, np.ndarray) else jnp
@@ -228,12 +234,13 @@ def bigbird(
     if window % 2 == 0:
         raise ValueError(f"bigbird: window={window}, expected an odd number of blocks")
     length = whole_number("bigbird", "length", length, 1)
-    chosen = whole_number("bigbird", "random", random, 0)
+    random = whole_number("bigbird", "random", random, 0)
+    first = whole_number("bigbird", "global_blocks", global_blocks, 0, LARGEST // block)
     mask = chunked(block, window // 2, window // 2)
-    first = whole_number("bigbird", "global_blocks", global_blocks, 0)
     if first:
         mask = mask | global_tokens(first * block)
-    return mask | random_blocks(length, block, chosen, seed, first, window // 2) if chosen else mask
+    edges = _draw("bigbird", length, block, random, seed, first, window // 2)
+    return mask | graph(edges, node_size=block) if random else mask
 
 
 @builder()
@@ -258,24 +265,61 @@ def random_blocks(length: int, block: int, count: int, seed: int = 0, skip: int 
     · · █ █ · · · ·
     · · █ █ · · · ·
     """
-    blocks = -(-whole_number("random_blocks", "length", length, 1) // whole_number("random_blocks", "block", block, 1))
+    length, block = (whole_number("random_blocks", *pair, 1) for pair in (("length", length), ("block", block)))
     count, skip = whole_number("random_blocks", "count", count, 0), whole_number("random_blocks", "skip", skip, 0)
     near = whole_number("random_blocks", "near", near, -1)
-    generator = np.random.Generator(np.random.Philox(whole_number("random_blocks", "seed", seed, 0, None)))
-    edges: list[tuple[int, int]] = []
+    return graph(_draw("random_blocks", length, block, count, seed, skip, near), node_size=block)
+
+
+MOST_DRAWN = 2**22
+"""Random blocks of one mask, at most."""
+
+
+def _draw(builder: str, length: int, block: int, count: int, seed: int, skip: int, near: int) -> np.ndarray:
+    """The edges of ``random_blocks``, int32 ``[edges, 2]``."""
+    generator = np.random.Generator(np.random.Philox(whole_number(builder, "seed", seed, 0, None)))
+    blocks = -(-length // block)
+    rows = range(skip, blocks)
+    if len(rows) * min(count, len(rows)) > MOST_DRAWN:
+        raise ValueError(
+            f"{builder}: length={length} has {blocks} blocks of {block}, and {min(count, blocks)} are drawn for each; "
+            f"expected at most {MOST_DRAWN} in all: take larger blocks"
+        )
+    if len(rows) <= 4096:
+        columns = [_from_all(generator, row, count, skip, blocks, near) for row in rows]
+    elif 4 * near + 2 <= len(rows):
+        columns = _from_many(generator, count, skip, blocks, near)
+    else:
+        raise ValueError(f"{builder}: near={near} leaves out more than half of {blocks} blocks; expected less")
+    drawn = np.concatenate([*columns, []])
+    return np.stack([np.repeat(rows, list(map(len, columns))), drawn], axis=1).astype(np.int32)
+
+
+def _from_all(
+    generator: np.random.Generator, row: int, count: int, skip: int, blocks: int, near: int
+) -> Sequence[int]:
+    """The columns of one row, out of a list of all that it may have."""
+    columns = np.arange(skip, blocks)
+    free = columns[np.abs(columns - row) > near]
+    return generator.choice(free, size=min(count, free.size), replace=False) if free.size else []
+
+
+def _from_many(generator: np.random.Generator, count: int, skip: int, blocks: int, near: int) -> list[list[int]]:
+    """The columns of all rows. Few are drawn from many: one that is left out or drawn before is drawn again."""
+
+    def stream() -> Iterator[int]:
+        while True:
+            yield from generator.integers(skip, blocks, size=2**16).tolist()
+
+    columns, numbers = [], stream()
     for row in range(skip, blocks):
-        free = [column for column in range(skip, blocks) if abs(column - row) > near] if blocks <= 4096 else None
-        if free is not None:
-            drawn = generator.choice(free, size=min(count, len(free)), replace=False) if free else []
-        else:
-            # Few are drawn from many: draw again what falls on a block left out or drawn before.
-            drawn = []
-            while len(drawn) < count:
-                column = int(generator.integers(skip, blocks))
-                if abs(column - row) > near and column not in drawn:
-                    drawn.append(column)
-        edges += [(row, int(column)) for column in drawn]
-    return graph(np.array(edges, np.int32).reshape(-1, 2), node_size=block)
+        drawn: dict[int, None] = {}
+        while len(drawn) < count:
+            column = next(numbers)
+            if abs(column - row) > near:
+                drawn[column] = None
+        columns.append(list(drawn))
+    return columns
 
 
 @builder(marked="global_tokens")
@@ -298,6 +342,8 @@ def longformer(window: int, global_count: int = 0, marked: Any = None, dilation:
     █ · · █ █ █
     █ · · · █ █
     """
+    window = whole_number("longformer", "window", window, 0)
     global_count = whole_number("longformer", "global_count", global_count, 0)
+    dilation = whole_number("longformer", "dilation", dilation, 1)
     local = sliding_window(window, window) if dilation == 1 else dilated_window(window, window, dilation)
     return local | global_tokens(global_count or None, marked) if global_count or marked is not None else local

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from maskformer.masks.checks import whole_numbers
+from maskformer.checks import shown
+from maskformer.masks.builder_arguments import LARGEST, whole_numbers
+from maskformer.masks.builders import builder
 from maskformer.masks.expression import Mask, leaf
-from maskformer.masks.registry import builder
 
 
 @leaf()
@@ -121,21 +122,21 @@ def neighborhood(
     · · █ █ █
     · · █ █ █
     """
-    grid = whole_numbers("neighborhood", "grid", grid, 1)
+    grid = _grid("neighborhood", grid)
     kernels = _per_axis("neighborhood", "kernel", kernel, grid)
     dilations = _per_axis("neighborhood", "dilation", dilation, grid)
     causals = tuple(causal) if isinstance(causal, (tuple, list)) else (causal,) * len(grid)
     if len(causals) != len(grid) or not all(isinstance(flag, bool) for flag in causals):
-        raise ValueError(f"neighborhood: causal={causal!r}, expected one bool, or {len(grid)} as in grid={grid!r}")
+        raise ValueError(f"neighborhood: causal={shown(causal)}, expected one bool, or {len(grid)} as in grid={grid}")
     if any(width * step > size for size, width, step in zip(grid, kernels, dilations)):
         raise ValueError(
-            f"neighborhood: kernel={kernel!r} with dilation={dilation!r} on grid={grid!r}; expected "
+            f"neighborhood: kernel={shown(kernel)} with dilation={shown(dilation)} on grid={shown(grid)}; expected "
             "kernel * dilation <= size along each axis"
         )
     if tile is not None:
         tile = _per_axis("neighborhood", "tile", tile, grid)
         if any(size % side for size, side in zip(grid, tile)):
-            raise ValueError(f"neighborhood: grid={grid!r} is not a multiple of tile={tile!r} along each axis")
+            raise ValueError(f"neighborhood: grid={shown(grid)} is not a multiple of tile={tile} along each axis")
     return Neighborhood(grid, kernels, dilations, causals, tile)
 
 
@@ -172,20 +173,27 @@ def tiles(grid: tuple[int, ...], tile: tuple[int, ...], window: int | tuple[int,
     · · · · · · · · · · █ █ █ █ █ █
     · · · · · · · · · · █ █ █ █ █ █
     """
-    grid = whole_numbers("tiles", "grid", grid, 1)
+    grid = _grid("tiles", grid)
     tile = _per_axis("tiles", "tile", tile, grid)
     windows = _per_axis("tiles", "window", window, grid)
     for size, width, count in zip(grid, tile, windows):
         if size % width or count > size // width:
             raise ValueError(
-                f"tiles: grid={grid!r}, tile={tile!r}, window={window!r}; expected sizes that are multiples of "
-                "the tile and a window of at most the number of tiles, along each axis"
+                f"tiles: grid={shown(grid)}, tile={shown(tile)}, window={shown(window)}; expected sizes that are "
+                "multiples of the tile and a window of at most the number of tiles, along each axis"
             )
     return Tiles(grid, tile, windows)
+
+
+def _grid(builder_name: str, grid: Any) -> tuple[int, ...]:
+    sizes = whole_numbers(builder_name, "grid", grid, 1)
+    if math.prod(sizes) > LARGEST:
+        raise ValueError(f"{builder_name}: grid={shown(grid)}, expected at most {LARGEST} points")
+    return sizes
 
 
 def _per_axis(builder_name: str, name: str, value: Any, grid: tuple[int, ...]) -> tuple[int, ...]:
     values = value if isinstance(value, (tuple, list)) else (value,) * len(grid)
     if len(values) != len(grid):
-        raise ValueError(f"{builder_name}: {name}={value!r}, expected one int, or {len(grid)} as in grid={grid!r}")
+        raise ValueError(f"{builder_name}: {name}={shown(value)}, expected one int, or {len(grid)} as in grid={grid}")
     return whole_numbers(builder_name, name, tuple(values), 1)

@@ -8,23 +8,30 @@ holds the text, and the model binds the batch's arrays while it is being traced.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import difflib
 import functools
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from maskformer.masks.expression import Mask, pytree
-from maskformer.masks.registry import NAMES, Builder
+from maskformer.checks import nearest, shown
+from maskformer.masks.builders import NAMES, Builder
+from maskformer.masks.expression import Mask, all_of, any_of, pytree
 from maskformer.masks.writing import Reference
 
 _TOKEN = re.compile(
-    r"(?P<number>-?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?)|(?P<name>[A-Za-z_]\w*)"
+    r"(?P<number>-?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?)|(?P<name>[A-Za-z_]\w*)"
     r"|(?P<string>'[^']*'|\"[^\"]*\")|(?P<symbol>[&|~(),=\[\]])"
 )
 _CONSTANTS = {"True": True, "False": False, "None": None}
+
+DEEPEST = 64
+"""Parentheses, calls and lists within each other, at most: whoever walks a mask does so by recursion."""
+
+LONGEST_INTEGER = 1000
+"""Digits of a number, at most; Python reads no more than 4300."""
 
 
 class MaskSyntaxError(ValueError):
@@ -64,15 +71,16 @@ def parse(text: str, **arrays: Any) -> Mask:
     mean 'window'?
     """
     if not isinstance(text, str):
-        raise TypeError(f"masks.parse takes the text of a mask; got {type(text).__name__}")
+        raise ValueError(f"masks.parse takes the text of a mask; got {type(text).__name__} {shown(text)}")
     parser = _Parser(text)
     mask = parser.mask()
-    unknown = sorted(set(arrays) - set(mask.unbound))
+    named = mask.unbound
+    unknown = sorted(set(arrays) - set(named))
     if unknown:
-        near = _nearest(unknown[0], mask.unbound)
+        near = _nearest(unknown[0], named)
         raise MaskSyntaxError(
-            f"mask {text!r}: no array named {unknown[0]!r} in the text"
-            + (near or (f"; it names {', '.join(mask.unbound)}" if mask.unbound else "; it names none"))
+            f"mask {shown(text)}: no array named {shown(unknown[0])} in the text"
+            + (near or (f"; it names {', '.join(named)}" if named else "; it names none"))
         )
     return mask.bind(**arrays)
 
@@ -82,57 +90,86 @@ class _Parser:
         self.text = text
         self.tokens = list(self._scan())
         self.at = 0
+        self.depth = 0
 
     def mask(self) -> Mask:
-        mask = self.any_of()
+        mask = self.union()
         if self.peek() in ("and", "or", "not"):
             self.fail(f"masks combine with & | ~, not {self.peek()!r}")
         if self.peek() != "":
-            self.fail(f"unexpected {self.peek()!r}")
+            self.fail(f"unexpected {shown(self.peek())}")
         return mask
 
     # --- grammar --------------------------------------------------------------------------------------------
 
-    def any_of(self) -> Mask:
-        mask = self.all_of()
+    def union(self) -> Mask:
+        masks = [self.intersection()]
         while self.accept("|"):
-            mask = mask | self.all_of()
-        return mask
+            masks.append(self.intersection())
+        return any_of(masks)
 
-    def all_of(self) -> Mask:
-        mask = self.term()
+    def intersection(self) -> Mask:
+        masks = [self.term()]
         while self.accept("&"):
-            mask = mask & self.term()
-        return mask
+            masks.append(self.term())
+        return all_of(masks)
 
     def term(self) -> Mask:
-        if self.accept("~"):
-            return ~self.term()
-        if self.accept("("):
-            mask = self.any_of()
-            self.expect(")")
+        inverted = False
+        while self.accept("~"):
+            inverted = not inverted
+        mask = self.operand()
+        return ~mask if inverted else mask
+
+    def operand(self) -> Mask:
+        if self.peek() == "(":
+            with self.inside():
+                self.at += 1
+                mask = self.union()
+                self.expect(")")
             return mask
         kind, word, column = self.tokens[self.at]
         if kind != "name":
-            self.fail("expected a mask" + (f", found {word!r}" if word else ", found the end"))
+            self.fail("expected a mask" + _found(word))
         if word not in NAMES:
             if word in ("and", "or", "not"):
                 self.fail(f"masks combine with & | ~, not {word!r}")
-            self.fail(f"unknown mask {word!r}", _nearest(word, NAMES))
+            self.fail(f"unknown mask {shown(word)}", _nearest(word, NAMES))
         self.at += 1
         return self.call(NAMES[word], word, column)
 
     def call(self, entry: Builder, word: str, column: int) -> Mask:
+        positional, named = self.arguments(entry, word) if self.peek() == "(" else ([], {})
+        try:
+            bound = entry.signature.bind_partial(*positional, **named)
+        except TypeError as error:
+            self.fail(f"{word}(): {_line(error)}", column=column)
+        required = [key for key in entry.references if entry.parameters[key].default is inspect.Parameter.empty]
+        optional = [] if required or bound.arguments else list(entry.references)[:1]
+        for key in required + optional:
+            if key not in bound.arguments:
+                named[key] = Reference(entry.references[key])
+        try:
+            bound = entry.signature.bind(*positional, **named)
+            self.check_references(entry, word, bound.arguments, column)
+            return build(entry, bound.args, bound.kwargs)
+        except MaskSyntaxError:
+            raise
+        except (TypeError, ValueError) as error:
+            self.fail(f"{word}: {_line(error).removeprefix(entry.name + ': ')}", column=column)
+
+    def arguments(self, entry: Builder, word: str) -> tuple[list[Any], dict[str, Any]]:
         positional: list[Any] = []
         named: dict[str, Any] = {}
-        if self.accept("("):
+        with self.inside():
+            self.at += 1
             while not self.accept(")"):
                 kind, name, _ = self.tokens[self.at]
                 if kind == "name" and self.tokens[self.at + 1][1] == "=":
                     if name not in entry.parameters:
-                        self.fail(f"{word}() has no argument {name!r}", _nearest(name, entry.parameters))
+                        self.fail(f"{word}() has no argument {shown(name)}", _nearest(name, entry.parameters))
                     if name in named:
-                        self.fail(f"{word}(): {name!r} is given twice")
+                        self.fail(f"{word}(): {shown(name)} is given twice")
                     self.at += 2
                     named[name] = self.value(entry.parameters[name])
                 else:
@@ -141,56 +178,57 @@ class _Parser:
                     positional.append(self.value(_nth(entry.parameters, len(positional))))
                 if self.peek() != ")":
                     self.expect(",")
-        try:
-            bound = inspect.signature(entry.function).bind_partial(*positional, **named)
-        except TypeError as error:
-            self.fail(f"{word}(): {error}", column=column)
-        required = [key for key in entry.references if entry.parameters[key].default is inspect.Parameter.empty]
-        optional = [] if required or bound.arguments else list(entry.references)[:1]
-        for key in required + optional:
-            if key not in bound.arguments:
-                named[key] = Reference(entry.references[key])
-        try:
-            bound = inspect.signature(entry.function).bind(*positional, **named)
-            self.check_references(entry, word, bound.arguments, column)
-            return build(entry, bound.args, bound.kwargs)
-        except (TypeError, ValueError) as error:
-            if isinstance(error, MaskSyntaxError):
-                raise
-            self.fail(f"{word}: {str(error).removeprefix(entry.name + ': ')}", column=column)
+        return positional, named
 
     def check_references(self, entry: Builder, word: str, arguments: Mapping[str, Any], column: int) -> None:
         for key, value in arguments.items():
             named = list(_references(value))
             variadic = entry.parameters[key].kind is inspect.Parameter.VAR_POSITIONAL
             if named and key not in entry.references and not variadic:
-                self.fail(f"{word}(): {key!r} takes a value, not the name {named[0]!r}", column=column)
+                self.fail(f"{word}(): {key!r} takes a value, not the name {shown(named[0])}", column=column)
 
     def value(self, parameter: inspect.Parameter | None) -> Any:
-        if _takes_mask(parameter):
-            if self.accept("["):
-                return self.sequence("]", parameter)
-            return self.any_of()
+        if _takes_mask(parameter) and self.peek() != "[":
+            return self.union()
         kind, word, _ = self.tokens[self.at]
-        self.at += 1
-        if kind == "number":
-            return int(word) if re.fullmatch(r"-?\d+", word) else float(word)
-        if kind == "string":
-            return word[1:-1]
-        if kind == "name":
-            return _CONSTANTS[word] if word in _CONSTANTS else Reference(word)
-        if word in "([" and word:
+        if word in ("(", "["):
             return self.sequence(")" if word == "(" else "]", parameter)
-        self.at -= 1
-        self.fail("expected a number, a name or a tuple" + (f", found {word!r}" if word else ", found the end"))
+        if kind not in ("number", "string", "name"):
+            self.fail("expected a number, a name or a tuple" + _found(word))
+        if kind == "number":
+            value = self.number(word)
+        elif kind == "string":
+            value = word[1:-1]
+        else:
+            value = _CONSTANTS[word] if word in _CONSTANTS else Reference(word)
+        self.at += 1
+        return value
+
+    def number(self, word: str) -> int | float:
+        if not word.lstrip("-").isdecimal():
+            return float(word)
+        if len(word) > LONGEST_INTEGER:
+            self.fail(f"a number of {len(word)} digits; expected at most {LONGEST_INTEGER}")
+        return int(word)
 
     def sequence(self, closing: str, parameter: inspect.Parameter | None) -> tuple[Any, ...]:
         values = []
-        while not self.accept(closing):
-            values.append(self.value(parameter))
-            if self.peek() != closing:
-                self.expect(",")
+        with self.inside():
+            self.at += 1
+            while not self.accept(closing):
+                values.append(self.value(parameter))
+                if self.peek() != closing:
+                    self.expect(",")
         return tuple(values)
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """One level deeper."""
+        self.depth += 1
+        if self.depth > DEEPEST:
+            self.fail(f"nested more than {DEEPEST} deep")
+        yield
+        self.depth -= 1
 
     # --- tokens ---------------------------------------------------------------------------------------------
 
@@ -203,7 +241,7 @@ class _Parser:
             match = _TOKEN.match(self.text, column)
             if match is None:
                 raise MaskSyntaxError(
-                    f"mask {self.text!r}: unexpected character {self.text[column]!r} at column {column}"
+                    f"mask {shown(self.text)}: unexpected character {shown(self.text[column])} at column {column}"
                 )
             yield match.lastgroup or "", match.group(), column
             column = match.end()
@@ -220,11 +258,20 @@ class _Parser:
 
     def expect(self, symbol: str) -> None:
         if not self.accept(symbol):
-            self.fail(f"expected {symbol!r}" + (f", found {self.peek()!r}" if self.peek() else ", found the end"))
+            self.fail(f"expected {symbol!r}" + _found(self.peek()))
 
     def fail(self, message: str, hint: str = "", column: int | None = None) -> NoReturn:
         column = self.tokens[self.at][2] if column is None else column
-        raise MaskSyntaxError(f"mask {self.text!r}: {message} at column {column}{hint}")
+        raise MaskSyntaxError(f"mask {shown(self.text)}: {message} at column {column}{hint}")
+
+
+def _found(word: str) -> str:
+    return f", found {shown(word)}" if word else ", found the end"
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())
 
 
 # --- placeholders -------------------------------------------------------------------------------------------
@@ -298,7 +345,7 @@ class Unbound(Mask):
     def refuse(self) -> NoReturn:
         names = self.unbound
         example = ", ".join(f"{name}=..." for name in names)
-        raise ValueError(f"mask {self!r} needs {', '.join(map(repr, names))}: call mask.bind({example}) first")
+        raise ValueError(f"mask {shown(self)} needs {', '.join(map(repr, names))}: call mask.bind({example}) first")
 
     def spell(self) -> tuple[str, list[tuple[str | None, Any]]]:
         written: list[tuple[str | None, Any]] = [(None, value) for value in self.positional]
@@ -312,9 +359,9 @@ def build(entry: Builder, positional: tuple[Any, ...], named: Mapping[str, Any])
         return Unbound.call(entry.name, positional, named)
     mask = entry.function(*positional, **named)
     if not isinstance(mask, Mask):
-        raise TypeError(
-            f"the builder returned a {type(mask).__name__}, not a mask; a function of (q, k) becomes one by "
-            "masks.predicate(function)"
+        raise ValueError(
+            f"{entry.name}: the builder returned a {type(mask).__name__}, not a mask; a function of (q, k) becomes one "
+            "by masks.predicate(function)"
         )
     return mask
 
@@ -348,6 +395,5 @@ def _nth(parameters: Mapping[str, inspect.Parameter], index: int) -> inspect.Par
     return ordered[index] if index < len(ordered) else None
 
 
-def _nearest(word: str, candidates: Any) -> str:
-    near = difflib.get_close_matches(word.lower(), list(candidates), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def _nearest(word: str, candidates: Iterable[str]) -> str:
+    return nearest(word.lower(), candidates, cutoff=0.5)

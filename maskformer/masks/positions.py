@@ -6,9 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from maskformer.masks.checks import whole_number
+from maskformer.masks.builder_arguments import whole_number
+from maskformer.masks.builders import builder
 from maskformer.masks.expression import Mask, leaf
-from maskformer.masks.registry import builder
 
 
 @leaf()

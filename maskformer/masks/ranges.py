@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from maskformer.masks.checks import array, whole_number
+from maskformer.checks import nearest, shown
+from maskformer.masks.builder_arguments import array, whole_number
+from maskformer.masks.builders import builder
 from maskformer.masks.expression import Mask, leaf, take
-from maskformer.masks.registry import builder
 
 
 @leaf(begin=1, end=1)
@@ -134,8 +135,8 @@ def block_diagonal(
     · · · · █ █ █ ·
     """
     name = "block_diagonal"
-    if align not in ("start", "end"):
-        raise ValueError(f"{name}: align={align!r}, expected 'start' or 'end'")
+    if not isinstance(align, str) or align not in ("start", "end"):
+        raise ValueError(f"{name}: align={shown(align)}, expected 'start' or 'end'{nearest(align, ('start', 'end'))}")
     given = [("q_lengths", q_lengths), ("kv_lengths", kv_lengths), ("kv_starts", kv_starts)]
     arrays = [None if value is None else array(name, key, value, 1) for key, value in given]
     sizes = {value.shape[-1] for value in arrays if value is not None}

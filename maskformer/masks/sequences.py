@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskformer.masks.checks import array, identifier, whole_number
+from maskformer.masks.builder_arguments import array, identifier, whole_number
+from maskformer.masks.builders import builder
 from maskformer.masks.expression import Mask, leaf, take
-from maskformer.masks.registry import builder
 
 
 @leaf(q_ids=1, kv_ids=1)
@@ -82,11 +82,10 @@ class Documents(Mask):
     def attend(self, q: Any, k: Any) -> Any:
         return take(self.starts, q) == take(self.starts, k)
 
-    def implies(self, other: Mask) -> bool:
+    @functools.cached_property
+    def implied(self) -> frozenset[Any]:
         """A run of equal ids is part of a segment of the same ids."""
-        if isinstance(other, Segments):
-            return other.q_ids is self.ids and other.kv_ids is None and other.padding is None
-        return super().implies(other)
+        return frozenset((self.identity, Segments(self.ids).identity))
 
 
 @leaf(valid=1, lengths=0)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskformer.checks import shown
 from maskformer.masks import interval_rules
 from maskformer.masks import interval_shapes as _register_the_other_rules  # noqa: F401
-from maskformer.masks.composites import Choice, Shift
-from maskformer.masks.expression import And, Mask, Not, Or
 from maskformer.masks.intervals import BOTH, KEY, NEITHER, QUERY, Analysis, Interval
 
 FAN_OUT = 4
@@ -98,13 +98,43 @@ def tile_set(
 # --- the bounds of a whole expression -----------------------------------------------------------------------
 
 
+class MaskLike(Protocol):
+    """What the analysis needs to know of a mask; see ``expression.Mask``."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(batch, heads)``."""
+
+    @property
+    def has_per_head(self) -> bool:
+        """Whether heads follow different expressions."""
+
+    def attend(self, q: Any, k: Any) -> Any:
+        """The predicate."""
+
+    def tile_bounds(self, reading: Reading) -> Interval:
+        """``(all, any)`` on each tile."""
+
+    def select(self, b: Any, h: Any) -> MaskLike:
+        """The mask of one entry, of shape ``(1, 1)``."""
+
+    def sharpen(self) -> MaskLike:
+        """An equal mask that the analysis sees through better."""
+
+    def leaves(self) -> Iterator[MaskLike]:
+        """The masks it is made of that are made of no others."""
+
+    def check_lengths(self, q_len: int, kv_len: int, q_offset: Any) -> None:
+        """Raises where an array does not cover the positions."""
+
+
 class Programs:
     """The jaxprs of the leaves met, each traced once per structure and shapes."""
 
     def __init__(self) -> None:
         self.known: dict[Any, Any] = {}
 
-    def of(self, leaf: Mask) -> tuple[Any, list[Any]]:
+    def of(self, leaf: MaskLike) -> tuple[Any, list[Any]]:
         """``(closed jaxpr, arrays)``; the jaxpr takes the leaf's arrays, then scalar positions q and k."""
         arrays, structure = jax.tree.flatten(leaf)
         avals = tuple(jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for a in arrays)
@@ -124,56 +154,70 @@ def _trace(structure: Any, avals: tuple[Any, ...]) -> Any:
     (out,) = closed.out_avals
     if out.shape != ():
         raise ValueError(
-            f"mask {jax.tree.unflatten(structure, avals)!r} gives shape {out.shape} for one query and one key: "
+            f"mask {shown(jax.tree.unflatten(structure, avals))} gives shape {out.shape} for one query and one key: "
             "a predicate works elementwise on positions; give batched arrays as predicate(..., batch_dims=1)"
         )
     return closed
 
 
-def bounds(mask: Mask, tiles: TileSet, programs: Programs, widened: set[str]) -> Interval:
-    """``[all, any]`` of the mask on each tile; names of primitives without a rule are added to ``widened``."""
-    analysis = Analysis(tiles)
-    if isinstance(mask, Not):
-        inner = bounds(mask.term, tiles, programs, widened)
-        return Interval(~inner.hi, ~inner.lo, inner.depends)
-    if isinstance(mask, (And, Or)):
-        depends, terms = analysis.align(*[bounds(term, tiles, programs, widened) for term in mask.terms])
-        lo, hi = terms[0].lo, terms[0].hi
-        for term in terms[1:]:
-            lo, hi = (lo & term.lo, hi & term.hi) if isinstance(mask, And) else (lo | term.lo, hi | term.hi)
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Masks read on one set of tiles: what ``Mask.tile_bounds`` is given.
+
+    Attributes:
+      tiles: the tiles.
+      programs: of the leaves read so far.
+      widened: collects the primitives that the analysis has no rule for, and where they were met.
+    """
+
+    tiles: TileSet
+    programs: Programs
+    widened: set[str]
+
+    @property
+    def analysis(self) -> Analysis:
+        return Analysis(self.tiles)
+
+    def trace(self, leaf: MaskLike) -> Interval:
+        """``(all, any)`` of a leaf by the analysis of its predicate."""
+        analysis = self.analysis
+        closed, arrays = self.programs.of(leaf)
+        consts = [analysis.constant(value) for value in closed.consts]
+        tiles = self.tiles
+        (result,) = analysis.run(closed.jaxpr, consts, [*map(analysis.constant, arrays), tiles.q, tiles.k])
+        if analysis.widened:
+            self.widened.update(f"{primitive} in {leaf!r}" for primitive in analysis.widened)
+        return result
+
+    def combine(self, operation: Callable[[Any, Any], Any], terms: Iterable[MaskLike]) -> Interval:
+        """Of terms joined by an operation under which bounds stay bounds: ``&`` or ``|``."""
+        depends, bounds = self.analysis.align(*[term.tile_bounds(self) for term in terms])
+        lo, hi = bounds[0].lo, bounds[0].hi
+        for each in bounds[1:]:
+            lo, hi = operation(lo, each.lo), operation(hi, each.hi)
         return Interval(lo, hi, depends)
-    if isinstance(mask, Shift):
+
+    def shifted(self, q_offset: Any, k_offset: Any) -> Reading:
+        """A reading of the same tiles with positions counted from elsewhere; ints or integer scalars, maybe traced."""
+        analysis = self.analysis
         q, k = (
-            interval_rules.add(analysis, None, position, analysis.constant(jnp_int32(offset)))
-            for position, offset in ((tiles.q, mask.q_offset), (tiles.k, mask.k_offset))
+            interval_rules.add(analysis, None, position, analysis.constant(_int32(offset)))
+            for position, offset in ((self.tiles.q, q_offset), (self.tiles.k, k_offset))
         )
-        return bounds(mask.term, dataclasses.replace(tiles, q=q, k=k), programs, widened)
-    if isinstance(mask, Choice):
-        depends, terms = analysis.align(*[bounds(term, tiles, programs, widened) for term in mask.terms])
-        xp, index = tiles.xp, analysis.constant(mask.index)
-        # Without knowing which, a tile is what all of the terms agree on.
-        lo = xp.stack([xp.broadcast_to(term.lo, tiles.shape(depends)) for term in terms])
-        hi = xp.stack([xp.broadcast_to(term.hi, tiles.shape(depends)) for term in terms])
-        if index.exact:
-            return Interval(lo[index.lo], hi[index.lo], depends)
-        return Interval(lo.all(0), hi.any(0), depends)
-    own = mask.tile_bounds(analysis)
-    if own is not None:
-        return own
-    closed, arrays = programs.of(mask)
-    consts = [analysis.constant(value) for value in closed.consts]
-    (result,) = analysis.run(closed.jaxpr, consts, [*map(analysis.constant, arrays), tiles.q, tiles.k])
-    if analysis.widened:
-        widened.update(f"{primitive} in {mask!r}" for primitive in analysis.widened)
-    return result
+        return dataclasses.replace(self, tiles=dataclasses.replace(self.tiles, q=q, k=k))
 
 
-def jnp_int32(value: Any) -> Any:
-    """An offset as int32, traced or not."""
-    return value.astype(jnp.int32) if isinstance(value, jax.core.Tracer) else np.asarray(value, np.int32)
+def _int32(offset: Any) -> Any:
+    return offset.astype(jnp.int32) if isinstance(offset, jax.core.Tracer) else np.asarray(offset, np.int32)
 
 
 # --- search -------------------------------------------------------------------------------------------------
+
+
+def bounds(mask: MaskLike, reading: Reading, q_offset: Any = 0) -> Interval:
+    """``(all, any)`` of a mask on each tile, the first query being at ``q_offset``."""
+    moves = not (isinstance(q_offset, int) and q_offset == 0)
+    return reading.analysis.expand(mask.tile_bounds(reading.shifted(q_offset, 0) if moves else reading), BOTH)
 
 
 @dataclasses.dataclass
@@ -186,7 +230,9 @@ class Found:
     examined: int
 
 
-def search(mask: Mask, q_len: int, kv_len: int, block: tuple[int, int], programs: Programs) -> Found:
+def search(
+    mask: MaskLike, q_len: int, kv_len: int, block: tuple[int, int], programs: Programs, q_offset: Any = 0
+) -> Found:
     """Finds the tiles that are full or may be partial, on the host, treating traced arrays as unknown.
 
     Cost follows the border of the active area (plus its full tiles, which are only listed): a coarse tile that
@@ -203,7 +249,7 @@ def search(mask: Mask, q_len: int, kv_len: int, block: tuple[int, int], programs
     examined = 0
     while True:
         tiles = tile_set(np, (q_len, kv_len), block, rows, columns, scale, tables)
-        result = Analysis(tiles).expand(bounds(mask, tiles, programs, widened), BOTH)
+        result = bounds(mask, Reading(tiles, programs, widened), q_offset)
         always, ever = (np.broadcast_to(end, rows.shape) for end in (result.lo, result.hi))
         examined += rows.size
         full.append(_children(rows[always], columns[always], scale, grid))

@@ -46,12 +46,16 @@ class Electra(Objective):
     task = "electra"
     trains_generator = True
 
-    shows_mask: bool = True
+    replacement: tuple[float, float, float] = (1.0, 1.0, 1.0)
     count: Count = None  # type: ignore[assignment]
     replace: Replace = None  # type: ignore[assignment]
     avoid: tuple[int, ...] = ()
     discriminator_weight: float = 50.0
     discriminate_at: str = "all"
+
+    @property
+    def shows_mask(self) -> bool:  # type: ignore[override]
+        return self.replacement[0] > 0
 
     def row(self, key, row, rate, token_weights):
         member = row.valid & ~is_any_of(row.tokens, self.avoid, self.vocabulary.size)
@@ -174,5 +178,5 @@ def electra(
         avoid=vocabulary.ids(("pad", "mask", "cls", "sep", "bos", "eos", "sentinels", "special")),
         discriminator_weight=float(discriminator_weight),
         discriminate_at=discriminate_at,
-        shows_mask=policy[0] > 0,
+        replacement=policy,
     )

@@ -89,7 +89,7 @@ def _assemble(name, vocabulary, common, select, replace, predict_rate, static_co
         select=select,
         replace=replace,
         predict=predict,
-        shows_mask=common.policy[0] > 0,
+        replacement=common.policy,
     )
 
 
@@ -406,6 +406,6 @@ def _disjoint(name, vocabulary, common, select, replace, predict_rate, static_co
         name=name, vocabulary=vocabulary, length=common.length, budget=select.most(), rate=common.rate,
         static_copies=int(static_copies), needs=tuple(select.needs),
         description=f"{name}: {what}, rate {common.most:g}, {copies} disjoint copies of each row",
-        select=select, replace=replace, shows_mask=common.policy[0] > 0, copies=copies,
+        select=select, replace=replace, replacement=common.policy, copies=copies,
         total=Count("round", predict_rate, common.length, minimum=1),
     )

@@ -57,6 +57,7 @@ class Objective:
       task: name of the task that trains a model on it, see `training.tasks`.
       predicts_next: a model trained on it predicts the next token.
       shows_mask: a model trained on it sees [MASK] in the place of what it has to predict.
+      replacement: chances of (mask, random, keep) at a hidden token; 0 only for what never happens.
       makes_pairs: it gives `CorruptedPair`s, for an encoder and a decoder.
       trains_generator: it takes a second, smaller network beside the model.
       takes_label_smoothing: its loss is one of predictions, and may be smoothed.
@@ -72,6 +73,7 @@ class Objective:
     task = "tokens"
     predicts_next = False
     shows_mask = False
+    replacement = (1.0, 1.0, 1.0)
     makes_pairs = False
     trains_generator = False
     takes_label_smoothing = True
@@ -249,15 +251,19 @@ class Masking(Objective):
 
     Each part is a pure function and may be any callable of the same signature:
     `select(key, row, rate, token_weights) -> Selection`, `replace(key, tokens, selection) -> (tokens, kinds)`,
-    `predict(key, row, selection) -> float32 [length]` loss weights, `attention(corrupted) -> Mask`. `shows_mask` says
-    whether `replace` ever puts [MASK].
+    `predict(key, row, selection) -> float32 [length]` loss weights, `attention(corrupted) -> Mask`. `replacement` says
+    what `replace` puts there, see `Objective`.
     """
 
     select: Callable[..., Selection] = field(kw_only=True)
     replace: Callable[..., Any] = field(kw_only=True)
     predict: Callable[..., jax.Array] = field(default=PredictCorrupted(), kw_only=True)
     attention: Callable[[Corrupted], masks.Mask] = field(default=attend_within_segments, kw_only=True)
-    shows_mask: bool = field(default=True, kw_only=True)
+    replacement: tuple[float, float, float] = field(default=(1.0, 1.0, 1.0), kw_only=True)
+
+    @property
+    def shows_mask(self) -> bool:  # type: ignore[override]
+        return self.replacement[0] > 0
 
     def row(self, key, row, rate, token_weights):
         selection = self.select(key, row, rate, token_weights)

@@ -14,14 +14,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from maskformer import objectives
+from maskformer.attention import platform
 from maskformer.checks import integer, nearest, one_line, require, shown, typed
-from maskformer.data import DEFAULT_VOCABULARY_SIZE, DataConfig, load_tokenizer
-from maskformer.evaluation.metrics import KINDS
+from maskformer.data import DEFAULT_VOCABULARY_SIZE, DataConfig, batch_layout, load_tokenizer
 from maskformer.models import EncoderConfig, GeneratorConfig, with_generator
 from maskformer.training import tasks
 from maskformer.training.sections import (
@@ -86,10 +85,6 @@ SECTIONS: dict[str, type] = {
     "mesh": MeshConfig,
     "writers": WriterConfig,
 }
-# What every evaluation measures; the rest depends on the objective.
-ALWAYS_MEASURED: tuple[str, ...] = (
-    "loss", "accuracy", "accuracy_top5", "predicted", "unigram_loss", "unigram_accuracy",
-)
 DERIVED_MODEL_FIELDS = ("vocab_size", "max_length")
 
 
@@ -173,38 +168,30 @@ def _check_model(experiment: ExperimentConfig, objective: Any) -> Any:
 
 def _check_task(experiment: ExperimentConfig, objective: Any, evaluated: Any, model: Any) -> None:
     """That the task can be made, and measures what says which evaluation is the best."""
-    section, smoothing = experiment.task, experiment.train.label_smoothing
+    section, smoothing, evaluation = experiment.task, experiment.train.label_smoothing, experiment.evaluation
     typed("task.name", section.get("name"), str | None)
     try:
         objective.check_label_smoothing(smoothing)
     except ValueError as error:
         raise ValueError(f"train.{error}") from error
     task = tasks.create(section, objective, model, label_smoothing=smoothing)
-    ours = tasks.BUILDERS[section.get("name") or objective.task].__module__.startswith("maskformer.")
-    metric = experiment.evaluation.metric
-    if ours and experiment.evaluation.every and metric not in ALWAYS_MEASURED:
-        names = metric_names(task, evaluated)
+    # The loss is always measured, and what else is takes a moment to find out.
+    if evaluation.every and evaluation.metric not in task.factors:
+        names = metric_names(experiment, evaluated)
         expected = f"what objective.name={evaluated.name!r} measures, one of {', '.join(names)}"
-        require(metric in names, "evaluation.metric", metric, expected + nearest(metric, names))
+        hint = nearest(evaluation.metric, names)
+        require(evaluation.metric in names, "evaluation.metric", evaluation.metric, expected + hint)
 
 
-def metric_names(task: tasks.Task, objective: objectives.Objective) -> tuple[str, ...]:
+def metric_names(experiment: ExperimentConfig, objective: Any) -> tuple[str, ...]:
     """What an evaluation under `objective` measures, and so what `evaluation.metric` may name."""
-    row, one = jax.ShapeDtypeStruct((1, objective.length), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
-    batch = {"tokens": row, "segment_ids": row, "positions": row, "example_id": one, "epoch": one}
-    batch |= dict.fromkeys(objective.needs, row)
-    corrupted = jax.eval_shape(lambda batch: objective(jax.random.key(0), batch, step=0), batch)
-    names = ALWAYS_MEASURED
-    if corrupted.denominators is not None:
-        names += ("token_loss",)
-    elif corrupted.kinds is not None:
-        # A replacement that never happens has no mean.
-        shares = getattr(getattr(objective, "replace", None), "policy", (1.0,) * len(KINDS))
-        kinds = [kind for kind, share in zip(KINDS, shares) if share > 0]
-        names += ("perplexity", *(f"{name}_{kind}" for kind in kinds for name in ("loss", "accuracy")))
-    else:
-        names += ("perplexity",)
-    return tuple(dict.fromkeys((*names, *task.factors, *task.means)))
+    # As the reference would compute it on a CPU, without a look at the devices: the names are the same for all.
+    shape = {**experiment.model, "attention_implementation": "reference"}
+    model = dataclasses.replace(experiment, model=shape).create_model_config(objective.vocabulary)
+    task = tasks.create(experiment.task, objective, model, unigram=np.zeros(objective.vocabulary.size, np.float32))
+    layout = batch_layout(experiment.evaluation.batch_size, experiment.data.length)
+    with platform.assume("cpu"):
+        return task.measured({name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in layout.items()})
 
 
 def plain(config: Any) -> Any:

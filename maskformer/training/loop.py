@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -14,6 +15,7 @@ import jax
 from maskformer.training.best import continue_record, out_of_patience, update_best
 from maskformer.training.checkpoints import Checkpoints, RunRecord, restore_newest, restore_params
 from maskformer.training.config import plain
+from maskformer.training.lock import Lock
 from maskformer.training.precision import average_start
 from maskformer.training.preemption import Preempted, PreemptionGuard
 from maskformer.training.program import Placed, Program
@@ -30,7 +32,9 @@ from maskformer.training.workdir import (
 logger = logging.getLogger(__name__)
 
 
-def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> dict[str, float]:
+def train_and_evaluate(
+    config: Mapping[str, Any], workdir: str | os.PathLike[str], *, steal: bool = False
+) -> dict[str, float]:
     """Train as `config` says, evaluating and saving on the way; resume when `workdir` already has checkpoints.
 
     Call it alike on every process, after `distributed.initialize()`. Where the state comes from, first that applies:
@@ -39,21 +43,22 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
     Args:
       config: a recipe's `ConfigDict`, or the mapping of a run's `config.json`.
       workdir: folder for `config.json`, `metrics.jsonl`, TensorBoard events and `checkpoints/`.
+      steal: take the workdir over from another training that still has it, see `lock.Lock`.
 
     Returns:
       The metrics of the last evaluation; empty when `evaluation.every` is 0.
 
     Raises:
-      ValueError: the config is wrong (before any device work), or does not fit the devices.
-      NonFiniteError: loss or gradient norm stopped being finite.
-      Preempted: SIGTERM came, and the state is saved.
-      RunError: the run cannot go on, such as a SaveError where the disk is full.
+      ValueError: the config is wrong (before any device work), or does not fit the devices, or another training has
+        the workdir.
+      Preempted: SIGTERM or SIGINT came, and the state is saved.
+      RunError: the run cannot go on: a NonFiniteError where the loss is no number any more, a SaveError where the disk
+        is full, a LockLostError where another training took the workdir over.
     """
     # On the host, so that mistakes in the config and in the text come before the devices start.
     program = Program.of(config)
-    train, evaluation, checkpoint = (
-        program.experiment.train, program.experiment.evaluation, program.experiment.checkpoint
-    )
+    train, evaluation = program.experiment.train, program.experiment.evaluation
+    checkpoint = program.experiment.checkpoint
     workdir = prepare_workdir(workdir)
     check_same_run(plain(config), workdir)
     program.prepare_data()
@@ -63,57 +68,58 @@ def train_and_evaluate(config: Mapping[str, Any], workdir: str | os.PathLike[str
     placed.check_batch()
     for line in placed.dropped:
         logger.warning("sharding: %s", line)
-    checkpoints = Checkpoints(workdir, checkpoint, evaluation)
-    state, record = starting_state(placed, checkpoints)
-    continue_record(record, train.steps, evaluation)
-    start = int(state.step)
-    batches = iter(placed.train_batches(record.next_example))
     leader = jax.process_index() == 0
-    if leader:
-        write_config(workdir, plain(config))
-    recorder = Recorder(placed, workdir, plain(config), record, checkpoints, start, leader)
 
     results: dict[str, float] = {}
-    try:
-        with PreemptionGuard() as guard:
-            for step in range(start + 1, train.steps + 1):
-                if out_of_patience(record, evaluation):
-                    break
-                state = placed.train_step(state, next(batches))
-                record.next_example += train.batch_size
-                last = step == train.steps
-                evaluates = evaluation.every > 0 and (last or step % evaluation.every == 0)
-                saves = last or (checkpoint.every > 0 and step % checkpoint.every == 0)
-                preempted = guard.requested(step)
+    with contextlib.ExitStack() as on_exit:
+        guard = on_exit.enter_context(PreemptionGuard())
+        lock = on_exit.enter_context(Lock(workdir, steal)) if leader else None
+        checkpoints = Checkpoints(workdir, checkpoint, evaluation)
+        on_exit.callback(checkpoints.close)
+        state, record = starting_state(placed, checkpoints)
+        continue_record(record, train.steps, evaluation)
+        start = int(state.step)
+        if leader:
+            write_config(workdir, plain(config))
+        recorder = Recorder(placed, workdir, plain(config), record, checkpoints, start, leader)
+        on_exit.callback(recorder.close)
+        batches = iter(placed.train_batches(record.next_example))
 
-                if last or step % train.log_every == 0:
-                    recorder.window(step, state.window)
-                    state = dataclasses.replace(state, window=placed.empty_window())
-                # The step path waits for no metrics, unless something is about to be made of them.
-                recorder.settle(wait=evaluates or saves or preempted)
-                if evaluates:
-                    results = placed.evaluate(state.evaluation_params)
-                    recorder.evaluation(step, results, improved=update_best(record, results, evaluation))
-                if saves or preempted or (evaluates and out_of_patience(record, evaluation)):
-                    # A checkpoint never holds a step that was not finite, and never runs ahead of metrics.jsonl.
-                    recorder.check(state.window)
-                    recorder.flush()
-                    checkpoints.save(step, state, record, results.get(evaluation.metric) if evaluates else None)
-                if preempted and not last:
-                    checkpoints.wait()
-                    raise Preempted(step)
-                if evaluates or saves:
-                    recorder.resume()
-            # Still under the guard: a SIGTERM now must not cut off the last checkpoint.
-            checkpoints.wait()
+        for step in range(start + 1, train.steps + 1):
+            if out_of_patience(record, evaluation):
+                break
+            state = placed.train_step(state, next(batches))
+            record.next_example += train.batch_size
+            last = step == train.steps
+            evaluates = evaluation.every > 0 and (last or step % evaluation.every == 0)
+            saves = last or (checkpoint.every > 0 and step % checkpoint.every == 0)
+            preempted = guard.requested(step)
+            if lock is not None:
+                lock.check()
+
+            if last or step % train.log_every == 0:
+                recorder.window(step, state.window)
+                state = dataclasses.replace(state, window=placed.empty_window())
+            # The step path waits for no metrics, unless something is about to be made of them.
+            recorder.settle(wait=evaluates or saves or preempted)
+            if evaluates:
+                results = placed.evaluate(state.evaluation_params)
+                recorder.evaluation(step, results, improved=update_best(record, results, evaluation))
+            if saves or preempted or (evaluates and out_of_patience(record, evaluation)):
+                # A checkpoint never holds a step that was not finite, and never runs ahead of metrics.jsonl.
+                recorder.check(state.window)
+                recorder.flush()
+                checkpoints.save(step, state, record, results.get(evaluation.metric) if evaluates else None)
+            if preempted and not last:
+                checkpoints.wait()
+                raise Preempted(step, guard.exit_code)
+            if evaluates or saves:
+                recorder.resume()
+        # Still under the guard: a SIGTERM now must not cut off the last checkpoint.
+        checkpoints.wait()
         if not results and evaluation.every:
             # The run was complete already: say again how good it is, and record nothing twice.
             results = placed.evaluate(state.evaluation_params)
-    finally:
-        try:
-            recorder.close()
-        finally:
-            checkpoints.close()
     return results
 
 

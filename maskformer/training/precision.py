@@ -25,12 +25,12 @@ def widened(tree: Any) -> Any:
 
 def average_start(params: Any) -> Any:
     """The moving average before the first update: a copy of `params` in float32, sharing no buffer with them."""
-    return jax.tree.map(lambda leaf: jnp.array(leaf, _wide(leaf.dtype), copy=True), params)
+    return jax.tree.map(lambda leaf: jnp.array(_as_stored(leaf), copy=True), params)
 
 
 def average(mean: Any, params: Any, decay: float) -> Any:
     """`decay * mean + (1 - decay) * params` in the dtype of `mean`, which `average_start` began."""
-    return optax.incremental_update(widened(params), mean, 1.0 - decay)
+    return optax.incremental_update(jax.tree.map(_as_stored, params), mean, 1.0 - decay)
 
 
 def norm(tree: Any) -> jax.Array:
@@ -84,6 +84,15 @@ def on_master_weights(inner: optax.GradientTransformation) -> optax.GradientTran
         return change, MasterState(weights, inner_state)
 
     return optax.GradientTransformation(init, update)
+
+
+def _as_stored(leaf: jax.Array) -> jax.Array:
+    """`leaf` widened, and rounded to its own dtype for certain: XLA may leave out a rounding that is widened again."""
+    wide = leaf.astype(_wide(leaf.dtype))
+    if wide.dtype == leaf.dtype:
+        return wide
+    own = jnp.finfo(leaf.dtype)
+    return jax.lax.reduce_precision(wide, exponent_bits=own.nexp, mantissa_bits=own.nmant)
 
 
 def _wide(dtype: Any) -> Any:

@@ -140,7 +140,7 @@ def activations(mesh: Mesh, rules: Rules, context_method: str = "all_gather") ->
         context="context" if mesh.shape["context"] > 1 else None,
         context_method=context_method,
     )
-    with logical_rules(mesh, rules), attention.sharding.use(placement if mesh.size > 1 else None):
+    with logical_rules(mesh, rules), attention.placements.use(placement if mesh.size > 1 else None):
         yield
 
 

@@ -26,6 +26,7 @@ import numpy as np
 
 from maskformer import evaluation, models
 from maskformer.checks import nearest, shown
+from maskformer.evaluation.predictions import predict
 from maskformer.models.electra import ElectraConfig
 from maskformer.objectives import Corrupted, Objective, move_token_losses, token_cross_entropy, token_loss_sums
 from maskformer.objectives.electra import Electra as ElectraObjective
@@ -96,6 +97,15 @@ class Task:
         shown = [name for name in (*self.factors, *self.means) if name in metrics]
         return ", ".join(f"{name} {metrics[name]:.4f}" for name in shown) or "nothing predicted"
 
+    def measured(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[str, ...]:
+        """The metrics of an evaluation over batches of these shapes, by name; computes nothing."""
+
+        def sums(params: Any, batch: Batch) -> dict[str, jax.Array]:
+            return self.evaluate(params, self.corrupt(jax.random.key(0), batch, 0, None))
+
+        names = jax.eval_shape(sums, self.model.param_shapes(), batch)
+        return tuple(self.finish(dict.fromkeys(names, np.ones(2))))
+
     def predicted(self, example: Any) -> jax.Array:
         """int32: how many predictions the example asks for. Here: one for each row."""
         return jnp.int32(jax.tree.leaves(example)[0].shape[0])
@@ -114,13 +124,6 @@ class Task:
         objective = self.objective
         share = objective.budget / objective.output_length
         return self.model.flops_per_token(objective.output_length, share) * objective.copies
-
-
-def predict(
-    model: Any, objective: Objective, params: Any, corrupted: Corrupted, dropout_key: jax.Array | None = None
-) -> jax.Array:
-    """The model's logits at the positions that the objective predicts; without a dropout key, deterministic."""
-    return model.apply(params, **corrupted.inputs(objective.attend(corrupted)), dropout_key=dropout_key)
 
 
 class Tokens(Task):
@@ -149,7 +152,7 @@ class Tokens(Task):
         super().__init__(objective, models.create(config))
         objective.check_label_smoothing(label_smoothing)
         self.label_smoothing = label_smoothing
-        self.unigram = None if unigram is None else jnp.asarray(unigram)
+        self.unigram = unigram
 
     def corrupt(self, key: jax.Array, batch: Batch, step: jax.Array | int, state: Any) -> Any:
         return self.objective(key, batch, step=step, token_weights=state)
@@ -176,12 +179,21 @@ class Tokens(Task):
         return Sums({"loss": loss_sum}, {"accuracy": (jnp.sum(correct * weights), jnp.sum(weights))}, token_losses)
 
     def evaluate(self, params: Any, example: Any) -> dict[str, jax.Array]:
-        logits = predict(self.model, self.objective, params, example)
-        return evaluation.objective_sums(self.objective, logits, example, unigram=self.unigram)
+        return self._prediction_sums(predict(self.model, self.objective, params, example), example)
+
+    def _prediction_sums(self, logits: jax.Array, corrupted: Corrupted) -> dict[str, jax.Array]:
+        unigram = None if self.unigram is None else jnp.asarray(self.unigram)
+        return evaluation.objective_sums(self.objective, logits, corrupted, unigram=unigram)
 
     def finish(self, totals: Mapping[str, np.ndarray]) -> dict[str, float]:
         """As `evaluation.finish`."""
         return evaluation.finish(totals)
+
+    def measured(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[str, ...]:
+        # A replacement that never happens has no mean.
+        shares = zip(evaluation.KINDS, self.objective.replacement)
+        never = tuple(f"_{kind}" for kind, share in shares if not share > 0)
+        return tuple(name for name in super().measured(batch) if not name.endswith(never))
 
     def describe(self, metrics: Mapping[str, float]) -> str:
         if "loss" not in metrics:
@@ -290,7 +302,7 @@ class Electra(Tokens):
 
     def evaluate(self, params: Any, example: ElectraExample) -> dict[str, jax.Array]:
         logits = predict(self.model, self.objective, params, example.corrupted)
-        sums = evaluation.objective_sums(self.objective, logits, example.corrupted, unigram=self.unigram)
+        sums = self._prediction_sums(logits, example.corrupted)
         detection = self._detection(params, example, logits)
         return sums | {name: jnp.stack(pair) for name, pair in detection.items()}
 

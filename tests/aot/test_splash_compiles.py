@@ -13,7 +13,7 @@ from jax.experimental import topologies
 
 import maskformer as mf
 from maskformer import masks
-from maskformer.attention import platform, sharding
+from maskformer.attention import placements, platform
 
 pytestmark = pytest.mark.aot
 
@@ -39,7 +39,7 @@ def devices(request):
 
 def training_step(mask_of, placement=None):
     def loss(query, key, value, segment_ids):
-        with platform.assume("tpu"), sharding.use(placement):
+        with platform.assume("tpu"), placements.use(placement):
             output = mf.dot_product_attention(query, key, value, mask=mask_of(segment_ids))
         return output.astype(jnp.float32).sum()
 
@@ -73,7 +73,7 @@ def test_forward_and_backward_compile_for_a_mesh_of_data_and_tensor(devices, nam
     spec = jax.sharding.PartitionSpec
     wide = jax.sharding.NamedSharding(mesh, spec("data", None, "tensor", None))
     ids = jax.sharding.NamedSharding(mesh, spec("data", None))
-    placement = sharding.Placement(mesh, batch="data", heads="tensor")
+    placement = placements.Placement(mesh, batch="data", heads="tensor")
     compiled = training_step(MASKS[name], placement).lower(*structs([wide] * 3 + [ids])).compile()
     text = compiled.as_text()
     assert text.count("splash") >= 3
@@ -131,7 +131,7 @@ def test_a_sharded_sequence_runs_the_kernels_on_gathered_keys(devices):
     spec = jax.sharding.PartitionSpec
     wide = jax.sharding.NamedSharding(mesh, spec("data", "context", None, None))
     ids = jax.sharding.NamedSharding(mesh, spec("data", None))
-    placement = sharding.Placement(mesh, batch="data", context="context")
+    placement = placements.Placement(mesh, batch="data", context="context")
     compiled = training_step(MASKS["packed causal"], placement).lower(*structs([wide] * 3 + [ids])).compile()
     text = compiled.as_text()
     assert text.count("splash") >= 3

@@ -9,7 +9,7 @@ import numpy as np
 class Result:
     """Output [b, q, h, d], logsumexp [b, q, h] and, for the cotangents given, the gradients.
 
-    ``sink_size`` is the root of the sum of the squares of the terms that cancel in the gradient of the sinks.
+    ``sink_size`` is the root of the sum of the squares of the terms that cancel in the gradient of the sink_logits.
     """
 
     output: np.ndarray
@@ -26,7 +26,7 @@ def attention(
     *,
     scale=None,
     bias=None,
-    sinks=None,
+    sink_logits=None,
     soft_cap=None,
     keep=None,
     rate=0.0,
@@ -50,8 +50,8 @@ def attention(
     weights = np.where(attends, np.exp(logits), 0.0)
     total = weights.sum(-1)
     empty = ~attends.any(-1)
-    if sinks is not None:
-        total = total + np.exp(np.asarray(sinks, np.float64))[None, :, None]
+    if sink_logits is not None:
+        total = total + np.exp(np.asarray(sink_logits, np.float64))[None, :, None]
     total = np.where(empty, 1.0, total)
     weights = weights / total[..., None]
     grown = np.ones(shape) if keep is None else np.broadcast_to(keep, shape) / (1.0 - rate)
@@ -82,10 +82,10 @@ def attention(
         padded = (1,) * (4 - np.ndim(bias)) + np.shape(bias)
         axes = tuple(axis for axis, size in enumerate(padded) if size == 1)
         result.gradients["bias"] = d_raw.sum(axes, keepdims=True).reshape(np.shape(bias))
-    if sinks is not None:
-        share = np.exp(np.asarray(sinks, np.float64))[None, :, None] / total
+    if sink_logits is not None:
+        share = np.exp(np.asarray(sink_logits, np.float64))[None, :, None] / total
         terms = np.where(empty, 0.0, share * inner)
-        result.gradients["sinks"] = -terms.sum((0, 2))
+        result.gradients["sink_logits"] = -terms.sum((0, 2))
         result.sink_size = float(np.sqrt(np.mean((terms**2).sum((0, 2)))))
     return result
 

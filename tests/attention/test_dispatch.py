@@ -33,7 +33,7 @@ def x(*shape):
         ((SHORT,) * 3, dict(bias=x(16, 16) > 0), r"bias: .* got bool; what may attend goes to mask=masks.dense"),
         ((SHORT,) * 3, dict(scale=x(4)), "scale: expected a number or a scalar array"),
         ((SHORT,) * 3, dict(scale=x(16)), "scale: expected a number or a scalar array"),
-        ((SHORT,) * 3, dict(sinks=x(3)), r"sinks: expected one logit per query head, shape \(4,\)"),
+        ((SHORT,) * 3, dict(sink_logits=x(3)), r"sink_logits: expected one logit per query head, shape \(4,\)"),
         ((SHORT,) * 3, dict(logits_soft_cap=0.0), "logits_soft_cap: expected a positive number"),
         ((SHORT,) * 3, dict(dropout_rate=1.0), "dropout rate: expected 0 <= rate < 1"),
         ((SHORT,) * 3, dict(logits_soft_cap=float("inf")), "logits_soft_cap: expected a positive number"),
@@ -134,12 +134,13 @@ def test_a_traced_mask_is_explained_as_traced():
 
 def test_explain_takes_shapes_in_the_place_of_arrays():
     shape = jax.ShapeDtypeStruct
-    options = dict(bias=shape((8192, 8192), jnp.float32), sinks=shape((4,), jnp.float32), q_offset=shape((), jnp.int32))
+    options = dict(bias=shape((8192, 8192), jnp.float32), q_offset=shape((), jnp.int32))
+    options["sink_logits"] = shape((4,), jnp.float32)
     options |= dict(dropout_rate=0.1, dropout_key=jax.eval_shape(lambda: jax.random.key(0)))
     mask = jax.eval_shape(lambda: masks.causal() & masks.segments(jnp.zeros((1, 16384), int)))
     found = mf.explain(mask, LONG, LONG, LONG, **options)
     assert found.backend == "blockwise" and found.density is None
-    assert mf.explain(masks.sinks(512), LONG, LONG, LONG, sinks=options["sinks"]).density == 512 / 8192
+    assert mf.explain(masks.sinks(512), LONG, LONG, LONG, sink_logits=options["sink_logits"]).density == 512 / 8192
 
 
 def test_a_tpu_platform_takes_splash_and_falls_back_with_a_reason():

@@ -84,7 +84,7 @@ def test_blockwise_in_double_precision_equals_the_float64_oracle(tiny_tiles, nam
 
 
 def test_half_precision_gradients_that_sum_over_rows_are_as_good_as_the_dense_reference(tiny_tiles):
-    """Those of a bias, a score_mod's arrays, sinks and the scale: what is summed nearly cancels."""
+    """Those of a bias, a score_mod's arrays, sink_logits and the scale: what is summed nearly cancels."""
     mask, attends = masks.causal(), cases.CASES["causal"][1]
     q, k, v, d_output = cases.arrays(jnp.bfloat16)
     bias, table = jnp.zeros((cases.HEADS, 1, 1), jnp.float32), jnp.zeros((cases.HEADS, 9), jnp.float32)
@@ -133,20 +133,20 @@ def test_every_option_at_once_equals_the_oracle_in_value_and_gradient(tiny_tiles
     q, k, v, d_output = cases.arrays()
     table = jax.random.normal(jax.random.key(2), (cases.HEADS, 9))
     bias = jax.random.normal(jax.random.key(3), (cases.BATCH, 1, 1, cases.KV_LEN))
-    sinks = jnp.array([0.5, -1.0, 2.0, 0.0])
+    sink_logits = jnp.array([0.5, -1.0, 2.0, 0.0])
     key = jax.random.key(4)
 
-    def attend(q, k, v, bias, table, sinks, scale):
+    def attend(q, k, v, bias, table, sink_logits, scale):
         return mf.dot_product_attention(
             q, k, v,
             mask=masks.causal() & masks.key_padding(lengths=jnp.asarray(cases.LENGTHS)),
-            bias=bias, score_mod=mf.attention.score_mods.relative_bias(table), sinks=sinks, scale=scale,
+            bias=bias, score_mod=mf.attention.score_mods.relative_bias(table), sink_logits=sink_logits, scale=scale,
             logits_soft_cap=cap, dropout_rate=rate, dropout_key=key, q_offset=offset,
             implementation=implementation,
         )  # fmt: skip
 
     scale = jnp.float32(0.3)
-    output, pull_back = jax.vjp(jax.jit(attend), q, k, v, bias, table, sinks, scale)
+    output, pull_back = jax.vjp(jax.jit(attend), q, k, v, bias, table, sink_logits, scale)
     found = pull_back(d_output)
 
     # The kept entries, read off a call whose values are the identity: every weight becomes visible.
@@ -162,7 +162,8 @@ def test_every_option_at_once_equals_the_oracle_in_value_and_gradient(tiny_tiles
     added = np.asarray(bias, np.float64) + np.asarray(table, np.float64)[:, offsets][None]
     attends = by_rows = np.stack([(cases.K <= cases.Q + offset) & (cases.K < n) for n in cases.LENGTHS])[:, None]
     expected = oracle.attention(
-        q, k, v, by_rows, scale=0.3, bias=added, sinks=sinks, soft_cap=cap, keep=keep, rate=rate, d_output=d_output
+        q, k, v, by_rows, scale=0.3, bias=added, sink_logits=sink_logits, soft_cap=cap, keep=keep, rate=rate,
+        d_output=d_output,
     )
     d_logits = expected.gradients["logits"]
     d_table = np.zeros((cases.HEADS, 9))
@@ -175,7 +176,7 @@ def test_every_option_at_once_equals_the_oracle_in_value_and_gradient(tiny_tiles
         "value": expected.gradients["value"],
         "bias": d_logits.sum((1, 2), keepdims=True),
         "table": d_table,
-        "sinks": expected.gradients["sinks"],
+        "sink_logits": expected.gradients["sink_logits"],
         "scale": (d_logits * dots).sum(),
     }
     assert attends.any()

@@ -102,7 +102,7 @@ def test_the_plain_backends_lower_for_cuda_with_every_option(implementation):
         implementation,
         bias=jnp.zeros((1, 4, 1, 256)),
         score_mod=mf.attention.score_mods.relative_bias(table),
-        sinks=jnp.zeros(4),
+        sink_logits=jnp.zeros(4),
         dropout_rate=0.1,
         dropout_key=jax.random.key(0),
     )

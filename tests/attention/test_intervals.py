@@ -65,7 +65,7 @@ runs = st.builds(lambda a, b, c: a & b & c, leaves, leaves, st.one_of(leaves, un
 def rows_of(mask, q_len, kv_len, q_offset):
     q = jnp.zeros((BATCH, q_len, 4, 8))
     k = jnp.zeros((BATCH, kv_len, 4, 8))
-    options = dict(mask=mask, bias=None, score_mod=None, sinks=None, scale=None, logits_soft_cap=None)
+    options = dict(mask=mask, bias=None, score_mod=None, sink_logits=None, scale=None, logits_soft_cap=None)
     options |= dict(dropout_rate=0.0, dropout_key=None, q_offset=q_offset, return_residual=False)
     return intervals.rows(arguments.check(q, k, k, **options))
 

@@ -63,8 +63,45 @@ def test_a_score_mod_may_index_in_any_way_a_scalar_function_can():
 
 def test_a_score_mod_that_returns_no_scalar_is_refused():
     x = jnp.ones((1, 4, 1, 8))
-    with pytest.raises(TypeError, match="one scalar"):
+    with pytest.raises(ValueError, match="one scalar"):
         mf.dot_product_attention(x, x, x, score_mod=lambda score, b, h, q, k: jnp.stack([score, score]))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: score_mods.alibi(2), "alibi: slopes=2: expected one for each head, e.g. alibi_slopes(8)"),
+        (lambda: score_mods.alibi([]), "alibi: slopes=[]: expected one for each head"),
+        (lambda: score_mods.alibi("steep"), "alibi: slopes='steep': expected"),
+        (lambda: score_mods.alibi(jnp.ones((2, 3))), "alibi: slopes of shape (2, 3): expected"),
+        (lambda: score_mods.alibi([[1.0], [1.0, 2.0]]), "alibi: slopes=[[1.0], [1.0, 2.0]]: expected"),
+        (lambda: score_mods.alibi_slopes(0), "alibi_slopes: heads=0: expected an integer of at least 1"),
+        (lambda: score_mods.alibi_slopes("8"), "alibi_slopes: heads='8': expected an integer"),
+        (lambda: score_mods.t5_bias(32), "t5_bias: table=32: expected shape [buckets, heads]"),
+        (lambda: score_mods.t5_bias(jnp.ones((3, 2))), "t5_bias: buckets=3: expected an integer of at least 4"),
+        (lambda: score_mods.t5_bias(jnp.ones((32, 2)), max_distance=8), "max_distance=8: expected an integer of at"),
+        (lambda: score_mods.t5_bias(jnp.ones((32, 2)), bidirectional=0), "bidirectional=0: expected True or False"),
+        (lambda: score_mods.relative_bias([1.0, 2.0]), "relative_bias: table=[1.0, 2.0]: expected shape [heads, 2"),
+        (lambda: score_mods.relative_position_bucket(jnp.arange(3), buckets=1), "buckets=1: expected an integer"),
+        (lambda: score_mods.chain(3), "score_mod=3: expected a function of (score, batch"),
+        (lambda: score_mods.chain(score_mods.alibi([1.0]), score_mods.alibi([1.0, 2.0])), "chain: heads=(1, 2)"),
+        (lambda: attend(lambda score, q, k: score), "got one of (score, q, k): too many positional arguments"),
+        (lambda: attend(0), "score_mod=0: expected a function"),
+        (lambda: attend(jnp.ones(4)), "expected a function"),
+        (lambda: attend(lambda score, b, h, q, k: score if q > k else 0.0), "use &, |, ~ and jnp.where"),
+        (lambda: attend(score_mods.alibi([1.0, 0.5])), "its table has 2 heads, but query has 4"),
+        (lambda: attend(score_mods.chain(score_mods.t5_bias(jnp.ones((32, 8))))), "8 heads, but query has 4"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(make, message):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert message in str(error.value) and str(error.value).isprintable()
+
+
+def attend(score_mod):
+    x = jax.ShapeDtypeStruct((1, 4, 4, 8), jnp.float32)
+    return mf.explain(None, x, x, x, score_mod=score_mod)
 
 
 def test_a_relative_table_of_even_width_has_no_centre():

@@ -47,25 +47,26 @@ def test_splash_equals_the_oracle_in_value_and_gradient(monkeypatch, name):
     monkeypatch.setattr(splash, "BLOCK", 128)
     mask, attends, options = CASES[name]
     q, k, v, d_output = cases.arrays(q_len=Q_LEN, kv_len=KV_LEN, dim=64, value=32)
-    sinks = jnp.array([0.5, -1.0, 2.0, 0.0])
+    sink_logits = jnp.array([0.5, -1.0, 2.0, 0.0])
     d_residual = jax.random.normal(jax.random.key(1), q.shape[:3])
 
     @jax.jit
-    def step(q, k, v, sinks, mask):
+    def step(q, k, v, sink_logits, mask):
         attend = lambda *a: mf.dot_product_attention(
-            *a[:3], mask=mask, sinks=a[3], implementation="splash", return_residual=True, **options
+            *a[:3], mask=mask, sink_logits=a[3], implementation="splash", return_residual=True, **options
         )
-        results, pull_back = jax.vjp(attend, q, k, v, sinks)
+        results, pull_back = jax.vjp(attend, q, k, v, sink_logits)
         return results, pull_back((d_output, d_residual))
 
     with pltpu.force_tpu_interpret_mode():
-        (output, residual), found = step(q, k, v, sinks, mask)
+        (output, residual), found = step(q, k, v, sink_logits, mask)
     expected = oracle.attention(
-        q, k, v, attends, sinks=sinks, soft_cap=options.get("logits_soft_cap"), d_output=d_output, d_residual=d_residual
+        q, k, v, attends, sink_logits=sink_logits, soft_cap=options.get("logits_soft_cap"),
+        d_output=d_output, d_residual=d_residual,
     )
     assert oracle.error(output, expected.output) < 1e-6
     assert oracle.error(residual, expected.residual) < 1e-6
-    for what, actual in zip(("query", "key", "value", "sinks"), found):
+    for what, actual in zip(("query", "key", "value", "sink_logits"), found):
         size = np.sqrt(np.mean(expected.gradients[what] ** 2))
         assert oracle.error(actual, expected.gradients[what]) < 2e-6 * max(size, 1), what
 

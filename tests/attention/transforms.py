@@ -5,21 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 
 import maskformer as mf
-from maskformer.attention import sharding
+from maskformer.attention import placements
 from tests.attention import cases, oracle
 
-NAMES = ("output", "logsumexp", "d query", "d key", "d value", "d sinks")
+NAMES = ("output", "logsumexp", "d query", "d key", "d value", "d sink_logits")
 SINKS = jnp.array([0.5, -1.0, 2.0, 0.0])
 
 
 def attention(implementation, residual=True, placement=None, **options):
-    """``(mask, query, key, value[, sinks]) -> (output, logsumexp)``; zeros for the logsumexp that is not asked for."""
+    """``(mask, query, key, value[, sink_logits]) -> (output, logsumexp)``; zeros for a logsumexp not asked for."""
 
-    def attend(mask, query, key, value, sinks=None):
-        with sharding.use(placement):
+    def attend(mask, query, key, value, sink_logits=None):
+        with placements.use(placement):
             found = mf.dot_product_attention(
                 query, key, value,
-                mask=mask, sinks=sinks, implementation=implementation, return_residual=residual, **options,
+                mask=mask, sink_logits=sink_logits, implementation=implementation, return_residual=residual, **options,
             )  # fmt: skip
         return found if residual else (found, jnp.zeros(found.shape[:3]))
 
@@ -71,10 +71,11 @@ def transformed(attend, mask, arrays, cotangents, mask_axes=None):
 
 def golden(arrays, attends, cotangents, **options):
     """What `plain` should have found, in float64."""
-    query, key, value, *sinks = (np.asarray(x.astype(jnp.float32)) for x in arrays)
+    query, key, value, *sink_logits = (np.asarray(x.astype(jnp.float32)) for x in arrays)
     d_output, d_residual = cotangents
     return oracle.attention(
-        query, key, value, attends, sinks=sinks[0] if sinks else None, d_output=d_output, d_residual=d_residual,
+        query, key, value, attends, sink_logits=sink_logits[0] if sink_logits else None,
+        d_output=d_output, d_residual=d_residual,
         **options,
     )  # fmt: skip
 
@@ -82,10 +83,11 @@ def golden(arrays, attends, cotangents, **options):
 def assert_as_good(found, dense, expected, residual=True):
     """Holds each result to the tolerance rule."""
     exact = [expected.output, expected.residual]
-    exact += [expected.gradients[name] for name in ("query", "key", "value", "sinks") if name in expected.gradients]
+    names = ("query", "key", "value", "sink_logits")
+    exact += [expected.gradients[name] for name in names if name in expected.gradients]
     for what, actual, plain, wanted in zip(NAMES, found, dense, exact, strict=False):
         if residual or what != "logsumexp":
-            size = expected.sink_size if what == "d sinks" else None
+            size = expected.sink_size if what == "d sink_logits" else None
             oracle.assert_as_good(actual, plain, wanted, what=what, size=size)
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from maskformer import cli
-from maskformer.masks import registry
+from maskformer.masks import builders
 from tests.training.tiny import tiny_config, write_corpus
 
 RECIPE = "configs/bert.py:tiny"
@@ -86,7 +86,7 @@ def test_mask_draws_text_and_picture(tmp_path, capsys):
 
 
 def test_mask_knows_the_masks_of_a_recipe(tmp_path, capsys, monkeypatch):
-    for table in (registry.BUILDERS, registry.NAMES):
+    for table in (builders.BUILDERS, builders.NAMES):
         monkeypatch.setitem(table, "checkers", None)  # so that it is forgotten afterwards
         del table["checkers"]
     recipe = tmp_path / "own.py"

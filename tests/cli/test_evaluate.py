@@ -89,15 +89,16 @@ def test_the_guides_measure_of_ones_own_is_a_metric_with_its_options_as_flags(
     assert code == 2 and "one that a recipe registers needs --config=RECIPE.py" in err and err.count("\n") == 1
 
 
-def test_an_option_that_is_a_flag_of_evaluate_itself_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["json", "workdir", "run", "verbose"])
+def test_an_option_that_is_a_flag_of_evaluate_itself_is_refused(name, tmp_path, capsys):
     recipe = tmp_path / "mine.py"
     recipe.write_text(
         "from typing import Annotated\nfrom maskformer.evaluation import measures\n\n\n@measures.builder()\n"
-        "def mine(run, split, *, json: Annotated[bool, 'as JSON'] = False):\n    return {}\n"
+        f"def mine(measured, split, *, {name}: Annotated[bool, 'of it'] = False):\n    return {{}}\n"
     )
     try:
         code, _, err = run(capsys, "--workdir=mlm", f"--config={recipe}")
-        assert code == 2 and "measure 'mine': --json is a flag of evaluate itself" in err and err.count("\n") == 1
+        assert code == 2 and f"measure 'mine': --{name} is a flag of evaluate itself" in err and err.count("\n") == 1
     finally:
         del measures.MEASURES["mine"]
 

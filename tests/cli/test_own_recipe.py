@@ -5,7 +5,7 @@ import json
 import pytest
 
 from maskformer import cli, masks, objectives
-from maskformer.masks import registry
+from maskformer.masks import builders
 from tests.training.tiny import write_corpus
 
 RECIPE = """
@@ -31,8 +31,8 @@ def get_config(arg=None):
 
 
 def forget():
-    registry.NAMES.pop("same_third", None)
-    registry.BUILDERS.pop("same_third", None)
+    builders.NAMES.pop("same_third", None)
+    builders.BUILDERS.pop("same_third", None)
     objectives.BUILDERS.pop("light_mlm", None)
 
 

@@ -94,6 +94,29 @@ def test_a_dataset_of_ones_own_is_read_and_another_version_of_it_names_those_tha
         )
 
 
+@pytest.mark.parametrize("content", [b"no records", b"", b"[1]", None, "half", "flip"])
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "mine-test.array_record-00000-of-00001"])
+def test_a_damaged_file_of_a_prepared_dataset_is_a_one_line_error(own, tmp_path, name, content):
+    shutil.copytree(own / "mine", tmp_path / "mine")
+    (file,) = tmp_path.rglob(name)
+    before = file.read_bytes()
+    middle = len(before) // 2
+    if content is None:
+        file.unlink()
+    elif content == "half":
+        file.write_bytes(before[:middle])
+    elif content == "flip":
+        file.write_bytes(before[:middle] + bytes([before[middle] ^ 1]) + before[middle + 1 :])
+    else:
+        file.write_bytes(content)
+    try:
+        assert len(read("tfds:mine/big", "test", data_dir=str(tmp_path))) == 5  # as a letter of a description may be
+    except DataError as error:
+        assert "\n" not in str(error) and "mine" in str(error)
+    else:
+        assert content == "flip"
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

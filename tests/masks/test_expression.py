@@ -1,5 +1,8 @@
 """The algebra: what a mask is, how it broadcasts, and how it refuses."""
 
+import copy
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +56,22 @@ def test_a_term_that_another_implies_is_left_out():
     assert documents | causal | segments == causal | segments
     assert len((documents & masks.segments(ids, padding=1)).terms) == 2
     assert len((documents & masks.segments(ids, ids)).terms) == 2
+
+
+def test_a_copy_is_told_apart_from_its_original():
+    ids = np.array([1, 1, 2], np.int32)
+    mask = masks.segments(ids) & masks.causal()
+    for other in (copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
+        assert other == mask and len((mask & other).terms) == 3  # the values of arrays are not looked at
+
+
+def test_a_function_that_cannot_be_hashed_implies_itself_alone():
+    class Table(list):
+        def __call__(self, q, k):
+            return q > k
+
+    mask = masks.predicate(Table())
+    assert mask & mask == mask and len((mask & masks.predicate(Table())).terms) == 2
 
 
 def test_documents_equal_segments_where_ids_stand_together():
@@ -200,6 +219,10 @@ def test_arrays_of_a_predicate_may_have_batch_and_head_dimensions():
         (lambda: masks.tree(np.array([-1, 0]), context=-1), "context=-1"),
         (lambda: masks.tree(np.zeros(0, int)), "parents is empty"),
         (lambda: masks.shift(masks.causal(), 1.5), "shift: q_offset=1.5"),
+        (lambda: masks.shift(3), "shift: mask=3, expected a mask"),
+        (lambda: masks.random_blocks(2**20, 16, 3, near=2**15), "near=32768 leaves out more than half of 65536 blocks"),
+        (lambda: masks.neighborhood((2**16, 2**16), 3), "at most 2147483647 points"),
+        (lambda: masks.predicate(lambda q: q), "called with q, k and 0 arrays, and it takes"),
         (lambda: masks.segments(np.uint32([1]), np.int32([1])), "uint32 and kv_ids int32, which JAX compares as int32"),
         (lambda: masks.shift(masks.causal(), 0, np.array([1, 2])), "k_offset=array"),
         (lambda: masks.graph(np.ones((4, 3), int)), r"shape \(4, 3\)"),

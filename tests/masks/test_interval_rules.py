@@ -7,7 +7,7 @@ import pytest
 
 from maskformer import masks
 from maskformer.masks import intervals
-from maskformer.masks.tiles import Programs, bounds, tile_set
+from maskformer.masks.tiles import Programs, Reading, bounds, tile_set
 from tests.masks import oracle
 
 LENGTH, BLOCK = 48, 6
@@ -128,7 +128,7 @@ def test_all_rules_together_are_sound_on_traced_values():
         # An offset that is not known sends every mask through the traced half of the analysis.
         blocks = np.arange(LENGTH // BLOCK)
         tiles = tile_set(jnp, (LENGTH, LENGTH), (BLOCK, BLOCK), blocks[:, None], blocks[None, :])
-        found = [bounds(masks.shift(mask, offset), tiles, Programs(), set()) for mask in each]
+        found = [bounds(masks.shift(mask, offset), Reading(tiles, Programs(), set())) for mask in each]
         return [[jnp.broadcast_to(end, (blocks.size, blocks.size)) for end in (f.lo, f.hi)] for f in found]
 
     classified = classify.lower(0).compile({"xla_backend_optimization_level": 0})(0)

@@ -1,5 +1,8 @@
 """Masks as text, both ways."""
 
+import functools
+import operator
+import re
 import warnings
 
 import hypothesis
@@ -8,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 
 from maskformer import masks
+from maskformer.checks import shown
 from tests.masks import oracle
 
 
@@ -54,12 +58,54 @@ def test_text_means_what_the_builders_mean(text, mask):
         ("Causal & CHUNKED(2)", "unknown mask 'Causal' at column 0; did you mean 'causal'?"),
         ("window(big)", "'left' takes a value, not the name 'big' at column 0"),
         ("window(&)", "expected a number, a name or a tuple, found '&' at column 7"),
+        ("window(٣)", "unexpected character '٣' at column 7"),
+        ("window(1)\n&& causal", "expected a mask, found '&' at column 11"),
+        ("per_head(" + "[" * 70, "nested more than 64 deep at column 72"),
+        ("strided(" + "9" * 5000 + ")", "a number of 5000 digits; expected at most 1000 at column 8"),
     ],
 )
 def test_errors_point_at_the_column_and_the_nearest_name(text, message):
     with pytest.raises(masks.MaskSyntaxError) as error:
         masks.parse(text)
-    assert message in str(error.value) and repr(text) in str(error.value)
+    assert message in str(error.value) and shown(text) in str(error.value)
+
+
+def test_a_long_chain_costs_what_its_terms_cost():
+    """Of 3,000 terms; a cost that grows with the cube of them would take hours."""
+    windows = [masks.sliding_window(left) for left in range(3000)]
+    text = " | ".join(f"sliding_window({left})" for left in range(3000))
+    union = masks.parse(text)
+    assert union == masks.Or(tuple(windows)) and repr(union) == text
+    assert masks.parse(text.replace("|", "&")) == masks.And(tuple(windows))
+    few = windows[:300]
+    assert functools.reduce(operator.and_, few).terms == tuple(few)
+    assert functools.reduce(operator.or_, few + few).block_map(16, 16, 8).kinds().tolist() == [[[[1, 0], [2, 1]]]]
+
+
+def test_inversions_cancel_however_many():
+    assert masks.parse("~" * 100_001 + "causal") == ~masks.causal()
+    assert ~~masks.causal() == masks.parse("~~causal") == masks.causal()
+
+
+def test_parentheses_may_lie_in_each_other_to_some_depth():
+    assert masks.parse("(" * 64 + "causal" + ")" * 64) == masks.causal()
+    with pytest.raises(masks.MaskSyntaxError, match="nested more than 64 deep at column 64"):
+        masks.parse("(" * 400 + "causal" + ")" * 400)
+
+
+def test_a_value_as_long_as_a_file_is_shown_short():
+    for run in ("-", "[", "~", "window"):
+        with pytest.raises(masks.MaskSyntaxError) as error:
+            masks.parse(f"window({run * 1000}) & causal")
+        assert len(str(error.value)) < 320
+
+
+def test_a_long_sequence_draws_its_random_blocks_at_once():
+    mask = masks.parse("bigbird(10000000)")
+    edges = np.asarray(mask.terms[-1].edges)
+    assert len(edges) == 3 * (156_250 - 2) and np.abs(edges[:, 0] - edges[:, 1]).min() == 2
+    with pytest.raises(ValueError, match="bigbird: length=2147483647 has .* expected at most 4194304 in all"):
+        masks.parse("bigbird(2147483647)")
 
 
 def test_an_array_the_text_does_not_name_is_refused():
@@ -97,6 +143,12 @@ def test_two_arrays_of_one_kind_print_under_two_names():
     a, b = np.array([1, 1, 2], np.int32), np.array([3, 3, 3], np.int32)
     mask = masks.segments(a) & masks.segments(b) & ~masks.segments(a)
     assert repr(mask) == "segments(segment_ids) & segments(segment_ids_2) & ~segments(segment_ids)"
+    assert masks.parse(repr(mask), **mask.bindings()) == mask
+
+
+def test_an_array_does_not_print_under_a_name_that_is_open():
+    mask = masks.segments(np.array([1, 1, 2], np.int32)) & ~masks.parse("segments")
+    assert repr(mask) == "segments(segment_ids_2) & ~segments(segment_ids)"
     assert masks.parse(repr(mask), **mask.bindings()) == mask
 
 
@@ -173,6 +225,26 @@ def test_an_offset_that_is_an_array_has_a_name_in_the_text():
     assert masks.parse(repr(mask), **mask.bindings()) == mask
     start = masks.parse("shift(causal, q_offset=start)")
     np.testing.assert_array_equal(start.bind(start=np.array(2)).dense(2, 4), masks.causal().dense(2, 4, q_offset=2))
+
+
+@pytest.mark.parametrize(
+    "decorate, message",
+    [
+        (lambda: masks.builder(lambda: masks.causal()), "with its parentheses"),
+        (lambda: masks.builder("two words"), "'two words' cannot be written"),
+        (lambda: masks.builder("not"), "'not' cannot be written"),
+        (lambda: masks.builder(3), "3 cannot be written"),
+        (lambda: masks.builder(idx="segment_ids")(of_ids), "of_ids has no parameter 'idx'; did you mean 'ids'?"),
+        (lambda: masks.builder(ids="segment ids"), "'segment ids' cannot be written"),
+    ],
+)
+def test_a_builder_that_no_text_could_call_is_refused(decorate, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        decorate()
+
+
+def of_ids(ids):
+    return masks.segments(ids)
 
 
 leaves = hypothesis.strategies.one_of(oracle.leaves, oracle.slow_leaves)

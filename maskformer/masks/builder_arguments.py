@@ -1,4 +1,4 @@
-"""Checks of builder arguments: the errors name the builder, the argument, its value and what was expected."""
+"""Arguments of builders, checked: the errors name the builder, the argument, its value and what was expected."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskformer.checks import shown
+
 LARGEST = 2**31 - 1
 """Positions are int32, and so is what they are compared with."""
+
+MOST_DIMENSIONS = 8
+"""Of a grid of points."""
 
 
 def whole_number(builder: str, name: str, value: Any, minimum: int, maximum: int | None = LARGEST) -> int:
     """``value`` as an int of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < minimum:
-        raise ValueError(f"{builder}: {name}={value!r}, expected an int of at least {minimum}")
+        raise ValueError(f"{builder}: {name}={shown(value)}, expected an int of at least {minimum}")
     if maximum is not None and value > maximum:
-        raise ValueError(f"{builder}: {name}={value!r}, expected an int of at most {maximum}")
+        raise ValueError(f"{builder}: {name}={shown(value)}, expected an int of at most {maximum}")
     return int(value)
 
 
@@ -27,7 +32,7 @@ def identifier(builder: str, name: str, value: Any, *arrays: Any) -> int:
     for each in arrays:
         info = jnp.iinfo(each.dtype)
         if not info.min <= value <= info.max:
-            raise ValueError(f"{builder}: {name}={value!r}, but the ids are {each.dtype}, {info.min} to {info.max}")
+            raise ValueError(f"{builder}: {name}={value}, but the ids are {each.dtype}, {info.min} to {info.max}")
     return value
 
 
@@ -36,7 +41,7 @@ def offset(builder: str, name: str, value: Any) -> Any:
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return whole_number(builder, name, value, -LARGEST)
     if not hasattr(value, "dtype") or np.shape(value) != () or not jnp.issubdtype(value.dtype, jnp.integer):
-        raise ValueError(f"{builder}: {name}={value!r}, expected an int or an integer scalar array")
+        raise ValueError(f"{builder}: {name}={shown(value)}, expected an int or an integer scalar array")
     if isinstance(value, np.ndarray):
         return np.asarray(whole_number(builder, name, value[()], -LARGEST), np.int32)
     return value
@@ -45,14 +50,16 @@ def offset(builder: str, name: str, value: Any) -> Any:
 def whole_numbers(builder: str, name: str, value: Any, minimum: int) -> tuple[int, ...]:
     """``value`` as a tuple of ints, one per dimension."""
     if not isinstance(value, (tuple, list)) or not value:
-        raise ValueError(f"{builder}: {name}={value!r}, expected one int per dimension, e.g. (16, 16)")
+        raise ValueError(f"{builder}: {name}={shown(value)}, expected one int per dimension, e.g. (16, 16)")
+    if len(value) > MOST_DIMENSIONS:
+        raise ValueError(f"{builder}: {name}={shown(value)}, expected at most {MOST_DIMENSIONS} dimensions")
     return tuple(whole_number(builder, name, item, minimum) for item in value)
 
 
 def array(builder: str, name: str, value: Any, rank: int, kind: str = "integer") -> Any:
     """``value`` as an array with ``rank`` dimensions, or up to two more in front for batch and heads."""
     if not isinstance(value, jax.Array):
-        value = np.asarray(value)
+        value = as_array(builder, name, value)
         if value.dtype == np.int64 and value.size and -LARGEST <= value.min() <= value.max() <= LARGEST:
             value = value.astype(np.int32)
     kinds = {"integer": (jnp.integer,), "bool": (jnp.bool_, jnp.integer)}[kind]
@@ -67,6 +74,14 @@ def array(builder: str, name: str, value: Any, rank: int, kind: str = "integer")
             "with [batch] or [batch, heads] in front where it differs between them"
         )
     return value
+
+
+def as_array(builder: str, name: str, value: Any) -> np.ndarray:
+    """``value`` as a NumPy array."""
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{builder}: {name}={shown(value)}, expected an array") from None
 
 
 def canonical(builder: str, name: str, value: np.ndarray) -> np.ndarray:

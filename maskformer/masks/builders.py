@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import keyword
 import os
 import warnings
 from collections.abc import Callable
 from typing import Any
+
+from maskformer.checks import nearest, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +30,13 @@ class Builder:
     references: dict[str, str]
     aliases: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
+    def signature(self) -> inspect.Signature:
+        return inspect.signature(self.function)
+
+    @functools.cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
-        return dict(inspect.signature(self.function).parameters)
+        return dict(self.signature.parameters)
 
 
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
@@ -41,18 +49,27 @@ def builder(*aliases: str, **references: str) -> Callable[[Callable[..., Any]], 
     """Registers a builder under its own name and ``aliases``; ``references`` names its array parameters.
 
     Raises:
-      ValueError: for a name that is taken by a mask of this package, or that is none.
+      ValueError: for a name that is taken by a mask of this package, or that is none; for a parameter that the
+        function lacks.
 
     Warns:
       UserWarning: if another file registered the name.
     """
+    if any(callable(alias) for alias in aliases):
+        raise ValueError("builder: it decorates with its parentheses, @masks.builder(), which may hold other names")
+    for name in (*aliases, *references.values()):
+        _check_name(name)
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         entry = Builder(function.__name__, function, dict(references), aliases)
         ours = __name__.rpartition(".")[0]
+        _check_name(entry.name)
+        for parameter in references:
+            if parameter not in entry.parameters:
+                raise ValueError(
+                    f"builder: {entry.name} has no parameter {parameter!r}{nearest(parameter, entry.parameters)}"
+                )
         for name in (entry.name, *aliases):
-            if not name.isidentifier():
-                raise ValueError(f"builder: {name!r} cannot be written in a mask's text; expected a name")
             # A recipe that is read again may register its own once more, but no text changes its meaning.
             taken = NAMES.get(name)
             if taken and taken.function.__module__.startswith(ours) and not function.__module__.startswith(ours):
@@ -69,6 +86,11 @@ def builder(*aliases: str, **references: str) -> Callable[[Callable[..., Any]], 
         return function
 
     return register
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or not name.isidentifier() or not name.isascii() or keyword.iskeyword(name):
+        raise ValueError(f"builder: {shown(name)} cannot be written in a mask's text; expected a name")
 
 
 def _source(function: Callable[..., Any]) -> str:

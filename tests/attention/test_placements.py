@@ -7,7 +7,7 @@ import pytest
 
 import maskformer as mf
 from maskformer import masks
-from maskformer.attention import Placement, platform, sharding
+from maskformer.attention import Placement, placements, platform
 from tests.attention import cases
 
 LENGTH = 64
@@ -38,10 +38,10 @@ def step(mask, placement, implementation):
     """Output, logsumexp and the gradients of every differentiable argument, with every option in use."""
 
     def loss(arrays):
-        q, k, v, bias, sinks, table = arrays
-        with sharding.use(placement):
+        q, k, v, bias, sink_logits, table = arrays
+        with placements.use(placement):
             output, residual = mf.dot_product_attention(
-                q, k, v, mask=mask, bias=bias, sinks=sinks,
+                q, k, v, mask=mask, bias=bias, sink_logits=sink_logits,
                 score_mod=mf.attention.score_mods.relative_bias(table), logits_soft_cap=4.0,
                 dropout_rate=0.3, dropout_key=jax.random.key(3),
                 implementation=implementation, return_residual=True,
@@ -95,9 +95,9 @@ def test_a_callers_own_shard_map_computes_what_one_device_computes(tiny_tiles, m
     spec = jax.sharding.PartitionSpec
 
     def attend(arrays):
-        q, k, v, bias, sinks, ids = arrays
+        q, k, v, bias, sink_logits, ids = arrays
         one = MASKS["per head"]() if mask == "per head" else masks.causal() & masks.segments(ids)
-        options = dict(bias=bias, sinks=sinks, logits_soft_cap=4.0)
+        options = dict(bias=bias, sink_logits=sink_logits, logits_soft_cap=4.0)
         return mf.dot_product_attention(q, k, v, mask=one, implementation="blockwise", **options)
 
     q, k, v, d_output = cases.arrays(batch=4, q_len=LENGTH, kv_len=LENGTH, heads=4, kv_heads=4)
@@ -121,7 +121,7 @@ def test_a_sharded_batch_is_not_gathered():
     ids = jax.sharding.NamedSharding(placement.mesh, jax.sharding.PartitionSpec("data", None))
 
     def loss(q, k, v, ids):
-        with sharding.use(placement):
+        with placements.use(placement):
             return mf.dot_product_attention(q, k, v, mask=masks.segments(ids), implementation="blockwise").sum()
 
     shape = jax.ShapeDtypeStruct((4, LENGTH, 4, 8), jnp.float32, sharding=spec)
@@ -143,13 +143,13 @@ def test_zigzag_gives_every_device_the_same_causal_work():
 def test_a_mesh_that_does_not_divide_the_call_says_which_dimension():
     placement = placed("data and tensor")
     q = jnp.zeros((3, LENGTH, 4, 8))
-    with sharding.use(placement), pytest.raises(ValueError, match="batch: 3 is not divisible by mesh axes data"):
+    with placements.use(placement), pytest.raises(ValueError, match="batch: 3 is not divisible by mesh axes data"):
         mf.dot_product_attention(q, q, q)
 
 
 def test_a_sharded_sequence_refuses_a_dense_backend_by_name():
     q = jnp.zeros((4, LENGTH, 4, 8))
-    with sharding.use(placed("ring")):
+    with placements.use(placed("ring")):
         with pytest.raises(ValueError, match="blockwise alone can compute"):
             mf.dot_product_attention(q, q, q, implementation="reference")
         explanation = mf.explain(masks.causal(), q, q, q)
@@ -160,7 +160,7 @@ def test_a_sharded_sequence_refuses_a_dense_backend_by_name():
 
 def test_gathered_keys_take_the_platforms_own_backend():
     q = jax.ShapeDtypeStruct((4, 4096, 4, 64), jnp.bfloat16)
-    with sharding.use(placed("all_gather")), platform.assume("tpu"):
+    with placements.use(placed("all_gather")), platform.assume("tpu"):
         explanation = mf.explain(masks.causal() & masks.sliding_window(1024), q, q, q)
         refused = mf.explain(masks.causal(), q, q, q, dropout_rate=0.1, dropout_key=0)
     assert explanation.backend == "splash" and "all_gather over mesh axis 'context'" in explanation.why

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from maskformer import masks
 from maskformer.attention.arguments import Call
+from maskformer.checks import nearest, shown
 from maskformer.masks.expression import pytree
 
 Axes = str | tuple[str, ...] | None
@@ -52,9 +53,15 @@ class Placement:
             axes = getattr(self, name)
             for axis in (axes,) if isinstance(axes, str) else axes or ():
                 if axis not in self.mesh.shape:
-                    raise ValueError(f"Placement {name}: the mesh has axes {tuple(self.mesh.shape)}, not {axis!r}")
+                    near = nearest(axis, self.mesh.shape)
+                    raise ValueError(
+                        f"Placement {name}: the mesh has axes {tuple(self.mesh.shape)}, not {shown(axis)}{near}"
+                    )
         if self.context_method not in ("all_gather", "ring"):
-            raise ValueError(f"context_method: expected 'all_gather' or 'ring', got {self.context_method!r}")
+            raise ValueError(
+                f"context_method: expected 'all_gather' or 'ring', got {shown(self.context_method)}"
+                f"{nearest(self.context_method, ('all_gather', 'ring'))}"
+            )
 
     def size(self, axes: Axes) -> int:
         """The number of shards along mesh axes."""
@@ -89,7 +96,6 @@ def attend(call: Call, placement: Placement, local: Callable[[Call], Any]) -> tu
     _check(call, placement)
     batch, heads, context = placement.batch, placement.heads, placement.context
     sequence = PartitionSpec(batch, context, heads, None)
-    whole = PartitionSpec()
 
     def along(size: int, full: int, axes: Axes) -> Axes:
         return axes if size == full and size > 1 else None
@@ -99,61 +105,30 @@ def attend(call: Call, placement: Placement, local: Callable[[Call], Any]) -> tu
         return PartitionSpec(*(along(*pair) for pair in zip(bias.shape, sizes, (batch, heads, context))), None)
 
     # Heads whose masks are different expressions cannot be sliced as arrays: each device picks its own.
-    picks_heads = call.mask is not None and masks_per_head(call.mask) and placement.size(heads) > 1
+    picks_heads = call.mask is not None and call.mask.has_per_head and placement.size(heads) > 1
 
-    def mask_spec(mask):
-        if mask is None:
-            return None
+    def mask_spec(array, rank):
+        lead = array.shape[: array.ndim - rank]
+        axes = [along(size, full, axis) for size, full, axis in zip(lead, (call.batch, call.heads), (batch, heads))]
+        return PartitionSpec(*(axes[:1] if picks_heads else axes))
 
-        def spec(array, rank):
-            lead = array.shape[: array.ndim - rank]
-            axes = [along(size, full, axis) for size, full, axis in zip(lead, (call.batch, call.heads), (batch, heads))]
-            return PartitionSpec(*(axes[:1] if picks_heads else axes))
-
-        return map_arrays(mask, spec)
-
-    arrays = dict(
-        query=call.query,
-        key=call.key,
-        value=call.value,
-        mask=call.mask,
-        bias=call.bias,
-        sinks=call.sinks,
-        seed=call.seed,
-        captured=call.score_mod.captured if call.score_mod else (),
-        scale=call.scale if isinstance(call.scale, jax.Array) else None,
-        q_offset=call.q_offset if isinstance(call.q_offset, jax.Array) else None,
-    )
-    specs = dict(
+    # What is not named here is on every device.
+    specs = dataclasses.replace(
+        jax.tree.map(lambda _: PartitionSpec(), call),
         query=sequence,
         key=sequence,
         value=sequence,
-        mask=mask_spec(call.mask),
+        mask=None if call.mask is None else map_arrays(call.mask, mask_spec),
         bias=None if call.bias is None else bias_spec(call.bias),
-        sinks=None if call.sinks is None else PartitionSpec(heads),
-        seed=None if call.seed is None else whole,
-        captured=tuple(whole for _ in arrays["captured"]),
-        scale=None if arrays["scale"] is None else whole,
-        q_offset=None if arrays["q_offset"] is None else whole,
+        sink_logits=None if call.sink_logits is None else PartitionSpec(heads),
     )
 
-    def shard(arrays):
-        mine = {name: arrays[name] for name in ("query", "key", "value", "mask", "bias", "sinks", "seed")}
-        local_batch, _, local_heads, _ = mine["query"].shape
+    def shard(mine: Call):
+        local_batch, _, local_heads, _ = mine.query.shape
         head_start = _index(heads) * local_heads
-        if picks_heads:
-            mine["mask"] = HeadsFrom(mine["mask"], head_start, local_heads)
-        return local(
-            dataclasses.replace(
-                call,
-                **mine,
-                scale=call.scale if arrays["scale"] is None else arrays["scale"],
-                q_offset=call.q_offset if arrays["q_offset"] is None else arrays["q_offset"],
-                score_mod=call.score_mod and dataclasses.replace(call.score_mod, captured=arrays["captured"]),
-                batch_start=_index(batch) * local_batch,
-                head_start=head_start,
-            )
-        )
+        mask = HeadsFrom(mine.mask, head_start, local_heads) if picks_heads and mine.mask is not None else mine.mask
+        batch_start = _index(batch) * local_batch
+        return local(dataclasses.replace(mine, mask=mask, batch_start=batch_start, head_start=head_start))
 
     run = jax.shard_map(
         shard,
@@ -162,7 +137,7 @@ def attend(call: Call, placement: Placement, local: Callable[[Call], Any]) -> tu
         out_specs=(sequence, PartitionSpec(batch, context, heads)),
         check_vma=False,  # Pallas kernels state no varying axes
     )
-    return run(arrays)
+    return run(call)
 
 
 def _index(axes: Axes) -> Any:
@@ -180,11 +155,6 @@ def _check(call: Call, placement: Placement) -> None:
     for name, size, axes in sizes:
         if size % placement.size(axes):
             raise ValueError(f"{name}: {size} is not divisible by mesh axes {axes} of size {placement.size(axes)}")
-
-
-def masks_per_head(mask: masks.Mask) -> bool:
-    """Whether heads follow different expressions somewhere in the mask."""
-    return isinstance(mask, masks.PerHead) or any(map(masks_per_head, mask.children()))
 
 
 def map_arrays(mask: masks.Mask, function: Callable[[Any, int], Any]) -> masks.Mask:
