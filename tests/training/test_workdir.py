@@ -8,8 +8,8 @@ import random
 
 import pytest
 
-from maskformer.training import workdir
-from maskformer.training.config import default_config, plain
+from maskformer.training import default_config, workdir
+from maskformer.training.config import plain
 
 CONFIG = plain(default_config())
 LINES = [{"step": step, "train/loss": 1.0 / step} for step in (1, 2, 3, 4)]
