@@ -12,7 +12,7 @@ import pytest
 from maskformer import objectives
 from maskformer.training import NonFiniteError, Preempted, program, train_and_evaluate
 from maskformer.training.checkpoints import Checkpoints, RunRecord, best_step, checkpoint_steps, restore_params
-from maskformer.training.config import plain
+from maskformer.training.experiment import plain
 from maskformer.training.sections import CheckpointConfig, EvaluationConfig
 from maskformer.training.workdir import check_same_run
 from tests.training.tiny import metric_lines, tiny_config
