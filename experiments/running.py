@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from maskformer.training import train_and_evaluate
 from maskformer.training.checkpoints import checkpoint_steps
-from maskformer.training.config import plain
+from maskformer.training.experiment import plain
 
 # What a run may not have been begun with otherwise: half of it at another learning rate is another run.
 FIXED_SECTIONS = ("train", "optimizer")

@@ -15,7 +15,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     from maskformer.training import recipes, resolve
-    from maskformer.training.config import plain
+    from maskformer.training.experiment import plain
 
     values, _ = recipes.load_config(config_flags)
     resolve(values)

@@ -1,7 +1,7 @@
 """Parameters and what they compute: encoder layers, embeddings, heads."""
 
-from maskformer.models.config import EncoderConfig
 from maskformer.models.encoder import DetectionHead, PredictionHead
+from maskformer.models.encoder_config import EncoderConfig
 from maskformer.models.model import Model, Params
 from maskformer.models.partitioning import ACTIVATION_AXES, PARAMETER_AXES, constrain, logical_rules
 from maskformer.models.positions import alibi, apply_rotary, rotary_tables

@@ -10,8 +10,8 @@ import jax
 
 from maskformer.checks import integer, number, typed_fields
 from maskformer.masks import Mask
-from maskformer.models.config import EncoderConfig
 from maskformer.models.encoder import DetectionHead
+from maskformer.models.encoder_config import EncoderConfig
 from maskformer.models.model import Model, Params
 
 

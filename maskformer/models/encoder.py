@@ -11,7 +11,7 @@ from flax import nnx
 
 from maskformer.attention.dropout import dropout
 from maskformer.masks import Mask
-from maskformer.models.config import EncoderConfig
+from maskformer.models.encoder_config import EncoderConfig
 from maskformer.models.layers import Layer, LayerInputs, Norm, Projection, activate, initial_weights
 from maskformer.models.partitioning import constrain
 from maskformer.models.positions import alibi, rotary_tables

@@ -21,7 +21,7 @@ from maskformer.attention import dot_product_attention
 from maskformer.attention.dropout import dropout
 from maskformer.attention.score_mods import ScoreMod
 from maskformer.masks import Mask
-from maskformer.models.config import EncoderConfig
+from maskformer.models.encoder_config import EncoderConfig
 from maskformer.models.partitioning import constrain
 from maskformer.models.positions import apply_rotary
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maskformer import masks
-from maskformer.models.config import EncoderConfig
 from maskformer.models.encoder import DetectionHead, Encoder, PredictionHead
+from maskformer.models.encoder_config import EncoderConfig
 
 Params = dict[str, Any]
 

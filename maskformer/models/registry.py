@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import overload
 
-from maskformer.models.config import EncoderConfig
 from maskformer.models.electra import ElectraConfig, ElectraModel, GeneratorConfig
+from maskformer.models.encoder_config import EncoderConfig
 from maskformer.models.model import Model
 
 

@@ -6,8 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from maskformer.training.config import resolve
     from maskformer.training.defaults import default_config, generator_section, objectives_section
+    from maskformer.training.experiment import resolve
     from maskformer.training.loop import train_and_evaluate
     from maskformer.training.preemption import EX_TEMPFAIL, Preempted
     from maskformer.training.program import Program
@@ -24,7 +24,7 @@ _HOMES = {
     "load_config": "recipes",
     "objectives_section": "defaults",
     "parse_arg": "recipes",
-    "resolve": "config",
+    "resolve": "experiment",
     "train_and_evaluate": "loop",
 }
 

@@ -13,7 +13,7 @@ from ml_collections import config_dict
 from maskformer import objectives
 from maskformer.checks import choose
 from maskformer.models import EncoderConfig, GeneratorConfig
-from maskformer.training.config import DERIVED_MODEL_FIELDS, SECTIONS
+from maskformer.training.experiment import DERIVED_MODEL_FIELDS, SECTIONS
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -14,7 +14,7 @@ import jax
 
 from maskformer.training.best import continue_record, out_of_patience, update_best
 from maskformer.training.checkpoints import Checkpoints, RunRecord, restore_newest, restore_params
-from maskformer.training.config import plain
+from maskformer.training.experiment import plain
 from maskformer.training.lock import Lock
 from maskformer.training.precision import average_start
 from maskformer.training.preemption import Preempted, PreemptionGuard

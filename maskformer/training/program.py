@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from maskformer import data, evaluation
 from maskformer.objectives import Objective, Vocabulary
 from maskformer.training import sharding, tasks
-from maskformer.training.config import ExperimentConfig, change_objective, resolve
+from maskformer.training.experiment import ExperimentConfig, change_objective, resolve
 from maskformer.training.optimizer import create_optimizer, create_schedule
 from maskformer.training.state import TrainState, Window, create_state
 from maskformer.training.step import create_eval_step, create_train_step, masking_key

@@ -17,7 +17,7 @@ from maskformer.data import DataConfig, PackedDataset, Tokenizer
 from maskformer.objectives import Objective
 from maskformer.training import recipes
 from maskformer.training.checkpoints import restore_params
-from maskformer.training.config import ExperimentConfig, resolve
+from maskformer.training.experiment import ExperimentConfig, resolve
 from maskformer.training.program import Placed, Program
 from maskformer.training.step import create_eval_step, masking_key
 from maskformer.training.workdir import read_config

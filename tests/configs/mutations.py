@@ -10,7 +10,7 @@ from typing import Any
 
 from maskformer import objectives
 from maskformer.training import load_config
-from maskformer.training.config import plain
+from maskformer.training.experiment import plain
 
 RECIPES = (
     "adaptive", "bert", "diffusion", "electra", "fim", "gpt", "prefix_lm", "span_bert", "swap", "ul2",

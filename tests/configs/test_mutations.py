@@ -10,7 +10,7 @@ import pytest
 
 from maskformer import models
 from maskformer.training import load_config, resolve
-from maskformer.training.config import ExperimentConfig, plain, vocabulary_to_be
+from maskformer.training.experiment import ExperimentConfig, plain, vocabulary_to_be
 from maskformer.training.optimizer import create_optimizer, create_schedule
 from tests.configs.mutations import Mutation, flags, mutations
 

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import running, trained
 from maskformer.training import sharding
-from maskformer.training.config import plain
+from maskformer.training.experiment import plain
 from tests.training.tiny import tiny_config, write_corpus
 
 

@@ -12,7 +12,7 @@ import pytest
 from maskformer import objectives
 from maskformer.training import NonFiniteError, Preempted, program, train_and_evaluate
 from maskformer.training.checkpoints import Checkpoints, RunRecord, best_step, checkpoint_steps, restore_params
-from maskformer.training.config import plain
+from maskformer.training.experiment import plain
 from maskformer.training.sections import CheckpointConfig, EvaluationConfig
 from maskformer.training.workdir import check_same_run
 from tests.training.tiny import metric_lines, tiny_config
@@ -245,8 +245,10 @@ def test_a_complete_run_says_its_result_again_and_adds_nothing(reference, corpus
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(corpus, devices, tmp_path):
+    # Each step multiplies the parameters by 1 - 999 * 999.
     config = tiny_config(
-        corpus, optimizer__name="sgd", optimizer__learning_rate=1e30, optimizer__clip_norm=1e30, evaluation__every=0
+        corpus, optimizer__name="sgd", optimizer__learning_rate=999.0, optimizer__weight_decay=999.0,
+        evaluation__every=0, checkpoint__every=0,
     )
     with pytest.raises(NonFiniteError, match=r"train/(loss|grad_norm) is NaN or infinite at step \d+; the last good"):
         train_and_evaluate(config, tmp_path)

@@ -18,7 +18,7 @@ from maskformer.training import (
     resolve,
     train_and_evaluate,
 )
-from maskformer.training.config import plain
+from maskformer.training.experiment import plain
 from maskformer.training.workdir import check_same_run
 from tests.training.tiny import metric_lines, tiny_config
 

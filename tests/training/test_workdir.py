@@ -9,7 +9,7 @@ import random
 import pytest
 
 from maskformer.training import default_config, workdir
-from maskformer.training.config import plain
+from maskformer.training.experiment import plain
 
 CONFIG = plain(default_config())
 LINES = [{"step": step, "train/loss": 1.0 / step} for step in (1, 2, 3, 4)]

@@ -9,7 +9,7 @@ import pytest
 
 from maskformer.objectives import Vocabulary
 from maskformer.training import default_config, load_config, parse_arg, resolve
-from maskformer.training.config import plain
+from maskformer.training.experiment import plain
 from maskformer.training.recipes import load_sweep
 from maskformer.training.sweeps import apply, arms, product, zipit
 

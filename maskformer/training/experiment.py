@@ -62,9 +62,7 @@ class ExperimentConfig:
 
     def create_objective(self, vocabulary: objectives.Vocabulary, **changes: Any) -> Any:
         """The training objective over rows of `data.length` tokens, with some parameters changed, or another one."""
-        section = objectives.schedules.in_steps(change_objective(self.objective, changes), self.train.steps)
-        values = {key: _tuples(value) for key, value in section.items()}
-        return objectives.create(values.pop("name"), vocabulary, self.data.length, **values)
+        return _create_objective(self, vocabulary, changes, "objective")
 
     def create_model_config(self, vocabulary: objectives.Vocabulary) -> Any:
         """The model's shape; its vocabulary comes from the tokenizer and its positions from the row length."""
@@ -124,15 +122,11 @@ def _check_objectives(experiment: ExperimentConfig) -> tuple[Any, Any]:
     section, changes = experiment.objective, experiment.evaluation.objective
     require(isinstance(section.get("name"), str), "objective.name", section.get("name"), "a name, such as 'mlm'")
     _check_schedules("objective", section, experiment.train.steps)
-    objective = _create_objective(experiment, {}, "objective")
-    evaluated = _create_objective(experiment, changes, "evaluation.objective") if changes else objective
-    for made in (objective, evaluated):
-        if made.makes_pairs:
-            raise ValueError(
-                f"objective.name={made.name!r}: makes pairs for an encoder and a decoder, and maskformer trains single "
-                "stacks; set objective.layout='prefix' where it has one, or use one such as 'mlm', 'prefix_lm' or "
-                "'diffusion'"
-            )
+    vocabulary = vocabulary_to_be(experiment.data)
+    objective = experiment.create_objective(vocabulary)
+    evaluated = objective
+    if changes:
+        evaluated = _create_objective(experiment, vocabulary, changes, "evaluation.objective")
     if experiment.evaluation.every and getattr(evaluated.rate, "start", None) == 0.0:
         raise ValueError(
             f"objective.rate: {evaluated.rate.description} is 0 at its start, at which it is evaluated, so nothing "
@@ -251,11 +245,15 @@ def vocabulary_to_be(config: DataConfig) -> objectives.Vocabulary:
     return objectives.Vocabulary(size=size, pad=0, unk=1, cls=2, sep=3, mask=4, sentinels=sentinels)
 
 
-def _create_objective(experiment: ExperimentConfig, changes: Mapping[str, Any], section: str) -> Any:
-    """The objective, whose errors name the config's own keys."""
-    vocabulary, data = vocabulary_to_be(experiment.data), experiment.data
+def _create_objective(
+    experiment: ExperimentConfig, vocabulary: objectives.Vocabulary, changes: Mapping[str, Any], section: str
+) -> Any:
+    """The experiment's objective with changes, which come from `section`: its errors name the config's own keys."""
+    data = experiment.data
     try:
-        return experiment.create_objective(vocabulary, **changes)
+        changed = change_objective(experiment.objective, changes)
+        values = {key: _tuples(v) for key, v in objectives.schedules.in_steps(changed, experiment.train.steps).items()}
+        objective = objectives.create(values.pop("name"), vocabulary, data.length, **values)
     except objectives.VocabularyError as error:
         problem = _under(section, error.problem)
         if data.trains_tokenizer:
@@ -264,7 +262,14 @@ def _create_objective(experiment: ExperimentConfig, changes: Mapping[str, Any], 
             fix = f"data.tokenizer={shown(data.tokenizer)} brings its own: take another, or another objective"
         raise ValueError(f"{problem}; {fix}") from error
     except ValueError as error:
-        raise ValueError(_under(section, str(error))) from error
+        raise ValueError(_under(section, one_line(str(error)))) from error
+    if objective.makes_pairs:
+        raise ValueError(
+            f"objective.name={objective.name!r}: makes pairs for an encoder and a decoder, and maskformer trains "
+            "single stacks; set objective.layout='prefix' where it has one, or use one such as 'mlm', 'prefix_lm' or "
+            "'diffusion'"
+        )
+    return objective
 
 
 def _under(section: str, message: str) -> str:
