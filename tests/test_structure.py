@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Tables and constructors, which are where a class is chosen or an argument refused.
 MAY_ASK = {
     ("training/tasks.py", "__init__"),
-    ("models/registry.py", "create"),
+    ("models/creation.py", "create"),
     ("objectives/translation.py", "masked_source"),
     ("objectives/mlm.py", "_disjoint"),  # of how tokens are selected, which has a class of that name too
 }

@@ -44,7 +44,7 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     check_writable("--json", arguments.json)
     columns = _columns(arguments)
-    from maskformer.data.config import SPLITS
+    from maskformer.data.data_config import SPLITS
     from maskformer.training import comparison, distributed
 
     choose("--split", arguments.split, SPLITS)

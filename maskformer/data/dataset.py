@@ -10,7 +10,7 @@ import numpy as np
 
 from maskformer.data import packing
 from maskformer.data.cache import build_once, cache_dir, content_key
-from maskformer.data.config import DataConfig, DataError
+from maskformer.data.data_config import DataConfig, DataError
 from maskformer.data.packing import Segment
 from maskformer.data.rows import PADDING_EXAMPLE, ChosenRows, PackedRows, choose_rows, write_rows
 from maskformer.data.seal import is_sealed

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from maskformer.checks import shown
 from maskformer.data.cache import content_key
-from maskformer.data.config import SPLITS
+from maskformer.data.data_config import SPLITS
 from maskformer.textfiles import DataError, lines, parse_json, printable, suffix, walk
 
 logger = logging.getLogger(__name__)

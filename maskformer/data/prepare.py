@@ -15,7 +15,7 @@ import sys
 from dataclasses import fields
 
 from maskformer.data.cache import out_of_space
-from maskformer.data.config import SPLITS, DataConfig, DataError
+from maskformer.data.data_config import SPLITS, DataConfig, DataError
 from maskformer.data.dataset import load_dataset
 from maskformer.data.sources import first_line, tfds_builder
 from maskformer.data.tokenizer import load_tokenizer

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from maskformer.checks import nearest, shown
 from maskformer.data.cache import build_once, cache_dir, content_key
-from maskformer.data.config import DataConfig
+from maskformer.data.data_config import DataConfig
 from maskformer.data.folder import Folder, say_once
 from maskformer.data.seal import is_sealed, seal
 from maskformer.textfiles import DataError, is_text

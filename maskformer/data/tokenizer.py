@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Backend
 
 from maskformer.checks import shown
 from maskformer.data.cache import build_once, cache_dir, content_key
-from maskformer.data.config import DataConfig, DataError
+from maskformer.data.data_config import DataConfig, DataError
 from maskformer.data.reserved import unreachable
 from maskformer.data.sources import open_source
 from maskformer.objectives.vocabulary import Vocabulary

@@ -4,6 +4,7 @@ An objective is built once by name (`create`) and then called on device: `object
 """
 
 from maskformer.objectives import schedules
+from maskformer.objectives.builders import BUILDERS, COMPAT, builder, create, parameters
 from maskformer.objectives.denoising import denoising
 from maskformer.objectives.diffusion import MaskedDiffusion, diffusion
 from maskformer.objectives.lexicon import Lexicon, pmi_ngrams
@@ -18,7 +19,6 @@ from maskformer.objectives.mixture import mixture
 from maskformer.objectives.mlm import conditional_mlm, mlm, ngram_mlm, pmi_mlm, span_mlm
 from maskformer.objectives.objective import Masking, Objective, attend_within_segments, with_attend
 from maskformer.objectives.pairs import CorruptedPair, Pair, PairMasks, PairObjective
-from maskformer.objectives.registry import BUILDERS, COMPAT, builder, create, parameters
 from maskformer.objectives.rows import KEEP, MASK, RANDOM, Corrupted, Row, Selection
 from maskformer.objectives.select_weighted import frequency_weights, inverse_document_frequencies, tag_weights
 from maskformer.objectives.sequence import causal_lm, fim, prefix_lm, shift_right

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from maskformer.checks import choose, integer, number, require, typed_fields
-from maskformer.data.config import SPLITS
+from maskformer.data.data_config import SPLITS
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from maskformer import objectives
-from maskformer.objectives.registry import parameters
+from maskformer.objectives.builders import parameters
 from tests.configs.mutations import VALUES
 from tests.objectives.examples import make_vocabulary
 

@@ -333,7 +333,7 @@ def test_every_builder_and_convention_is_documented_and_buildable():
         assert inspect.getdoc(builder), name
     for name, convention in objectives.COMPAT.items():
         assert convention.source and convention.objective in objectives.BUILDERS, name
-        known = objectives.registry.parameters(convention.objective)
+        known = objectives.builders.parameters(convention.objective)
         assert set(convention.params) <= set(known), name
 
 
