@@ -7,17 +7,18 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 DEMO_DIR ?= runs/demo
 PYTEST_ARGS ?=
+SOAK_ARGS ?=
 export PYTHON
 # Tests of what is not installed (Slurm, libtpu) skip themselves.
 FAST := not slow
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint types imports check format setup clean upgrade constraints
+.PHONY: help demo test test-all soak lint types imports check format setup clean upgrade constraints
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
 	  printf '%-20s %s\n' "$$target" "$$text"; done
-	@echo 'Variables: PYTHON (interpreter for .venv), PYTEST_ARGS (for example "-k masks"), DEMO_DIR (runs/demo)'
+	@echo 'Variables: PYTHON (interpreter for .venv), PYTEST_ARGS (for example "-k masks"), SOAK_ARGS ("--seconds 60"), DEMO_DIR (runs/demo)'
 
 demo: .venv/.core  ## pretrain a small BERT on CPU, then fill in masked sentences
 	$(BIN)/maskformer train --config=configs/bert.py:demo --workdir="$(DEMO_DIR)"
@@ -31,6 +32,9 @@ test: check  ## lint, types, import order, then the tests
 
 test-all: check  ## as test, with the tests marked slow
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+soak: .venv/.dev  ## ten minutes of stopping runs at random moments: do they end with the same bits?
+	$(BIN)/python tests/soak.py $(SOAK_ARGS)
 
 check: lint types imports
 

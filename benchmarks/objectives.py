@@ -17,6 +17,7 @@ import jax
 
 from benchmarks.packed_step import VOCABULARY, packed_batch
 from maskformer import models, objectives
+from maskformer.training import tasks
 from maskformer.training.optimizer import create_optimizer
 from maskformer.training.sections import OptimizerConfig
 from maskformer.training.state import create_state
@@ -38,10 +39,10 @@ def measure(parameters: dict[str, Any], length: int, rounds: int) -> tuple[float
     name, options = parameters["name"], {key: value for key, value in parameters.items() if key != "name"}
     objective = objectives.create(name, VOCABULARY, length, **options)
     shape = {"vocab_size": VOCABULARY.size, "max_length": length, "layers": 4, "width": 256, "heads": 4}
-    model = models.create(models.EncoderConfig(**shape))
-    optimizer = create_optimizer(OptimizerConfig(), lambda step: 1e-4, model.logical_axes())
-    state = jax.jit(lambda key: create_state(key, model.init, optimizer, objective))(jax.random.key(0))
-    step = jax.jit(create_train_step(model, objective, optimizer, lambda step: 1e-4, seed=0), donate_argnums=0)
+    task = tasks.create({}, objective, models.EncoderConfig(**shape))
+    optimizer = create_optimizer(OptimizerConfig(), lambda step: 1e-4, task.model.logical_axes())
+    state = jax.jit(lambda key: create_state(key, task, optimizer))(jax.random.key(0))
+    step = jax.jit(create_train_step(task, optimizer, lambda step: 1e-4, seed=0), donate_argnums=0)
     alone = jax.jit(lambda batch, number: objective(masking_key(0), batch, step=number))
     on_device = jax.tree.map(jax.numpy.asarray, batch)
     state = jax.block_until_ready(step(state, on_device))

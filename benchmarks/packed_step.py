@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from maskformer import models, objectives
+from maskformer.training import tasks
 from maskformer.training.optimizer import create_optimizer
 from maskformer.training.sections import OptimizerConfig
 from maskformer.training.state import create_state
@@ -58,11 +59,10 @@ def create_update(implementation: str | None, length: int) -> Callable[[dict[str
         heads=4,
         attention_implementation=implementation,
     )
-    model = models.create(config)
-    objective = objectives.create("mlm", VOCABULARY, length, rate=0.15)
-    optimizer = create_optimizer(OptimizerConfig(), lambda step: 1e-4, model.logical_axes())
-    state = jax.jit(lambda key: create_state(key, model.init, optimizer, objective))(jax.random.key(0))
-    step = jax.jit(create_train_step(model, objective, optimizer, lambda step: 1e-4, seed=0), donate_argnums=0)
+    task = tasks.create({}, objectives.create("mlm", VOCABULARY, length, rate=0.15), config)
+    optimizer = create_optimizer(OptimizerConfig(), lambda step: 1e-4, task.model.logical_axes())
+    state = jax.jit(lambda key: create_state(key, task, optimizer))(jax.random.key(0))
+    step = jax.jit(create_train_step(task, optimizer, lambda step: 1e-4, seed=0), donate_argnums=0)
 
     def update(batch: dict[str, np.ndarray]) -> float:
         nonlocal state

@@ -4,12 +4,17 @@
 
 Every line of output carries the number of its process. SIGTERM and SIGINT are passed on. When a process fails the
 others are stopped, and the exit code is that of the first failure (128 + n for a process killed by signal n). Exit
-code 75 means "stopped after saving, run me again": `--requeue N` does so, up to N times.
+code 75 means "stopped after saving, run me again": `--requeue N` does so, up to N times. However the launcher ends,
+even by SIGKILL, its processes and theirs end with it.
+
+With `--array 0-7` the runs of a sweep follow one another, each with `--sweep-index=<its number>` added to the command,
+or its number in the place of `{index}`.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+import io
 import os
 import signal
 import socket
@@ -19,8 +24,18 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
-EX_TEMPFAIL = 75
+from launch.job import EX_INTERRUPTED, EX_TEMPFAIL, Job, Parser, check, check_count, whole
+from launch.watchdog import Watchdog, kill_group
+
 _CRASH_GRACE = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """One process of a run."""
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
 
 
 def free_port() -> int:
@@ -73,25 +88,39 @@ def environment(
 class _Group:
     """The processes of one attempt, their output and their end."""
 
-    def __init__(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]):
+    def __init__(self) -> None:
         self.signalled: int | None = None
         self.children: list[subprocess.Popen] = []
         self._readers: list[threading.Thread] = []
-        width = len(str(len(environments) - 1))
-        for index, env in enumerate(environments):
+        self._orphans_told: set[int] = set()
+
+    def start(self, processes: Sequence[Process], watchdog: Watchdog) -> None:
+        for process in processes:
             # A session of its own: a Ctrl-C of the terminal reaches the processes once, through us.
-            child = subprocess.Popen(
-                command, env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                text=True, encoding="utf-8", errors="replace", start_new_session=True,
+            self.children.append(
+                subprocess.Popen(
+                    process.command, env=process.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace", start_new_session=True,
+                    preexec_fn=watchdog.register,
+                )
             )  # fmt: skip
+            if self.signalled is not None:  # it came before this one was there to hear it
+                self.signal(self.signalled, self.children[-1:])
+        # Threads only now: a fork among threads is not safe.
+        width = len(str(len(processes) - 1))
+        for index, child in enumerate(self.children):
             reader = threading.Thread(target=_prefix_lines, args=(child, f"[{index:>{width}}] "), daemon=True)
             reader.start()
-            self.children.append(child)
             self._readers.append(reader)
 
-    def signal(self, number: int) -> None:
-        for child in self.children:
-            if child.poll() is None:
+    def signal(self, number: int, children: Sequence[subprocess.Popen] | None = None) -> None:
+        for child in self.children if children is None else children:
+            if number == signal.SIGKILL:
+                kill_group(child.pid)
+            elif child.poll() is None and number == signal.SIGINT:
+                # As a terminal does: a shell waits for its command, which must hear of it too.
+                kill_group(child.pid, number)
+            elif child.poll() is None:
                 child.send_signal(number)
 
     def note(self, number: int, frame: object = None) -> None:
@@ -99,26 +128,41 @@ class _Group:
         self.signal(signal.SIGKILL if self.signalled is not None else number)
         self.signalled = number
 
-    def wait(self, grace: float) -> int:
+    def wait(self, lead: float) -> int:
         """Waits for all and returns the code of the first failure, or 0."""
         first, deadline = 0, None
         while None in [child.poll() for child in self.children]:
+            self._tell_orphans()
             failed = next((c.returncode for c in self.children if c.returncode), 0)
             if failed and not first:
                 first = failed
-                # After a 75 the others are at the same step boundary, saving. After a crash they wait for the dead
-                # one in a collective and, since JAX takes SIGTERM as "save soon", only SIGKILL ends that.
-                deadline = time.monotonic() + (grace if failed == EX_TEMPFAIL else _CRASH_GRACE)
-                if failed != EX_TEMPFAIL:
+                # After a 75 or 130 the others are at the same step boundary, saving. After a crash they wait for the
+                # dead one in a collective and, since JAX takes SIGTERM as "save soon", only SIGKILL ends that.
+                saved = failed in (EX_TEMPFAIL, EX_INTERRUPTED)
+                deadline = time.monotonic() + (lead if saved else _CRASH_GRACE)
+                if not saved:
                     self.signal(signal.SIGTERM)
             if deadline is not None and time.monotonic() > deadline:
                 self.signal(signal.SIGKILL)
                 deadline = None
             time.sleep(0.05)
+        self._tell_orphans()
+        # The output ends with the last process that has it open: a command of a shell that the signal ended may save.
+        until = time.monotonic() + (_CRASH_GRACE if self.signalled is None else lead)
         for reader in self._readers:
-            reader.join(timeout=5)
-        first = first or next((c.returncode for c in self.children if c.returncode), 0)
+            reader.join(timeout=max(0.0, until - time.monotonic()))
+        codes = [child.returncode for child in self.children]
+        first = first or next((code for code in codes if code), 0)
+        if first == EX_TEMPFAIL and {EX_INTERRUPTED, -signal.SIGINT} & set(codes):
+            first = EX_INTERRUPTED  # somebody pressed Ctrl-C: not to be started again
         return 128 - first if first < 0 else first
+
+    def _tell_orphans(self) -> None:
+        """A shell that a signal ends does not pass it on to the command that it waits for."""
+        for child in self.children:
+            if self.signalled is not None and child.poll() == -self.signalled and child.pid not in self._orphans_told:
+                self._orphans_told.add(child.pid)
+                kill_group(child.pid, self.signalled)
 
 
 _output_lock = threading.Lock()
@@ -131,62 +175,87 @@ def _prefix_lines(child: subprocess.Popen, prefix: str) -> None:
             sys.stdout.flush()
 
 
-def run(
-    command: Sequence[str],
-    processes: int,
+def render(
+    job: Job,
+    port: int,
     devices_per_process: int = 1,
     platform: str = "cpu",
-    port: int | None = None,
-    requeue: int = 0,
-    grace: float = 60.0,
-) -> int:
-    """Runs `command` as `processes` processes and returns the exit code of the whole; see the module's text."""
-    for attempt in range(requeue + 1):
-        chosen = port or free_port()  # a fresh one for each attempt: the last one may still be in TIME_WAIT
-        environments = [
-            environment(i, processes, chosen, devices_per_process, platform) for i in range(processes)
-        ]
-        group = _Group(command, environments)
-        previous = {number: signal.signal(number, group.note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            code = group.wait(grace)
-        finally:
-            group.signal(signal.SIGKILL)
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-        if code != EX_TEMPFAIL or group.signalled is not None or attempt == requeue:
+    index: int | None = None,
+) -> list[Process]:
+    """What to start for one run: `index` is its number in the sweep, if the job is one."""
+    command = job.arguments(index)
+    return [
+        Process(command, environment(i, job.processes, port, devices_per_process, platform))
+        for i in range(job.processes)
+    ]
+
+
+def submit(job: Job, devices_per_process: int = 1, platform: str = "cpu", port: int | None = None) -> int:
+    """Runs the job here and returns its exit code; the runs of a sweep one after another. See the module's text.
+
+    Raises:
+      ValueError: a count below one, or a port that there is not.
+      OSError: the program cannot be started.
+    """
+    check_count("--devices-per-process", devices_per_process)
+    check(platform in ("cpu", "gpu"), "--platform", platform, "cpu or gpu")
+    if port is not None:
+        check_count("--port", port, 1, 65535)
+    first = 0
+    for index in job.runs():
+        for attempt in range(job.requeue + 1):
+            # A fresh port for each attempt: the last one may still be in TIME_WAIT.
+            processes = render(job, port or free_port(), devices_per_process, platform, index)
+            code, signalled = _run_once(processes, job.lead)
+            if code != EX_TEMPFAIL or signalled or attempt == job.requeue:
+                break
+            print(f"[launch] exit code {EX_TEMPFAIL}: starting again ({attempt + 1} of {job.requeue})", flush=True)
+        first = first or code
+        if signalled:
             break
-        print(f"[launch] exit code {EX_TEMPFAIL}: starting again ({attempt + 1} of {requeue})", flush=True)
-    return code
+    return first
+
+
+def _run_once(processes: Sequence[Process], lead: float) -> tuple[int, bool]:
+    """The exit code of one attempt, and whether we were told to stop."""
+    group = _Group()
+    # First, so that no signal can end us between two of the children.
+    previous = {number: signal.signal(number, group.note) for number in (signal.SIGTERM, signal.SIGINT)}
+    watchdog = Watchdog()
+    try:
+        group.start(processes, watchdog)
+        return group.wait(lead), group.signalled is not None
+    finally:
+        group.signal(signal.SIGKILL)
+        watchdog.dismiss()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see the module's text."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.local", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--processes", type=int, required=True, metavar="N", help="how many processes to start")
-    parser.add_argument("--devices-per-process", type=int, default=1, metavar="K", help="devices of each (default 1)")
-    parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu", help="what the devices are (default cpu)")
-    parser.add_argument("--port", type=int, help="port of the coordinator (default: a free one)")
-    parser.add_argument(
-        "--requeue", "--restart-on-75", type=int, default=0, metavar="N", help="start again after exit code 75, N times"
-    )
-    parser.add_argument(
-        "--grace", type=float, default=60.0, metavar="S", help="seconds for the others to end after the first 75"
-    )
-    parser.add_argument("command", nargs="+", metavar="-- command", help="what every process runs")
-    args = parser.parse_args(argv)
-    for name in ("processes", "devices_per_process"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+    parser = Parser("launch.local", __doc__)
+    add = parser.add_argument
+    add("--processes", type=whole(), required=True, metavar="N", help="how many processes to start")
+    add("--devices-per-process", type=whole(), default=1, metavar="K", help="devices of each (default 1)")
+    add("--platform", choices=("cpu", "gpu"), default="cpu", help="what the devices are (default cpu)")
+    add("--port", type=whole(1, 65535), help="port of the coordinator (default: a free one)")
+    parser.job_flags(("--requeue", "--restart-on-75"), "--grace", seconds=60)
+    arguments = parser.parse(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what cannot be shown must not end the reading
     try:
-        return run(
-            args.command, args.processes, args.devices_per_process, args.platform, args.port, args.requeue, args.grace
-        )
+        job = Job(arguments.command, arguments.processes, arguments.requeue, arguments.lead, arguments.sweep)
+        return submit(job, arguments.devices_per_process, arguments.platform, arguments.port)
+    except ValueError as error:
+        parser.error(str(error))
     except FileNotFoundError as error:
         print(f"error: {error.filename!r} was not found: is it installed, and on PATH?", file=sys.stderr)
         return 127
+    except OSError as error:
+        name = error.filename or arguments.command[0]
+        print(f"error: {name!r} cannot be run here: {error.strerror}", file=sys.stderr)
+        return 126
 
 
 if __name__ == "__main__":

@@ -27,11 +27,20 @@ def shown(value: Any) -> str:
     except RecursionError:
         text = f"<{type(value).__name__} nested too deeply to show>"
     # repr escapes what a string holds, but not what the repr of another object does.
-    text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    text = printable(text)
     if len(text) <= LONGEST_SHOWN:
         return text
     half = (LONGEST_SHOWN - 5) // 2
     return f"{text[: LONGEST_SHOWN - half - 5]} ... {text[-half:]}"
+
+
+def printable(text: str) -> str:
+    r"""`text` as one line that a terminal only shows: what it would obey, such as an escape sequence, is written out.
+
+    >>> print(printable("a\x1b[31mred\n"), printable("naïve ◌́"))
+    a\x1b[31mred\n naïve ◌́
+    """
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def nearest(word: Any, known: Iterable[Any], cutoff: float = 0.6) -> str:

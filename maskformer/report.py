@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from maskformer.checks import shown
 from maskformer.training.tables import markdown_table
-from maskformer.training.writers import read_metrics
+from maskformer.training.workdir import METRICS, read_config, read_metrics, reason
 
 # Which curves are worth a panel, with their axis labels.
 PANELS = (
@@ -23,25 +25,25 @@ def load(workdir: str | pathlib.Path) -> tuple[dict[str, Any], list[dict[str, fl
     """Config and metric lines of a run.
 
     Raises:
-      ValueError: the folder holds no run.
+      ValueError: the folder holds no run, or names what is wrong with one of its files.
     """
     folder = pathlib.Path(workdir)
-    for name in ("config.json", "metrics.jsonl"):
-        if not (folder / name).is_file():
-            raise ValueError(f"workdir {str(workdir)!r}: no {name} there; expected the folder of a run")
-    return json.loads((folder / "config.json").read_text()), read_metrics(folder / "metrics.jsonl")
+    config = read_config(folder, sections=("evaluation",))
+    if not (folder / METRICS).is_file():
+        raise ValueError(f"workdir {shown(str(workdir))}: no {METRICS} there; expected the folder of a run")
+    return config, read_metrics(folder / METRICS)
 
 
 def table(workdirs: Sequence[str | pathlib.Path]) -> str:
     """A Markdown table: what differs between the runs' configs, and each run's last evaluation."""
-    runs = {str(workdir): load(workdir) for workdir in workdirs}
+    runs = {printable(workdir): load(workdir) for workdir in workdirs}
     flat = {name: _flatten(config) for name, (config, _) in runs.items()}
     keys = sorted({key for config in flat.values() for key in config})
     differing = [key for key in keys if len({json.dumps(config.get(key)) for config in flat.values()}) > 1]
     header = ["run", *differing, "step", "tokens", "loss", "perplexity", "accuracy", "top 5", "unigram"]
     rows = []
     for name, (config, lines) in runs.items():
-        last = _last_evaluation(lines, config["evaluation"]["split"])
+        last = _last_evaluation(lines, config["evaluation"].get("split"))
         tokens = max((line.get("train/tokens_seen", 0) for line in lines), default=0)
         rows.append(
             [
@@ -57,7 +59,11 @@ def table(workdirs: Sequence[str | pathlib.Path]) -> str:
 
 
 def draw_curves(workdirs: Sequence[str | pathlib.Path], output: str | pathlib.Path) -> None:
-    """Draw the runs' curves into one PNG."""
+    """Draw the runs' curves into one picture; the end of `output` says of what kind.
+
+    Raises:
+      ValueError: the picture cannot be written, or a folder holds no run.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -66,12 +72,12 @@ def draw_curves(workdirs: Sequence[str | pathlib.Path], output: str | pathlib.Pa
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
     for workdir in workdirs:
         config, lines = load(workdir)
-        split = config["evaluation"]["split"]
+        split = config["evaluation"].get("split")
         for (key, label), panel in zip(PANELS, axes.flat, strict=True):
             name = key if "/" in key else f"{split}/{key}"
             points = [(line["step"], line[name]) for line in lines if name in line]
             marker = "." if len(points) < 40 else None
-            panel.plot([x for x, _ in points], [y for _, y in points], label=str(workdir), marker=marker)
+            panel.plot([x for x, _ in points], [y for _, y in points], label=_label(workdir), marker=marker)
             panel.set_ylabel(label)
             baseline = [line[f"{split}/unigram_{key}"] for line in lines if f"{split}/unigram_{key}" in line]
             if baseline:
@@ -81,9 +87,31 @@ def draw_curves(workdirs: Sequence[str | pathlib.Path], output: str | pathlib.Pa
     for panel in axes.flat:
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize="small")
-    figure.savefig(output, dpi=110)
-    pyplot.close(figure)
+    for text in axes.flat[0].legend(fontsize="small").get_texts():
+        text.set_parse_math(False)  # a folder's name is no formula
+    try:
+        # By itself, Matplotlib would add to a name without a suffix.
+        figure.savefig(output, dpi=110, format=pathlib.Path(output).suffix[1:] or "png")
+    except OSError as error:
+        said = f"{os.fspath(output)}: cannot be written ({reason(error)}); choose another --output"
+        raise ValueError(said) from error
+    finally:
+        pyplot.close(figure)
+
+
+def printable(text: str | pathlib.Path) -> str:
+    r"""A folder's name, or a value, as it can be printed: on one line, without escape sequences, whatever its bytes.
+
+    >>> printable("runs/größe"), printable("two\nlines"), printable(os.fsdecode(b"\xff"))
+    ('runs/größe', 'two\\nlines', '\\udcff')
+    """
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
+
+
+def _label(workdir: str | pathlib.Path) -> str:
+    # Matplotlib leaves out of a legend what begins with an underscore.
+    name = printable(workdir)
+    return f"./{name}" if name.startswith("_") else name
 
 
 def _last_evaluation(lines: list[dict[str, float]], split: str) -> dict[str, float]:
@@ -105,7 +133,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _show(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else printable(str(value))
 
 
 def _number(values: Mapping[str, float], key: str, spec: str) -> str:

@@ -9,6 +9,7 @@ for batch in dataset.train_batches(global_batch_size=32, seed=0): ...
 from maskformer.data.cache import cache_dir
 from maskformer.data.config import DataConfig, DataError
 from maskformer.data.dataset import PackedDataset, TrainBatches, load_dataset
+from maskformer.data.rows import batch_layout
 from maskformer.data.tokenizer import DEFAULT_VOCABULARY_SIZE, Tokenizer, load_tokenizer
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "PackedDataset",
     "Tokenizer",
     "TrainBatches",
+    "batch_layout",
     "cache_dir",
     "load_dataset",
     "load_tokenizer",

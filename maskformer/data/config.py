@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from maskformer.checks import nearest, shown
+from maskformer.textfiles import DataError
 
 SEGMENT_BY = ("sentence", "chunk", "document")
 TRAINED_TOKENIZERS = ("wordpiece", "bpe", "unigram")
 SPLITS = ("train", "validation", "test")
 # Segments of a row are counted in 16 bits.
 LONGEST_ROW = 65_535
-
-
-class DataError(ValueError):
-    """The data cannot be read as configured; the message is one line and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class DataConfig:
     True
     >>> DataConfig(text_key="")
     Traceback (most recent call last):
-    maskformer.data.config.DataError: data.text_key='': expected a name
+    maskformer.textfiles.DataError: data.text_key='': expected a name
     """
 
     name: str = "austen"
@@ -79,15 +77,16 @@ class DataConfig:
         for field in fields(self):
             _check_type(field.name, getattr(self, field.name), str(field.type))
         if not self.name or self.name == "tfds:":
-            raise DataError(f"data.name={self.name!r}: expected 'austen', 'tfds:<name>' or a folder")
+            raise DataError(f"data.name={shown(self.name)}: expected 'austen', 'tfds:<name>' or a folder")
         if self.data_dir is not None and not self.is_tfds:
             raise DataError(
-                f"data.data_dir={self.data_dir!r}: only 'tfds:' datasets have one, not {self.name!r}; use None"
+                f"data.data_dir={shown(self.data_dir)}: only 'tfds:' datasets have one,"
+                f" not {shown(self.name)}; use None"
             )
         if self.segment_by not in SEGMENT_BY:
             raise DataError(
-                f"data.segment_by={self.segment_by!r}: expected one of {', '.join(SEGMENT_BY)}"
-                + _nearest(self.segment_by, SEGMENT_BY)
+                f"data.segment_by={shown(self.segment_by)}: expected one of {', '.join(SEGMENT_BY)}"
+                + nearest(self.segment_by, SEGMENT_BY)
             )
         around = (self.start_token is not None) + (self.end_token is not None)
         if not around < self.length <= LONGEST_ROW:
@@ -118,8 +117,8 @@ class DataConfig:
             return
         if not self.tokenizer.endswith((".json", ".txt")):
             raise DataError(
-                f"data.tokenizer={self.tokenizer!r}: expected {', '.join(TRAINED_TOKENIZERS)}, or the path of a"
-                " tokenizer.json or vocab.txt" + _nearest(self.tokenizer, TRAINED_TOKENIZERS)
+                f"data.tokenizer={shown(self.tokenizer)}: expected {', '.join(TRAINED_TOKENIZERS)}, or the path of a"
+                " tokenizer.json or vocab.txt" + nearest(self.tokenizer, TRAINED_TOKENIZERS)
             )
         if self.vocabulary_size is not None:
             raise DataError(
@@ -148,7 +147,7 @@ class DataConfig:
     def split_name(self, split: str) -> str:
         """The dataset's own name of `split`, which is `train`, `validation` or `test`."""
         if split not in SPLITS:
-            raise DataError(f"split {split!r}: expected one of {', '.join(SPLITS)}" + _nearest(split, SPLITS))
+            raise DataError(f"split {shown(split)}: expected one of {', '.join(SPLITS)}" + nearest(split, SPLITS))
         return getattr(self, f"{split}_split")
 
 
@@ -161,9 +160,4 @@ def _check_type(name: str, value: Any, annotation: str) -> None:
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         hint = "; write str(path)" if isinstance(value, Path) else ""
         expected = annotation.replace("|", "or")
-        raise DataError(f"data.{name}={value!r}: expected {expected}, got {type(value).__name__}{hint}")
-
-
-def _nearest(value: str, choices: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(value, choices, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+        raise DataError(f"data.{name}={shown(value)}: expected {expected}, got {type(value).__name__}{hint}")

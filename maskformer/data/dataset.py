@@ -12,15 +12,16 @@ from maskformer.data import packing
 from maskformer.data.cache import build_once, cache_dir, content_key
 from maskformer.data.config import DataConfig, DataError
 from maskformer.data.packing import Segment
-from maskformer.data.rows import PADDING_EXAMPLE, ChosenRows, PackedRows, choose_rows, is_whole, write_rows
+from maskformer.data.rows import PADDING_EXAMPLE, ChosenRows, PackedRows, choose_rows, write_rows
+from maskformer.data.seal import is_sealed
 from maskformer.data.sentences import split_sentences
 from maskformer.data.shuffle import permuted
 from maskformer.data.sources import open_source
 from maskformer.data.tokenizer import Tokenizer
 from maskformer.objectives.vocabulary import Vocabulary
 
-# Raise it when cutting or packing changes, so that rows made before are not taken for current.
-_VERSION = 1
+# Raise it when encoding, cutting or packing changes, so that rows made before are not taken for current.
+_VERSION = 2
 _ENCODE_CHARACTERS = 1 << 20  # encoded at a time: enough to keep the tokenizer's threads busy
 _ENDLESS = 1 << 62
 
@@ -58,7 +59,7 @@ def load_dataset(config: DataConfig, split: str, tokenizer: Tokenizer) -> Packed
         rows = pack_documents(source.documents(), tokenizer, config)
         write_rows(path, rows, config.length, vocabulary.size, pad, start, end)
 
-    folder = build_once(cache_dir() / "rows" / key, is_whole, build)
+    folder = build_once(cache_dir() / "rows" / key, is_sealed, build)
     whole = PackedRows(folder, pad)
     if not len(whole):
         raise DataError(f"data.name={config.name!r}: the {split} split holds no text")

@@ -14,8 +14,10 @@ import argparse
 import sys
 from dataclasses import fields
 
+from maskformer.data.cache import out_of_space
 from maskformer.data.config import SPLITS, DataConfig, DataError
 from maskformer.data.dataset import load_dataset
+from maskformer.data.sources import first_line, tfds_builder
 from maskformer.data.tokenizer import load_tokenizer
 
 
@@ -25,19 +27,16 @@ def prepare_tfds(config: DataConfig) -> None:
     Raises:
       DataError: TFDS has no such dataset, or it cannot be prepared.
     """
-    import tensorflow_datasets as tfds
-
+    builder = tfds_builder(config, file_format="array_record")
     try:
-        builder = tfds.builder(config.tfds_name, data_dir=config.data_dir, file_format="array_record")
         builder.download_and_prepare()
-    except tfds.core.DatasetNotFoundError:
-        raise DataError(f"data.name={config.name!r}: TFDS knows no such dataset; see tfds.list_builders()") from None
     except ImportError as error:
         # Some of TFDS's own preparation code needs TensorFlow; reading what it prepared does not.
         raise DataError(f"data.name={config.name!r}: preparing needs {error.name}; pip install {error.name}") from None
     except Exception as error:  # network, disk and every dataset's own code
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"data.name={config.name!r}: TFDS cannot prepare it: {reason}") from error
+        reason = out_of_space(error) or first_line(error)
+        where = f" in {config.data_dir or 'its own folder'}: {reason}" if out_of_space(error) else f": {reason}"
+        raise DataError(f"data.name={config.name!r}: TFDS cannot prepare it{where}") from error
 
 
 def _parse(arguments: list[str]) -> tuple[DataConfig, bool]:
@@ -61,7 +60,9 @@ def _reader(annotation: str):
         if text == "None" and "None" in annotation:
             return None
         if "bool" in annotation:
-            return {"true": True, "false": False}[text.lower()]
+            if text.lower() not in ("true", "false"):
+                raise ValueError(text)
+            return text.lower() == "true"
         return int(text) if "int" in annotation else text
 
     read.__name__ = annotation  # argparse names it in "invalid ... value"

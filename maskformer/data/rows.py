@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from maskformer.data.packing import Segment
+from maskformer.data.seal import seal
 from maskformer.data.shuffle import permuted
 
 _META = "meta.json"
-# A file is checked on opening by the checksums of so many blocks, evenly spaced: whole where it is small, and
-# at constant cost where it is large.
-_CHECKED_BLOCKS = 16
-_BLOCK = 1 << 20
 _WRITE_AT_ONCE = 1024  # rows
 PADDING_EXAMPLE = -1
 _CHOICE_SEED = 0  # not a run's seed: runs that differ in it are to train on the same rows
@@ -31,7 +27,7 @@ def write_rows(
     start: int | None,
     end: int | None,
 ) -> None:
-    """Writes packed rows to `folder`, which does not exist yet.
+    """Writes packed rows to `folder`, which does not exist yet, and seals it.
 
     Args:
       folder: where to.
@@ -86,32 +82,22 @@ def write_rows(
                 flush()
                 filled = 0
         flush()
-    meta = {"length": length, "token_type": token_type.str, **counts}
-    meta["checksums"] = {path.name: _checksum(path) for path in sorted(folder.glob("*.bin"))}
-    (folder / _META).write_text(json.dumps(meta))
+    (folder / _META).write_text(json.dumps({"length": length, "token_type": token_type.str, **counts}))
+    seal(folder)
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether `folder` holds complete, undamaged rows."""
-    try:
-        meta = json.loads((folder / _META).read_text())
-        return all(_checksum(folder / name) == checksum for name, checksum in meta["checksums"].items())
-    except (OSError, ValueError, KeyError, AttributeError):
-        return False
+def batch_layout(rows: int, length: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of each array of a batch of `rows` rows of `length` tokens, as `PackedRows.read` gives them.
 
-
-def _checksum(path: Path) -> list[int]:
-    """Size of the file and CRC-32 of evenly spaced blocks of it."""
-    size = path.stat().st_size
-    blocks = max(-(-size // _BLOCK), 1)
-    checked = min(_CHECKED_BLOCKS, blocks)
-    places = [i * (blocks - 1) // max(checked - 1, 1) for i in range(checked)]
-    crc = 0
-    with path.open("rb") as file:
-        for place in places:
-            file.seek(place * _BLOCK)
-            crc = zlib.crc32(file.read(_BLOCK), crc)
-    return [size, crc]
+    >>> batch_layout(8, 128)["tokens"]
+    ((8, 128), dtype('int32'))
+    """
+    words, numbers = np.dtype(bool), np.dtype(np.int32)
+    per_token = {"tokens": numbers, "segment_ids": numbers, "positions": numbers, "word_starts": words}
+    return {
+        **{name: ((rows, length), dtype) for name, dtype in per_token.items()},
+        **dict.fromkeys(("example_id", "epoch"), ((rows,), numbers)),
+    }
 
 
 class PackedRows:

@@ -12,9 +12,10 @@ _ABBREVIATIONS = frozenset(
 )
 _PARAGRAPH = re.compile(r"\n\s*\n")
 # A mark that ends a sentence, the quotes and brackets that close with it, white space, and the start of the next.
-# Chinese and Japanese marks need no white space.
+# Chinese and Japanese marks need no white space. A run of marks is tried once, from its first, and given up as a whole:
+# the search would otherwise take time with the square of its length.
 _BOUNDARY = re.compile(
-    r"""(?P<mark>[.!?\u2026]+)["'\u2019\u201d)\]]*(?P<space>\s+)(?=["'\u2018\u201c(\[]*[^\W_a-z])"""
+    r"""(?<![.!?\u2026])(?P<mark>[.!?\u2026]++)["'\u2019\u201d)\]]*(?P<space>\s+)(?=["'\u2018\u201c(\[]*[^\W_a-z])"""
     r"""|[\u3002\uff01\uff1f]+[\u300d\u300f\u201d\u2019]*(?P<none>)"""
 )
 

@@ -10,20 +10,30 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from maskformer.checks import shown
 from maskformer.data.cache import build_once, cache_dir, content_key
 from maskformer.data.config import DataConfig, DataError
+from maskformer.data.reserved import unreachable
 from maskformer.data.sources import open_source
 from maskformer.objectives.vocabulary import Vocabulary
+from maskformer.textfiles import parse_json, printable, read_text
 
 DEFAULT_VOCABULARY_SIZE = 8192
-# Raise it when training or encoding changes, so that nothing made before is taken for current.
-_VERSION = 1
+# Raise it when training changes, so that nothing made before is taken for current.
+_VERSION = 2
+# A table of embeddings has a row for every id up to the largest; beyond this a file is damaged, not large.
+_LARGEST_ID = (1 << 24) - 1
+# Trainers take time with the square of a word's length. SentencePiece's own leaves longer lines out.
+_LONGEST_LEARNED = 4096
+_TRIED = 1000  # pieces among which there is a letter of the vocabulary's script
+_LONG_WORD = re.compile(rf"(?<!\S)\S{{{_LONGEST_LEARNED + 1},}}+")
 # The names under which published tokenizers have these tokens; the first one present counts.
 _NAMES = {
     "pad": ("[PAD]", "<pad>", "<|pad|>"),
@@ -54,23 +64,38 @@ class Tokenizer:
         definition = json.dumps(settings, sort_keys=True, ensure_ascii=False)
         self._definition = definition
         self._with_specials = Backend.from_str(definition)
-        self._plain = Backend.from_str(definition)
-        # A corpus that spells out "[MASK]" must not turn into the token.
-        self._plain.encode_special_tokens = True
-        self.fingerprint = hashlib.sha256(definition.encode()).hexdigest()
+        self.fingerprint = _sha256(definition)
         self.vocabulary = _vocabulary(self._with_specials)
         self._reserved = frozenset(self.vocabulary.special_ids) - {self.vocabulary.unk}
+        names = {piece for piece, token in self._with_specials.get_vocab().items() if token in self._reserved}
+        # For corpus text: one that spells out "[MASK]", in whatever letters, must not turn into the token.
+        self._plain = Backend.from_str(json.dumps(unreachable(settings, names)))
+        self._plain.encode_special_tokens = True
         # Without a pre-tokenizer that cuts at spaces every text is one "word" to the library, and the marks on the
         # pieces have to tell.
-        encoding = self._plain.encode("a b", add_special_tokens=False)
-        self._word_start_of_id = None if len(set(encoding.word_ids)) > 1 else self._marked_pieces()
+        self._word_start_of_id = None if self._cuts_at_spaces() else self._marked_pieces()
 
     def __len__(self) -> int:
         return self.vocabulary.size
 
+    def _cuts_at_spaces(self) -> bool:
+        """Whether the pre-tokenizer parts words, tried on a letter of the vocabulary's own script."""
+        cut = self._with_specials.pre_tokenizer
+        if cut is None:
+            return False
+        tokens = sorted(set(self._with_specials.get_vocab().values()) - set(self.vocabulary.special_ids))
+        visible = [c for token in tokens[:_TRIED] for c in self.decode([token]) if not c.isspace()]
+        letter = next(filter(str.isalpha, visible), visible[0] if visible else None)
+        if letter is None:
+            return False
+        text = f"{letter} {letter}"
+        if (normalizer := self._with_specials.normalizer) is not None:
+            text = normalizer.normalize_str(text)
+        return len(cut.pre_tokenize_str(text)) > 1
+
     def _marked_pieces(self) -> np.ndarray:
         marked = np.zeros(self.vocabulary.size, bool)
-        for piece, token in self._plain.get_vocab().items():
+        for piece, token in self._with_specials.get_vocab().items():
             marked[token] = piece.startswith(("\u2581", "\u0120"))
         return marked
 
@@ -80,17 +105,20 @@ class Tokenizer:
         Returns:
           For each text `(tokens int32 [n], word_starts bool [n])`; True at the first piece of each word.
         """
-        encodings = self._plain.encode_batch(list(texts), add_special_tokens=False)
-        for i, encoding in enumerate(encodings):
-            # A Unigram model finds its special pieces in text by itself.
-            if not self._reserved.isdisjoint(encoding.ids):
-                encodings[i] = self._plain.encode(self._spelled_apart(texts[i]), add_special_tokens=False)
-        return [(np.array(e.ids, np.int32), self._word_starts(e)) for e in encodings]
+        encodings = _encoded(self._plain.encode_batch, list(texts))
+        return [(self._without_reserved(np.array(e.ids, np.int32)), self._word_starts(e)) for e in encodings]
 
-    def _spelled_apart(self, text: str) -> str:
-        for name in map(self.token, sorted(self._reserved)):
-            text = text.replace(name, f"{name[0]} {name[1:]}")
-        return text
+    def _without_reserved(self, tokens: np.ndarray) -> np.ndarray:
+        """What a model writes for a text that it does not know may be a token that is reserved for something else."""
+        if self._reserved.isdisjoint(tokens.tolist()):
+            return tokens
+        found = np.isin(tokens, list(self._reserved))
+        if self.vocabulary.unk is None:
+            raise DataError(
+                f"the tokenizer writes {self.token(tokens[found][0])} for text that it does not know;"
+                " give it an [UNK] token of its own"
+            )
+        return np.where(found, self.vocabulary.unk, tokens).astype(np.int32)
 
     def encode(
         self, text: str, *, start_token: str | None = None, end_token: str | None = None
@@ -111,7 +139,7 @@ class Tokenizer:
             if self.vocabulary.mask is None:
                 raise DataError("the text has [MASK] and the tokenizer no mask token; load one that has")
             text = text.replace("[MASK]", self.token(self.vocabulary.mask))
-        encoding = self._with_specials.encode(text, add_special_tokens=False)
+        (encoding,) = _encoded(self._with_specials.encode_batch, [text])
         tokens, words = np.array(encoding.ids, np.int32), self._word_starts(encoding)
         words &= ~np.isin(tokens, self.vocabulary.special_ids) | (tokens == self.vocabulary.unk)
         before, after = (
@@ -162,6 +190,14 @@ class Tokenizer:
         return words[1:] != words[:-1]
 
 
+def _encoded(encode_batch: Callable[..., list[tokenizers.Encoding]], texts: list[str]) -> list[tokenizers.Encoding]:
+    try:
+        return encode_batch(texts, add_special_tokens=False)
+    except Exception as error:  # the library raises bare Exception
+        reason = str(error).splitlines()[0]
+        raise DataError(f"the tokenizer cannot encode the text ({reason}); give it an [UNK] token") from None
+
+
 def load_tokenizer(config: DataConfig) -> Tokenizer:
     """The tokenizer that `config` names: read from its file, or trained on the train split and cached.
 
@@ -172,7 +208,7 @@ def load_tokenizer(config: DataConfig) -> Tokenizer:
       DataError: the file is missing or no tokenizer, or the data cannot be read.
     """
     if not config.trains_tokenizer:
-        return Tokenizer(_read_definition(Path(config.tokenizer), config.lowercase))
+        return _read(Path(config.tokenizer), config.lowercase)
     source = open_source(config, "train")
     size = config.vocabulary_size or DEFAULT_VOCABULARY_SIZE
     lowercase = config.tokenizer == "wordpiece" if config.lowercase is None else config.lowercase
@@ -188,10 +224,10 @@ def load_tokenizer(config: DataConfig) -> Tokenizer:
 
     def build(path: Path) -> None:
         definition = train(config.tokenizer, source.documents, size, lowercase, config.sentinels)
-        path.write_text(definition, encoding="utf-8")
+        path.write_text(json.dumps({"definition": definition, "sha256": _sha256(definition)}), encoding="utf-8")
 
-    path = build_once(cache_dir() / "tokenizers" / f"{key}.json", _is_definition, build)
-    return Tokenizer(path.read_text(encoding="utf-8"))
+    path = build_once(cache_dir() / "tokenizers" / f"{key}.json", lambda path: _cached(path) is not None, build)
+    return Tokenizer(_cached(path) or "")
 
 
 def train(kind: str, documents: Callable[[], Iterator[str]], size: int, lowercase: bool, sentinels: int = 0) -> str:
@@ -202,15 +238,19 @@ def train(kind: str, documents: Callable[[], Iterator[str]], size: int, lowercas
 
     Args:
       kind: `wordpiece`, `bpe` (byte-level) or `unigram`.
-      documents: starts a pass over the text to learn from; it may be called twice.
+      documents: starts a pass over the text to learn from; it may be called twice. A run of over 4,096 characters
+        without white space is learned from as several words.
       size: number of ids, special tokens and sentinels included; fewer where the text is too small for as many.
       lowercase: fold case and accents.
       sentinels: number of `<extra_id_i>` tokens.
     """
     learned = size - sentinels
-    backend = {"wordpiece": _train_wordpiece, "bpe": _train_bpe, "unigram": _train_unigram}[kind](
-        documents, learned, lowercase
-    )
+
+    def bounded() -> Iterator[str]:
+        return (_LONG_WORD.sub(_in_pieces, text) for text in documents())
+
+    trainer = {"wordpiece": _train_wordpiece, "bpe": _train_bpe, "unigram": _train_unigram}[kind]
+    backend = trainer(bounded, learned, lowercase)
     if backend.get_vocab_size() > learned:
         raise _too_small(size)
     for name in _SPECIAL:
@@ -220,6 +260,11 @@ def train(kind: str, documents: Callable[[], Iterator[str]], size: int, lowercas
     for i in reversed(range(sentinels)):
         backend.add_special_tokens([AddedToken(f"<extra_id_{i}>", special=True, normalized=False)])
     return backend.to_str()
+
+
+def _in_pieces(word: re.Match[str]) -> str:
+    letters = word[0]
+    return " ".join(letters[i : i + _LONGEST_LEARNED] for i in range(0, len(letters), _LONGEST_LEARNED))
 
 
 def _too_small(size: int) -> DataError:
@@ -323,22 +368,52 @@ def _is_punctuation(character: str) -> bool:
     return unicodedata.category(character).startswith("P") or character in "$+<=>^`|~"
 
 
-def _read_definition(path: Path, lowercase: bool | None) -> str:
+def _read(path: Path, lowercase: bool | None) -> Tokenizer:
+    where = f"data.tokenizer='{printable(path)}'"
+    if not path.exists():
+        raise DataError(f"{where}: No such file or directory; give the path of a tokenizer.json or vocab.txt")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise DataError(f"data.tokenizer='{path}': {reason}; give the path of a tokenizer.json or vocab.txt") from None
-    if path.suffix == ".json":
-        try:
-            Backend.from_str(text)
-        except Exception as error:  # the library raises bare Exception
-            reason = str(error).splitlines()[0]
-            raise DataError(f"data.tokenizer='{path}': no definition of the tokenizers library ({reason})") from None
-        return text
+        text = read_text(path)
+    except DataError as error:
+        raise DataError(f"data.tokenizer: {error}") from None
+    definition = _checked_definition(text, where) if path.suffix == ".json" else _wordpiece(text, where, lowercase)
+    try:
+        return Tokenizer(definition)
+    except ValueError as error:  # special ids that contradict each other
+        raise DataError(f"{where}: {error}") from None
+    except Exception as error:  # the library raises bare Exception
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{where}: no definition of the tokenizers library ({reason})") from None
+
+
+def _checked_definition(text: str, where: str) -> str:
+    settings = parse_json(text, where)
+    if not isinstance(settings, dict):
+        raise DataError(
+            f"{where}: no definition of the tokenizers library (found {type(settings).__name__}, expected an object);"
+            " save one with Tokenizer.save"
+        )
+    # Before the library sees them: it goes through all the numbers up to the largest.
+    if (largest := max(_ids(settings), default=0)) > _LARGEST_ID:
+        raise DataError(
+            f"{where}: has the id {shown(largest)}, expected at most {_LARGEST_ID}; number the tokens from 0 on"
+        )
+    return text
+
+
+def _ids(settings: dict[str, Any]) -> Iterator[int]:
+    """The ids in the value of a `tokenizer.json`, which may be nothing of the kind."""
+    model, added = settings.get("model"), settings.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    values = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    values += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    return (value for value in values if isinstance(value, int))
+
+
+def _wordpiece(text: str, where: str, lowercase: bool | None) -> str:
     pieces = [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
     if "[UNK]" not in pieces:
-        raise DataError(f"data.tokenizer='{path}': no line [UNK]; expected a WordPiece vocabulary, one piece a line")
+        raise DataError(f"{where}: no line [UNK]; expected a WordPiece vocabulary, one piece a line")
     backend = Backend(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase is not False)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -348,12 +423,18 @@ def _read_definition(path: Path, lowercase: bool | None) -> str:
     return backend.to_str()
 
 
-def _is_definition(path: Path) -> bool:
+def _cached(path: Path) -> str | None:
+    """The definition in a file of the cache; None where the file is not what was written."""
     try:
-        Backend.from_file(str(path))
-    except Exception:  # the library raises bare Exception
-        return False
-    return True
+        content = json.loads(path.read_text(encoding="utf-8"))
+        definition = content["definition"]
+        return definition if content["sha256"] == _sha256(definition) else None
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _vocabulary(backend: Backend) -> Vocabulary:
@@ -366,5 +447,5 @@ def _vocabulary(backend: Backend) -> Vocabulary:
     added = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
     others = added - set(named.values()) - set(sentinels)
     # Ids may have holes, and a table of embeddings needs the highest.
-    size = max(backend.get_vocab().values()) + 1
+    size = max(backend.get_vocab().values(), default=-1) + 1
     return Vocabulary(size=size, **named, sentinels=tuple(sentinels), special=tuple(sorted(others)))

@@ -13,7 +13,6 @@ import numpy as np
 from maskformer.evaluation.bound import Batch, Predict
 from maskformer.evaluation.metrics import Sums
 from maskformer.evaluation.text_bytes import SplitBytes, bits_per_byte, bytes_of_tokens
-from maskformer.objectives import Objective
 from maskformer.objectives.loss import token_cross_entropy
 from maskformer.objectives.sequence import CausalLM
 from maskformer.objectives.vocabulary import is_any_of
@@ -21,7 +20,7 @@ from maskformer.objectives.vocabulary import is_any_of
 
 def create_nll_step(
     predict: Predict,
-    objective: Objective,
+    objective: CausalLM,
     *,
     ignored: tuple[int, ...] = (),
     token_bytes: np.ndarray | None = None,
@@ -35,7 +34,7 @@ def create_nll_step(
       ignored: ids of targets that are not counted, such as [SEP]; they are read all the same.
       token_bytes: from `evaluation.token_bytes`; None leaves bytes out.
     """
-    if not isinstance(objective, CausalLM):
+    if objective.as_causal() is not objective:
         raise TypeError(f"create_nll_step: expected the objective 'causal_lm', got {objective.name!r}")
     key = jax.random.key(0)  # nothing is drawn
 

@@ -69,21 +69,22 @@ def objective_sums(
 ) -> Sums:
     """`prediction_sums` with the loss as the objective itself defines it.
 
-    For most that is the mean over predicted tokens. Diffusion weighs its predictions by their rate, divides by all
-    tokens and rules [MASK] out: `loss` is then that, as in training, and `token_loss` the plain mean over predicted
-    tokens, in the place of a perplexity. `unigram_loss` is weighted and divided as `loss` is; the accuracies are means
-    over predictions under their weights.
+    For most that is the mean over predicted tokens. Diffusion weighs its predictions by their rate and divides by all
+    tokens: `loss` is then that, as in training, and `token_loss` the plain mean over predicted tokens, in the place of
+    a perplexity. `unigram_loss` is weighted and divided as `loss` is; the accuracies are means over predictions under
+    their weights. All are of the logits as the objective has them (`Objective.transform_logits`).
 
     Args:
       logits: [batch, predicted, vocabulary], of the model that read `corrupted`.
       unigram: as in `prediction_sums`.
     """
+    logits = objective.transform_logits(logits, corrupted)
     targets, weights = corrupted.target_tokens, corrupted.loss_weights
-    if type(objective).loss is Objective.loss:
+    if objective.loss_is_mean:
         return prediction_sums(logits, targets, weights, corrupted.kinds, unigram=unigram)
     sums = prediction_sums(logits, targets, weights, unigram=unigram)
-    loss, denominator = objective.loss(logits, corrupted)
     used = weights > 0
+    loss, denominator = objective.loss(logits, corrupted)
     sums["loss"] = jnp.stack([loss, denominator])
     sums["token_loss"] = jnp.stack(
         [jnp.sum(jnp.where(used, token_cross_entropy(logits, targets, used), 0.0)), jnp.sum(used).astype(jnp.float32)]

@@ -33,8 +33,8 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     """
     table = np.zeros((2, len(tokenizer)), np.int32)
     special = set(tokenizer.vocabulary.special_ids)
-    before = next(token for token in range(len(tokenizer)) if token not in special and _is_ascii(tokenizer, token))
-    begin = len(tokenizer.decode([before]).encode())
+    before = _word_before(tokenizer, special)
+    begin = len(tokenizer.decode(before).encode())
     for token in range(len(tokenizer)):
         if token in special or (piece := _piece(tokenizer, token)) is None:
             continue
@@ -45,7 +45,7 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
             table[:, token] = len(piece)  # a byte-level alphabet writes each byte as one character
         else:
             table[0, token] = len(text.encode())
-            table[1, token] = len(tokenizer.decode([before, token]).encode()) - begin
+            table[1, token] = len(tokenizer.decode([*before, token]).encode()) - begin
     return table
 
 
@@ -56,9 +56,17 @@ def _piece(tokenizer: Tokenizer, token: int) -> str | None:
         return None
 
 
-def _is_ascii(tokenizer: Tokenizer, token: int) -> bool:
-    piece = _piece(tokenizer, token)
-    return piece is not None and piece.isascii() and piece.isalnum()
+def _word_before(tokenizer: Tokenizer, special: set[int]) -> list[int]:
+    """A token of the vocabulary that decodes to letters or digits, of any script; none where there is no such token.
+
+    Not to punctuation: decoders tidy up around it.
+    """
+    for token in range(len(tokenizer)):
+        if token in special or (piece := _piece(tokenizer, token)) is None or _BYTE_PIECE.fullmatch(piece):
+            continue
+        if tokenizer.decode([token]).isalnum():
+            return [token]
+    return []
 
 
 def bytes_of_tokens(table: jax.Array, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
@@ -126,5 +134,4 @@ def split_bytes(config: DataConfig, split: str, tokenizer: Tokenizer) -> SplitBy
         decoded += int(np.sum(np.asarray(count(*(batch[k] for k in ("tokens", "segment_ids", "positions"))), np.int64)))
     if not decoded:
         raise ValueError(f"the tokenizer decodes the {split} split to nothing: bits per byte are not defined")
-    text = sum(len(document.encode()) for document in open_source(config, split).documents())
-    return SplitBytes(table, text, decoded)
+    return SplitBytes(table, open_source(config, split).text_bytes(), decoded)

@@ -56,7 +56,7 @@ class EncoderConfig:
         max_length: longest row; the number of learned positions (only "learned" positions limit the length).
         layers, width, heads: depth, hidden size and attention heads.
         embedding_width: size of the embedding vectors, projected to `width` before the first layer and, in the
-            head, back from it (ALBERT: Lan et al. 2020; ELECTRA-small: 128 for 256); None means `width`.
+            head, back from it (ALBERT: Lan et al. 2020; 128 for 256 in Clark et al. 2020); None means `width`.
         kv_heads: key/value heads (grouped-query attention); None means `heads`.
         head_dim: size of a head; None means `width // heads`, which must then divide evenly.
         mlp_width: hidden size of the feed-forward layer; None means `4 * width`.

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from maskformer.masks import Mask
 from maskformer.models.config import EncoderConfig
 from maskformer.models.encoder import DetectionHead
 from maskformer.models.model import Model, Params
@@ -182,6 +183,10 @@ class ElectraModel:
     def encode(self, params: Params, tokens: jax.Array, **options: Any) -> jax.Array:
         """The discriminator's hidden states [batch, length, width]; arguments as in `Model.encode`."""
         return self.discriminator.encode(params["discriminator"], tokens, **options)
+
+    def layer_masks(self, mask: Mask | None, segment_ids: jax.Array | None) -> tuple[Mask | None, ...]:
+        """Of the generator; arguments as in `Model.layer_masks`."""
+        return self.generator.layer_masks(mask, segment_ids)
 
     def flops_per_token(self, length: int, predict_fraction: float = 1.0, **options: Any) -> float:
         """Of both networks; the discriminator answers at every position. Arguments as in `Model.flops_per_token`."""

@@ -142,7 +142,7 @@ class PredictionHead(nnx.Module):
 
 
 class DetectionHead(nnx.Module):
-    """Hidden states to one logit for each position: was this token replaced? (ELECTRA: Clark et al. 2020)."""
+    """Hidden states to one logit for each position: was this token replaced? (Clark et al. 2020)."""
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.config = config

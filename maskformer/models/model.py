@@ -176,11 +176,22 @@ class Model:
             raise ValueError("token_types: given, but model.token_types=0; set model.token_types (BERT: 2)")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        layer_masks = self._layer_masks(mask, segment_ids)
-        return module.encode(tokens, positions, layer_masks, token_types, dropout_key)
+        # The layers are scanned in groups of one period.
+        period = self.layer_masks(mask, segment_ids)[: len(self._masks)]
+        return module.encode(tokens, positions, period, token_types, dropout_key)
 
-    def _layer_masks(self, mask: masks.Mask | None, segment_ids: jax.Array | None) -> tuple[masks.Mask | None, ...]:
-        """One mask for each entry of the config's pattern, and-ed with the caller's."""
+    def layer_masks(self, mask: masks.Mask | None, segment_ids: jax.Array | None) -> tuple[masks.Mask | None, ...]:
+        """What each layer attends under, the first one first: the config's mask of the layer, and-ed with the caller's.
+
+        Args:
+            mask, segment_ids: as in `encode`.
+
+        Returns:
+            `config.layers` masks, the same object for the layers that share one; None where neither says anything.
+
+        Raises:
+            ValueError: the config's mask names an array that was not given.
+        """
         arrays: dict[str, jax.Array] = {}
         if segment_ids is not None:
             arrays = {"segment_ids": segment_ids, "valid": segment_ids > 0}
@@ -196,7 +207,7 @@ class Model:
                 combined.append(mask)
             else:
                 combined.append(bound if mask is None else mask & bound)
-        return tuple(combined)
+        return tuple(combined[layer % len(combined)] for layer in range(self.config.layers))
 
 
 def _plain(tree: Any) -> Any:

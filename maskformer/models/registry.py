@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import overload
 
 from maskformer.models.config import EncoderConfig
-from maskformer.models.electra import ElectraConfig, ElectraModel
+from maskformer.models.electra import ElectraConfig, ElectraModel, GeneratorConfig
 from maskformer.models.model import Model
 
 
@@ -33,3 +33,13 @@ def create(config: EncoderConfig | ElectraConfig) -> Model | ElectraModel:
     if not isinstance(config, EncoderConfig):
         raise TypeError(f"models.create takes an EncoderConfig or an ElectraConfig; got {type(config).__name__}")
     return Model(config)
+
+
+def with_generator(config: EncoderConfig, generator: GeneratorConfig) -> ElectraConfig:
+    """The pair of networks in which `config` is what is kept, and `generator` says how large the one beside it is.
+
+    >>> pair = with_generator(EncoderConfig(vocab_size=50, layers=2, width=64, heads=4), GeneratorConfig(width=0.5))
+    >>> pair.generator.width, pair.discriminator.width
+    (32, 64)
+    """
+    return ElectraConfig(config, generator.encoder(config), generator.share_embeddings)

@@ -4,11 +4,8 @@ An objective is built once by name (`create`) and then called on device: `object
 """
 
 from maskformer.objectives import schedules
-from maskformer.objectives.compat import COMPAT
 from maskformer.objectives.denoising import denoising
 from maskformer.objectives.diffusion import MaskedDiffusion, diffusion
-from maskformer.objectives.electra import Discrimination, Electra, electra
-from maskformer.objectives.leaks import Leak, LeakReport, check_leaks, with_attend
 from maskformer.objectives.lexicon import Lexicon, pmi_ngrams
 from maskformer.objectives.loss import (
     cross_entropy,
@@ -19,10 +16,9 @@ from maskformer.objectives.loss import (
 )
 from maskformer.objectives.mixture import mixture
 from maskformer.objectives.mlm import conditional_mlm, mlm, ngram_mlm, pmi_mlm, span_mlm
-from maskformer.objectives.objective import Masking, Objective, attend_within_segments
+from maskformer.objectives.objective import Masking, Objective, attend_within_segments, with_attend
 from maskformer.objectives.pairs import CorruptedPair, Pair, PairMasks, PairObjective
-from maskformer.objectives.registry import BUILDERS, builder, create, parameters
-from maskformer.objectives.report import MaskReport, mask_report
+from maskformer.objectives.registry import BUILDERS, COMPAT, builder, create, parameters
 from maskformer.objectives.rows import KEEP, MASK, RANDOM, Corrupted, Row, Selection
 from maskformer.objectives.select_weighted import frequency_weights, inverse_document_frequencies, tag_weights
 from maskformer.objectives.sequence import causal_lm, fim, prefix_lm, shift_right
@@ -38,12 +34,7 @@ __all__ = [
     "RANDOM",
     "Corrupted",
     "CorruptedPair",
-    "Discrimination",
-    "Electra",
-    "Leak",
-    "LeakReport",
     "Lexicon",
-    "MaskReport",
     "MaskedDiffusion",
     "MaskedSource",
     "Masking",
@@ -58,17 +49,14 @@ __all__ = [
     "augment",
     "builder",
     "causal_lm",
-    "check_leaks",
     "conditional_mlm",
     "create",
     "cross_entropy",
     "denoising",
     "diffusion",
-    "electra",
     "fim",
     "frequency_weights",
     "inverse_document_frequencies",
-    "mask_report",
     "masked_source",
     "mixture",
     "mlm",

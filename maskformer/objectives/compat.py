@@ -43,10 +43,6 @@ COMPAT: dict[str, Convention] = {
         {"rate": 0.3, "poisson_mean": 3.0, "replace_length": 1, "random_rate": 0.1, "permute_sentences": 1.0},
         "fairseq denoising_dataset.py with the published flags of bart.large (Lewis et al. 2020)",
     ),
-    "electra": Convention(
-        "electra", {"rate": 0.15, "replacement": (0.85, 0.0, 0.15), "discriminator_weight": 50.0},
-        "google-research/electra pretrain_helpers.py (Clark et al. 2020)",
-    ),
     "mdlm": Convention("diffusion", {"compat": "mdlm"}, "kuleshov-group/mdlm diffusion.py (Sahoo et al. 2024)"),
     "llada": Convention("diffusion", {"compat": "llada"}, "LLaDA guidelines (Nie et al. 2025)"),
     "ul2": Convention("ul2", {}, "Tay et al. 2022, table 1"),

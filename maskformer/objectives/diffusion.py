@@ -31,6 +31,10 @@ class MaskedDiffusion(Objective):
     `mdlm`: t in [eps, 1], p = (1 - eps) t, weight 1 / t. The denominator is the number of tokens, masked or not.
     """
 
+    shows_mask = True
+    takes_label_smoothing = False
+    loss_is_mean = False
+
     convention: str = "llada"
     epsilon: float = 1e-3
     sampling: str = "uniform"
@@ -88,13 +92,13 @@ class MaskedDiffusion(Objective):
         epoch = jnp.asarray(batch["epoch"], jnp.int32)
         return _diffuse(self, key, rows, epoch, jnp.asarray(batch["example_id"], jnp.int32), self.rate_at(step, rate))
 
-    def loss(self, logits, corrupted, label_smoothing=0.0):
-        """(loss_sum, tokens): the mask token can never be the answer, so its logit is minus infinity."""
-        if label_smoothing:
-            raise ValueError(
-                f"label_smoothing={label_smoothing:g}: a smoothed loss bounds no likelihood; set it to 0 for diffusion"
-            )
-        return super().loss(losses.suppress(logits, self.vocabulary.mask), corrupted, label_smoothing)
+    @property
+    def never_hidden(self) -> tuple[int, ...]:
+        return self.avoid
+
+    def transform_logits(self, logits, corrupted):
+        """The mask token can never be the answer: its logit is minus infinity."""
+        return losses.suppress(logits, self.vocabulary.mask)
 
 
 @partial(jax.jit, static_argnums=0)

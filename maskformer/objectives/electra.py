@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +42,10 @@ class Electra(Objective):
     two slots and then counts twice in the generator's loss.
     """
 
+    task = "electra"
+    trains_generator = True
+
+    shows_mask: bool = True
     count: Count = None  # type: ignore[assignment]
     replace: Replace = None  # type: ignore[assignment]
     avoid: tuple[int, ...] = ()
@@ -69,22 +72,31 @@ class Electra(Objective):
             selected=chosen,
         )
 
-    def discriminate(self, key, batch, corrupted: Corrupted, logits: jax.Array) -> Discrimination:
-        """Fills the generator's positions with samples from its own logits.
+    def row_keys(self, key: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Keys `[batch]` of the rows, which their corruption and their samples are drawn from.
 
         Args:
           key: the run's key, as given to the objective.
-          batch: the batch that was corrupted.
-          corrupted: what the objective made of it.
+        """
+        epoch, example_id = (jnp.asarray(batch[name], jnp.int32) for name in ("epoch", "example_id"))
+        return randomness.row_keys(key, epoch, example_id, self.static_copies)
+
+    def discriminate(
+        self, keys: jax.Array, tokens: jax.Array, corrupted: Corrupted, logits: jax.Array
+    ) -> Discrimination:
+        """Fills the generator's positions with samples from its own logits.
+
+        Args:
+          keys: from `row_keys`, of the rows that were corrupted.
+          tokens: int `[batch, length]`, their text.
+          corrupted: what the objective made of them.
           logits: `[batch, budget, vocabulary]` of the generator; no gradient flows through the samples.
 
         Where one position fills two slots, the first slot's sample stands (the reference averages the two ids, which
         is a third, unrelated token).
         """
-        tokens = jnp.asarray(batch["tokens"], jnp.int32)
-        epoch = jnp.asarray(batch["epoch"], jnp.int32)
-        example_id = jnp.asarray(batch["example_id"], jnp.int32)
-        inputs = _fill(self, key, epoch, example_id, tokens, corrupted, jax.lax.stop_gradient(logits))
+        tokens = jnp.asarray(tokens, jnp.int32)
+        inputs = _fill(keys, tokens, corrupted, jax.lax.stop_gradient(logits))
         return Discrimination(inputs, (inputs != tokens).astype(jnp.float32), self.questions(corrupted))
 
     def questions(self, corrupted: Corrupted) -> jax.Array:
@@ -104,10 +116,9 @@ class Electra(Objective):
         return jnp.sum(losses * discrimination.loss_weights), jnp.sum(discrimination.loss_weights)
 
 
-@partial(jax.jit, static_argnums=0)
-def _fill(objective, key, epoch, example_id, tokens, corrupted, logits) -> jax.Array:
+@jax.jit
+def _fill(keys, tokens, corrupted, logits) -> jax.Array:
     """The batch's tokens with the generator's samples in its positions, int32 `[batch, length]`."""
-    keys = randomness.row_keys(key, epoch, example_id, objective.static_copies)
 
     def fill(key, tokens, positions, weights, logits):
         noise = randomness.uniform(key, SAMPLE, logits.shape)
@@ -164,4 +175,5 @@ def electra(
         avoid=vocabulary.ids(("pad", "mask", "cls", "sep", "bos", "eos", "sentinels", "special")),
         discriminator_weight=float(discriminator_weight),
         discriminate_at=discriminate_at,
+        shows_mask=policy[0] > 0,
     )

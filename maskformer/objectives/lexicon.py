@@ -6,17 +6,20 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskformer.checks import shown
 from maskformer.objectives import randomness
 from maskformer.objectives.counting import Count
 from maskformer.objectives.rows import Row, Selection
 from maskformer.objectives.select import ORDER
 from maskformer.objectives.units import spread, take_in_random_order, units_from_starts
 from maskformer.objectives.vocabulary import is_any_of
+from maskformer.textfiles import lines, printable
 
 
 def pmi_ngrams(
@@ -82,11 +85,11 @@ class Lexicon:
 
     def __init__(self, ngrams: Iterable[Sequence[int]]):
         by_length: dict[int, set[tuple[int, ...]]] = {}
+        if isinstance(ngrams, str) or not isinstance(ngrams, Iterable):
+            raise ValueError(f"ngrams={shown(ngrams)}: expected a list of lists of ids, or Lexicon.read for a file")
         for ngram in ngrams:
-            ngram = tuple(int(i) for i in ngram)
-            if len(ngram) < 2:
-                raise ValueError(f"lexicon entry {ngram}: expected at least 2 ids; single tokens are units anyway")
-            by_length.setdefault(len(ngram), set()).add(ngram)
+            entry = _entry(ngram, "lexicon entry")
+            by_length.setdefault(len(entry), set()).add(entry)
         if not by_length:
             raise ValueError("lexicon: no n-grams given")
         self.largest_id = max(max(ngram) for group in by_length.values() for ngram in group)
@@ -95,12 +98,21 @@ class Lexicon:
 
     @classmethod
     def read(cls, path: str) -> Lexicon:
-        """From a text file with the ids of one entry on each line, separated by blanks."""
+        """From a text file with the ids of one entry on each line, separated by blanks.
+
+        Raises:
+          ValueError: naming file and line.
+        """
+        entries = []
         try:
-            with open(path, encoding="utf-8") as lines:
-                return cls([int(word) for word in line.split()] for line in lines if line.strip())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"lexicon file {path!r}: expected the ids of one entry on each line ({error})") from error
+            for number, line in enumerate(lines(path), start=1):
+                if words := line.split():
+                    entries.append(_entry(words, f"{printable(path)}:{number}: entry"))
+        except ValueError as error:
+            raise ValueError(f"lexicon file {shown(path)}: {error}") from None
+        if not entries:
+            raise ValueError(f"lexicon file {shown(path)}: it is empty; write the ids of one entry on each line")
+        return cls(entries)
 
     @staticmethod
     def _hash_table(ngrams: set[tuple[int, ...]]):
@@ -155,6 +167,19 @@ class Lexicon:
             joined |= inner
             claimed |= taken | inner
         return member & ~joined
+
+
+def _entry(ids: Any, where: str) -> tuple[int, ...]:
+    """The ids as integers, read from text if they are text; the error begins with `where`."""
+    try:
+        entry = tuple(int(i) for i in ids)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where} {shown(ids)}: expected ids, which are whole numbers") from None
+    if len(entry) < 2:
+        raise ValueError(f"{where} {shown(entry)}: expected at least 2 ids; single tokens are units anyway")
+    if not all(0 <= i < 1 << 31 for i in entry):
+        raise ValueError(f"{where} {shown(entry)}: expected ids from 0 to 2**31 - 1")
+    return entry
 
 
 @dataclass(frozen=True, eq=False)

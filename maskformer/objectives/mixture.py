@@ -11,14 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maskformer.objectives import loss as losses
 from maskformer.objectives import randomness
-from maskformer.objectives.diffusion import MaskedDiffusion
-from maskformer.objectives.electra import Electra
 from maskformer.objectives.objective import Objective
 from maskformer.objectives.rows import Corrupted, rows_from_batch
-from maskformer.objectives.schedules import Schedule, as_rate
-from maskformer.objectives.sequence import CausalLM, FillInTheMiddle, attend_by_prefix
+from maskformer.objectives.schedules import Schedule, as_rate, maximum
+from maskformer.objectives.sequence import attend_by_prefix
 
 CHOICE = 100
 
@@ -63,8 +60,37 @@ def to_common_shape(corrupted: Corrupted, length: int, budget: int | None, causa
 class Mixture(Objective):
     """See `mixture`."""
 
+    # Rows of different parts are weighted and divided as their own parts do it.
+    loss_is_mean = False
+
     parts: tuple[Objective, ...] = ()
     weights: tuple[float | Schedule, ...] = ()
+
+    @property
+    def predicts_next(self) -> bool:  # type: ignore[override]
+        return any(part.predicts_next for part in self.parts)
+
+    @property
+    def shows_mask(self) -> bool:  # type: ignore[override]
+        return any(part.shows_mask for part in self.parts)
+
+    @property
+    def takes_label_smoothing(self) -> bool:  # type: ignore[override]
+        return all(part.takes_label_smoothing for part in self.parts)
+
+    @property
+    def unmixable(self) -> str | None:
+        return "is a mixture already; give its parts and weights to the one"
+
+    def alone(self):
+        names = [part.name for part in self.parts]
+        made = {}
+        for index, name in enumerate(names):
+            if maximum(self.weights[index]) > 0:
+                told_apart = name if names.count(name) == 1 else f"{name} [{index}]"
+                weights = tuple(float(other == index) for other in range(len(names)))
+                made[told_apart] = dataclasses.replace(self, weights=weights)
+        return made
 
     def probabilities(self, step) -> jax.Array:
         """float32 `[parts]` at `step`, summing to 1."""
@@ -80,24 +106,22 @@ class Mixture(Objective):
         rows_from_batch(batch, self.length, self.name, self.needs)
         made = [part(key, batch, step=step if isinstance(part.rate, Schedule) else None) for part in self.parts]
         budget = None if any(m.predict_positions is None for m in made) else self.budget
-        made = [
-            to_common_shape(m, self.length, budget, isinstance(p, (CausalLM, FillInTheMiddle)))
-            for m, p in zip(made, self.parts)
-        ]
+        made = [to_common_shape(m, self.length, budget, p.predicts_next) for m, p in zip(made, self.parts)]
         epoch, example_id = (jnp.asarray(batch[name], jnp.int32) for name in ("epoch", "example_id"))
         return _mix(self, key, epoch, example_id, self.probabilities(step), tuple(made))
 
     def attend(self, corrupted):
         return attend_by_prefix(corrupted)
 
-    def loss(self, logits, corrupted, label_smoothing=0.0):
-        barred = [i for i, part in enumerate(self.parts) if isinstance(part, MaskedDiffusion)]
-        if barred:
-            diffusing = jnp.isin(corrupted.source, jnp.asarray(barred))[:, None, None]
-            logits = jnp.where(diffusing, losses.suppress(logits, self.vocabulary.mask), logits)
-            if label_smoothing:
-                raise ValueError(f"label_smoothing={label_smoothing:g}: set it to 0 in a mixture with diffusion")
-        return super().loss(logits, corrupted, label_smoothing)
+    def as_causal(self):
+        return next(filter(None, (part.as_causal() for part in self.parts)), None)
+
+    def transform_logits(self, logits, corrupted):
+        """Each row's logits as the objective that it follows has them."""
+        for index, part in enumerate(self.parts):
+            follows = (corrupted.source == index)[:, None, None]
+            logits = jnp.where(follows, part.transform_logits(logits, corrupted), logits)
+        return logits
 
 
 @partial(jax.jit, static_argnums=0)
@@ -147,15 +171,8 @@ def mixture(
             )
         if part.vocabulary != first.vocabulary:
             raise ValueError(f"mixture: '{part.name}' was built with another vocabulary than '{first.name}'")
-        if type(part).finish is not Objective.finish or hasattr(part, "make_pair"):
-            raise ValueError(f"mixture: '{part.name}' changes the number or the kind of rows and cannot be mixed")
-        if isinstance(part, Electra):
-            raise ValueError("mixture: 'electra' trains two networks, and a mixture one; train it alone")
-        if part.token_loss_decay is not None:
-            raise ValueError(
-                f"mixture: '{part.name}' hides by running losses, which a mixture does not tell apart by part; "
-                "give it a table, or train it alone"
-            )
+        if part.unmixable is not None:
+            raise ValueError(f"mixture: '{part.name}' {part.unmixable}")
     weights = tuple(weights) if weights is not None else (1.0,) * len(parts)
     if len(weights) != len(parts):
         raise ValueError(f"mixture: {len(parts)} objectives and {len(weights)} weights")

@@ -18,7 +18,7 @@ from maskformer.objectives.objective import Masking
 from maskformer.objectives.predict import PredictCorrupted, PredictSome
 from maskformer.objectives.replace import Replace, check_policy
 from maskformer.objectives.rows import Corrupted, Row, Selection
-from maskformer.objectives.select import ORDER, Tokens, Words, word_limit
+from maskformer.objectives.select import ORDER, Tokens, Words
 from maskformer.objectives.select_spans import (
     Spans,
     geometric_lengths,
@@ -82,6 +82,7 @@ def _assemble(name, vocabulary, common, select, replace, predict_rate, static_co
         select=select,
         replace=replace,
         predict=predict,
+        shows_mask=common.policy[0] > 0,
     )
 
 
@@ -114,7 +115,9 @@ def mlm(
         `roberta` counts words and decides per word; `hf` draws per word and decides per piece.
       predict_rate: None predicts all that is corrupted; a lower rate predicts some of it; a multiple of `rate` makes
         that many copies of each row with disjoint masks (Wettig et al. 2022, section 4).
-      max_predictions: slots per row; by default what the rate needs. Fewer lower the realised rate.
+      max_predictions: slots per row; by default what the rate needs, which is the whole row where words are drawn
+        whatever their size (`whole_word` of `roberta` and `hf`). Fewer lower the realised rate: words that do not fit
+        are passed over, and one longer than `max_predictions` is never hidden.
       static_copies: see `Objective`.
 
     Raises:
@@ -139,13 +142,12 @@ def mlm(
         never, avoid = vocabulary.special_ids, vocabulary.ids(("pad",))
         count = Count("stochastic", common.most, length, maximum=None if whole_word else max_predictions)
         if whole_word:
-            limit = max_predictions or word_limit(common.most, length)
+            limit = max_predictions or length
             select = Words(count, avoid, vocabulary.special_ids, vocabulary.size, "words", limit)
         else:
             select = Tokens(count, avoid, vocabulary.size)
     elif compat == "hf":
-        limit = word_limit(common.most, length) if whole_word else binomial_quantile(length, common.most)
-        limit = max_predictions or limit
+        limit = max_predictions or (length if whole_word else binomial_quantile(length, common.most))
         select = Bernoulli(common.most, limit, vocabulary.special_ids, vocabulary.size, per_word=whole_word)
     else:
         hint = f"; '{compat}' is an objective of its own: create('{compat}', ...)" if compat in COMPAT else ""
@@ -206,7 +208,9 @@ def span_mlm(
     select = Spans(count, makers[distribution](), common.markers, vocabulary.size, in_words)
     replace = Replace(common.policy, vocabulary.mask, vocabulary.size, vocabulary.special_ids, per_unit=per_span)
     what = f"spans of {distribution} length up to {longest} {'words' if in_words else 'tokens'}"
-    return _assemble("span_mlm", vocabulary, common, select, replace, predict_rate, static_copies, what)
+    made = _assemble("span_mlm", vocabulary, common, select, replace, predict_rate, static_copies, what)
+    unit = "words" if in_words else "tokens"
+    return dataclasses.replace(made, expected_spans=lambda: select.lengths, span_unit=unit)
 
 
 def ngram_mlm(
@@ -396,6 +400,6 @@ def _disjoint(name, vocabulary, common, select, replace, predict_rate, static_co
         name=name, vocabulary=vocabulary, length=common.length, budget=select.most(), rate=common.rate,
         static_copies=int(static_copies), needs=tuple(select.needs),
         description=f"{name}: {what}, rate {common.most:g}, {copies} disjoint copies of each row",
-        select=select, replace=replace, copies=copies,
+        select=select, replace=replace, shows_mask=common.policy[0] > 0, copies=copies,
         total=Count("round", predict_rate, common.length, minimum=1),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from maskformer.objectives import loss as losses
 from maskformer.objectives import randomness
 from maskformer.objectives.counting import slots
 from maskformer.objectives.predict import PredictCorrupted
-from maskformer.objectives.rows import Corrupted, Row, Selection, rows_from_batch
+from maskformer.objectives.rows import Corrupted, Row, Selection, Side, rows_from_batch
 from maskformer.objectives.schedules import Schedule
 from maskformer.objectives.vocabulary import Vocabulary
 
@@ -50,11 +51,36 @@ class Objective:
       description: one line for logs.
       token_loss_decay: not None where the weight of a token is to be a running mean of its loss (adaptive masking): the
         share of the old mean that stays. Training keeps the mean; without it, tokens weigh the same.
+
+    What an objective is, for whoever has to know (attributes of the class, or properties; no code asks for a class):
       copies: rows that it makes of each row of the batch; what a step costs grows with them.
+      task: name of the task that trains a model on it, see `training.tasks`.
+      predicts_next: a model trained on it predicts the next token.
+      shows_mask: a model trained on it sees [MASK] in the place of what it has to predict.
+      makes_pairs: it gives `CorruptedPair`s, for an encoder and a decoder.
+      trains_generator: it takes a second, smaller network beside the model.
+      takes_label_smoothing: its loss is one of predictions, and may be smoothed.
+      loss_is_mean: its loss is the mean cross-entropy of its predictions, whose exponential is a perplexity. A class
+        that overrides `loss` has to say that it is not.
+      expected_spans: gives the shares of the hidden spans of 1, 2, ... `span_unit` that it aims at, in rows without
+        padding; None where it has none in mind.
+      span_unit: what lengths of spans count, `tokens` or `words`.
     """
 
-    # No annotation, and so no field: it is 1 unless `finish` changes the number of rows.
+    # No annotation, and so no fields of the dataclass.
     copies = 1
+    task = "tokens"
+    predicts_next = False
+    shows_mask = False
+    makes_pairs = False
+    trains_generator = False
+    takes_label_smoothing = True
+    loss_is_mean = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "loss" in vars(cls) and cls.loss_is_mean is True:
+            raise TypeError(f"class {cls.__name__} has a loss of its own: let it say loss_is_mean = False")
 
     name: str
     vocabulary: Vocabulary
@@ -67,11 +93,37 @@ class Objective:
     description: str = ""
     copies_input: bool = False
     token_loss_decay: float | None = None
+    expected_spans: Callable[[], tuple[float, ...]] | None = field(default=None, kw_only=True)
+    span_unit: str = field(default="tokens", kw_only=True)
 
     @property
     def output_length(self) -> int:
         """Tokens per row that the stack of layers reads; differs from `length` where tokens are added or removed."""
         return self.length
+
+    @property
+    def unmixable(self) -> str | None:
+        """Why it cannot be one part of a mixture, as the end of a sentence; None where it can."""
+        if self.copies != 1 or self.makes_pairs:
+            return "changes the number or the kind of rows and cannot be mixed"
+        if self.trains_generator:
+            return "trains two networks, and a mixture one; train it alone"
+        if self.token_loss_decay is not None:
+            return (
+                "hides by running losses, which a mixture does not tell apart by part; give it a table, or train it "
+                "alone"
+            )
+        return None
+
+    def as_causal(self) -> Any:
+        """The `CausalLM` that a model trained on this one can be run under; None where it never predicted the next
+        token."""
+        return None
+
+    @property
+    def never_hidden(self) -> tuple[int, ...]:
+        """Ids that it never hides: those that stand for no text. An unknown word is text."""
+        return self.vocabulary.ids(("pad", "mask", "cls", "sep", "bos", "eos", "sentinels", "special"))
 
     def row(self, key: jax.Array, row: Row, rate, token_weights) -> Corrupted:
         """Corrupts one row; every field of the result lacks the batch axis."""
@@ -84,6 +136,14 @@ class Objective:
     def attend(self, corrupted: Any) -> Any:
         """Who may attend to whom in the stack that reads `corrupted`: a mask, or `PairMasks` for a pair."""
         return attend_within_segments(corrupted)
+
+    def source(self, corrupted: Any) -> Side:
+        """What shows the row to a model: the first side, without targets that are read back; segment 0 elsewhere."""
+        return corrupted.sides()[0]
+
+    def alone(self) -> dict[str, Objective]:
+        """Of a mixture: itself following one part only, for each part that any step follows. Of others: nothing."""
+        return {}
 
     def initial_token_losses(self) -> jax.Array | None:
         """The running mean of every token's loss before the first step, float32 `[vocabulary.size]`; None where no
@@ -140,12 +200,34 @@ class Objective:
             self.rate_at(step, rate), token_weights,
         )
 
+    def transform_logits(self, logits: jax.Array, corrupted: Corrupted) -> jax.Array:
+        """The logits that the objective's predictions are made with, from the model's `[batch, budget, vocabulary]`.
+
+        What it rules out is ruled out for all that is computed from them: the loss, accuracies, ranks, samples. To do
+        it twice changes nothing.
+        """
+        return logits
+
     def loss(
         self, logits: jax.Array, corrupted: Corrupted, label_smoothing: float = 0.0
     ) -> tuple[jax.Array, jax.Array]:
-        """(loss_sum, weight_sum) of `logits` `[batch, budget, vocabulary]`; divide once, globally."""
+        """(loss_sum, weight_sum) of the model's `logits` `[batch, budget, vocabulary]`; divide once, globally.
+
+        Raises:
+          ValueError: label smoothing of a loss that it would make meaningless.
+        """
+        self.check_label_smoothing(label_smoothing)
+        logits = self.transform_logits(logits, corrupted)
         loss_sum, _ = losses.cross_entropy(logits, corrupted.target_tokens, corrupted.loss_weights, label_smoothing)
         return loss_sum, self.weight_sum(corrupted)
+
+    def check_label_smoothing(self, label_smoothing: float) -> None:
+        """ValueError where the loss does not take it."""
+        if label_smoothing and not self.takes_label_smoothing:
+            raise ValueError(
+                f"label_smoothing={label_smoothing:g}: a smoothed loss bounds no likelihood; set it to 0 for "
+                f"objective '{self.name}'"
+            )
 
     def weight_sum(self, corrupted: Corrupted) -> jax.Array:
         """The denominator of `loss`, float32, which no logit has a part in: it is known before any forward pass."""
@@ -167,13 +249,15 @@ class Masking(Objective):
 
     Each part is a pure function and may be any callable of the same signature:
     `select(key, row, rate, token_weights) -> Selection`, `replace(key, tokens, selection) -> (tokens, kinds)`,
-    `predict(key, row, selection) -> float32 [length]` loss weights, `attention(corrupted) -> Mask`.
+    `predict(key, row, selection) -> float32 [length]` loss weights, `attention(corrupted) -> Mask`. `shows_mask` says
+    whether `replace` ever puts [MASK].
     """
 
     select: Callable[..., Selection] = field(kw_only=True)
     replace: Callable[..., Any] = field(kw_only=True)
     predict: Callable[..., jax.Array] = field(default=PredictCorrupted(), kw_only=True)
     attention: Callable[[Corrupted], masks.Mask] = field(default=attend_within_segments, kw_only=True)
+    shows_mask: bool = field(default=True, kw_only=True)
 
     def row(self, key, row, rate, token_weights):
         selection = self.select(key, row, rate, token_weights)
@@ -194,3 +278,10 @@ class Masking(Objective):
 
     def attend(self, corrupted):
         return self.attention(corrupted)
+
+
+def with_attend(objective: Objective, attend: Callable[[Any], Any]) -> Objective:
+    """A copy of an objective that declares another mask: to check, or to train, one objective under several masks."""
+    fields = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)}
+    changed = type(f"{type(objective).__name__}Attending", (type(objective),), {"attend": lambda self, c: attend(c)})
+    return changed(**fields)

@@ -6,15 +6,17 @@ over all row sizes; what they do not use is padding. Padding of the row must com
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from maskformer import masks
 from maskformer.objectives.objective import Objective
-from maskformer.objectives.rows import Corrupted
+from maskformer.objectives.rows import Corrupted, Reads, Side
 from maskformer.objectives.sequence import attend_by_prefix
 from maskformer.objectives.vocabulary import Vocabulary
 
@@ -55,6 +57,11 @@ class CorruptedPair:
     decoder_loss_weights: jax.Array
     denominators: jax.Array | None = None
 
+    # As `Corrupted` has them: nothing is replaced in place.
+    kinds: ClassVar[None] = None
+    selected: ClassVar[None] = None
+    bidirectional: ClassVar[None] = None
+
     @property
     def target_tokens(self) -> jax.Array:
         return self.decoder_target_tokens
@@ -62,6 +69,38 @@ class CorruptedPair:
     @property
     def loss_weights(self) -> jax.Array:
         return self.decoder_loss_weights
+
+    def inputs(self, masks: PairMasks) -> dict[str, Any]:
+        """Keyword arguments of an encoder-decoder's `apply(params, ...)` beside its parameters."""
+        return {
+            "source_tokens": self.encoder_input_tokens,
+            "source_positions": self.encoder_positions,
+            "source_segment_ids": self.encoder_segment_ids,
+            "source_mask": masks.encoder,
+            "tokens": self.decoder_input_tokens,
+            "positions": self.decoder_positions,
+            "segment_ids": self.decoder_segment_ids,
+            "mask": masks.decoder,
+            "cross_mask": masks.cross,
+        }
+
+    def sides(self) -> tuple[Side, ...]:
+        """Encoder, then decoder; predictions are made on the decoder's."""
+        return (
+            Side("encoder", self.encoder_input_tokens, self.encoder_segment_ids),
+            Side("decoder", self.decoder_input_tokens, self.decoder_segment_ids),
+        )
+
+    def stacks(self, masks: PairMasks) -> tuple[tuple[Reads, ...], ...]:
+        """What a layer reads, for each stack of layers in the order in which they run."""
+        decoder = (Reads(1, 1, masks.decoder, "decoder"), Reads(1, 0, masks.cross, "cross"))
+        return (Reads(0, 0, masks.encoder, "encoder"),), decoder
+
+    @property
+    def places(self) -> jax.Array:
+        """int32 `[batch, decoder length]`: where on the last side each prediction is made."""
+        length = self.target_tokens.shape[1]
+        return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), self.target_tokens.shape)
 
 
 @dataclass(frozen=True)
@@ -123,6 +162,21 @@ class PairObjective(Objective):
     @property
     def output_length(self) -> int:
         return self.total_length if self.layout == "prefix" else self.input_length
+
+    @property
+    def makes_pairs(self) -> bool:  # type: ignore[override]
+        return self.layout == "encoder_decoder"
+
+    @property
+    def unmixable(self) -> str | None:
+        return "changes the number or the kind of rows and cannot be mixed"
+
+    def source(self, corrupted):
+        read = super().source(corrupted)
+        if self.layout != "prefix":
+            return read
+        # Behind the prefix the targets are read back.
+        return dataclasses.replace(read, segment_ids=read.segment_ids * corrupted.bidirectional)
 
     def row(self, key, row, rate, token_weights):
         pair = self.make_pair(key, row, rate)

@@ -7,7 +7,8 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from maskformer.objectives.compat import COMPAT
+from maskformer.objectives.compat import COMPAT as CONVENTIONS
+from maskformer.objectives.compat import Convention
 from maskformer.objectives.denoising import denoising
 from maskformer.objectives.diffusion import diffusion
 from maskformer.objectives.electra import electra
@@ -56,6 +57,15 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "denoising": denoising,
     "masked_source": masked_source,
     "mixture": mixture_of,
+}
+
+# Settings of reference implementations, by name; each stands for a builder and its parameters.
+COMPAT: dict[str, Convention] = {
+    **CONVENTIONS,
+    "electra": Convention(
+        "electra", {"rate": 0.15, "replacement": (0.85, 0.0, 0.15), "discriminator_weight": 50.0},
+        "google-research/electra pretrain_helpers.py (Clark et al. 2020)",
+    ),
 }
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from maskformer import masks
 
 # What happened to a predicted position, as stored in `Corrupted.kinds`.
 MASK, RANDOM, KEEP = 0, 1, 2
@@ -55,6 +58,26 @@ class Selection:
     probability: jax.Array | None = None
 
 
+@dataclass(frozen=True)
+class Side:
+    """One row of tokens that a stack of layers reads, all `[batch, length]`; segment 0 is padding."""
+
+    name: str
+    tokens: jax.Array
+    segment_ids: jax.Array
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Places of side number `query` attend to places of side number `key` (see `sides`), under `mask`; `name` tells it
+    apart from the layer's other attention, where there is any."""
+
+    query: int
+    key: int
+    mask: masks.Mask
+    name: str = ""
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Corrupted:
@@ -84,6 +107,35 @@ class Corrupted:
     bidirectional: jax.Array | None = None
     selected: jax.Array | None = None
     units: jax.Array | None = None
+
+    def inputs(self, mask: masks.Mask) -> dict[str, Any]:
+        """Keyword arguments of a model's `apply(params, ...)` beside its parameters.
+
+        Args:
+          mask: who may attend to whom, from the objective's `attend`.
+        """
+        return {
+            "tokens": self.input_tokens,
+            "positions": self.positions,
+            "mask": mask,
+            "predict_positions": self.predict_positions,
+            "segment_ids": self.segment_ids,
+        }
+
+    def sides(self) -> tuple[Side, ...]:
+        """What is read, in the order in which it is read; predictions are made on the last side."""
+        return (Side("row", self.input_tokens, self.segment_ids),)
+
+    def stacks(self, mask: masks.Mask) -> tuple[tuple[Reads, ...], ...]:
+        """What a layer reads, for each stack of layers in the order in which they run."""
+        return ((Reads(0, 0, mask),),)
+
+    @property
+    def places(self) -> jax.Array:
+        """int32 `[batch, budget]`: where on the last side each prediction is made."""
+        if self.predict_positions is not None:
+            return self.predict_positions
+        return jnp.broadcast_to(jnp.arange(self.target_tokens.shape[1], dtype=jnp.int32), self.target_tokens.shape)
 
 
 def rows_from_batch(batch: Mapping[str, jax.Array], length: int, objective: str, extra: tuple[str, ...] = ()) -> Row:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from maskformer.objectives import randomness
 from maskformer.objectives.counting import Count, top_n
 from maskformer.objectives.rows import Row, Selection
-from maskformer.objectives.units import spread, take_in_random_order, words
+from maskformer.objectives.units import Units, spread, take_in_random_order, words
 from maskformer.objectives.vocabulary import is_any_of
 
 # Stages of the row key (randomness.bits); replacement uses 20 and above.
@@ -47,7 +46,7 @@ class Words:
     """Whole words, counted in tokens (BERT) or in words (RoBERTa).
 
     Counted in tokens: words in random order until `count` tokens are taken; a word that would overshoot is passed over.
-    Counted in words: `count` of the row's words; `limit` tokens at most, so that the prediction slots suffice.
+    Counted in words: `count` of the row's words, whatever their size; `limit` tokens at most.
     Special tokens that are not in `avoid` are words of their own.
     """
 
@@ -73,12 +72,14 @@ class Words:
         else:
             count = self.count(key, jnp.sum(units.start, dtype=jnp.int32), rate)
             taken = top_n(draw, units.start, count, self.count.largest())
-            # Words at the end of the random order give way where the slots are full.
-            limited = replace(units, start=taken, size=jnp.where(taken, units.size, 0))
-            taken = take_in_random_order(draw, limited, jnp.int32(self.limit))
+            taken = words_within(draw, units, taken, self.limit)
         return Selection(spread(units, taken), unit=units.first)
 
 
-def word_limit(rate: float, length: int) -> int:
-    """Slots for words counted in words: mean plus six deviations of words of about two tokens, at most the row."""
-    return min(length, math.ceil(rate * length + 6.0 * math.sqrt(2.0 * rate * (1.0 - rate) * length)) + 1)
+def words_within(random_bits: jax.Array, units: Units, taken: jax.Array, limit: int) -> jax.Array:
+    """`taken` (bool, at the first position of each unit) less the units at the end of the random order that would
+    bring it above `limit` tokens. A limit of the row's length leaves out none."""
+    if limit >= taken.shape[0]:
+        return taken
+    limited = replace(units, start=taken, size=jnp.where(taken, units.size, 0))
+    return take_in_random_order(random_bits, limited, jnp.int32(limit))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskformer.checks import shown
 from maskformer.objectives import randomness
 from maskformer.objectives.rows import Row, Selection
-from maskformer.objectives.select import ORDER
+from maskformer.objectives.select import ORDER, words_within
 from maskformer.objectives.units import spread, words
 from maskformer.objectives.vocabulary import is_any_of
 
@@ -47,7 +49,10 @@ def within(chosen: jax.Array, limit: int) -> jax.Array:
 
 @dataclass(frozen=True, eq=False)
 class Bernoulli:
-    """Each token (or word) with probability `rate`, independently; none at all is a possible outcome (HF)."""
+    """Each token (or word) with probability `rate`, independently; none at all is a possible outcome (HF).
+
+    At most `limit` tokens.
+    """
 
     rate: float
     limit: int
@@ -64,13 +69,12 @@ class Bernoulli:
 
     def __call__(self, key: jax.Array, row: Row, rate=None, token_weights=None) -> Selection:
         member = row.valid & ~is_any_of(row.tokens, self.avoid, self.vocabulary_size)
-        drawn = randomness.below(randomness.bits(key, ORDER, row.tokens.shape), self.rate if rate is None else rate)
+        bits = randomness.bits(key, ORDER, row.tokens.shape)
+        drawn = randomness.below(bits, self.rate if rate is None else rate)
         if not self.per_word:
             return Selection(within(member & drawn, self.limit))
         units = words(row, member)
-        taken = units.start & drawn
-        # A word is kept whole: one that would overrun the limit is dropped.
-        taken &= jnp.cumsum(jnp.where(taken, units.size, 0)) <= self.limit
+        taken = words_within(bits, units, units.start & drawn, self.limit)
         return Selection(spread(units, taken), unit=units.first)
 
 
@@ -124,16 +128,27 @@ class Weighted:
 
 def check_table(table, vocabulary_size: int) -> np.ndarray:
     """float32 `[vocabulary_size]`; ValueError unless it is finite, not negative, not all zero, and of that size."""
+    where = "table"
     if isinstance(table, str):
+        where = f"table={shown(table)}"
         try:
             table = np.load(table)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"table={table!r}: expected a .npy file with one weight per id ({error})") from error
-    table = np.asarray(table, np.float32)
+        # numpy raises whatever reading a damaged header runs into.
+        except (OSError, ValueError, EOFError, MemoryError, OverflowError, zipfile.BadZipFile) as error:
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0] if str(error) else "damaged"
+            raise ValueError(
+                f"{where}: expected a .npy file with one weight per id ({reason}); write it with numpy.save"
+            ) from error
+        if not isinstance(table, np.ndarray):
+            raise ValueError(f"{where}: expected one array, found an archive of several; write it with numpy.save")
+    try:
+        table = np.asarray(table, np.float32)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: expected one number per id, found {shown(table)}") from None
     if table.shape != (vocabulary_size,):
-        raise ValueError(f"table has shape {table.shape}: expected one weight per id, ({vocabulary_size},)")
+        raise ValueError(f"{where} has shape {table.shape}: expected one weight per id, ({vocabulary_size},)")
     if not np.isfinite(table).all() or (table < 0).any() or not (table > 0).any():
-        raise ValueError("table: expected finite weights of at least 0, some above 0")
+        raise ValueError(f"{where}: expected finite weights of at least 0, some above 0")
     return table
 
 

@@ -59,6 +59,8 @@ def shift_right(tokens: jax.Array, starts: jax.Array, start_id: jax.Array | int)
 class CausalLM(Objective):
     """Every token from those before it."""
 
+    predicts_next = True
+
     shift: str = "next"
     start_id: int = 0
 
@@ -75,6 +77,9 @@ class CausalLM(Objective):
 
     def attend(self, corrupted):
         return attend_causally(corrupted)
+
+    def as_causal(self):
+        return self
 
 
 def causal_lm(vocabulary: Vocabulary, length: int, *, shift: str = "next") -> CausalLM:
@@ -104,6 +109,8 @@ def causal_lm(vocabulary: Vocabulary, length: int, *, shift: str = "next") -> Ca
 class PrefixLM(Objective):
     """The rest of each segment from a prefix that is read both ways."""
 
+    predicts_next = True
+
     shortest: float = 0.0
     longest: float = 1.0
 
@@ -130,6 +137,9 @@ class PrefixLM(Objective):
     def attend(self, corrupted):
         return attend_by_prefix(corrupted)
 
+    def as_causal(self):
+        return causal_lm(self.vocabulary, self.length)
+
 
 def prefix_lm(vocabulary: Vocabulary, length: int, *, shortest: float = 0.0, longest: float = 1.0) -> PrefixLM:
     """Next-token prediction after a bidirectional prefix, drawn for each segment of l tokens from U[1, l - 1].
@@ -151,6 +161,8 @@ def prefix_lm(vocabulary: Vocabulary, length: int, *, shortest: float = 0.0, lon
 @dataclass(frozen=True, eq=False)
 class FillInTheMiddle(Objective):
     """Documents cut in three and reordered, so that a causal model learns to fill the middle."""
+
+    predicts_next = True
 
     fim_rate: float = 0.5
     spm_rate: float = 0.5
@@ -207,11 +219,14 @@ class FillInTheMiddle(Objective):
         targets, weights = next_token(out)
         return Corrupted(
             tokens, segments, jnp.where(out.valid, index - begin, 0), None, targets, weights,
-            bidirectional=jnp.zeros_like(out.valid), selected=put(jnp.zeros(length, bool), to, permuted),
+            bidirectional=jnp.zeros_like(out.valid),
         )
 
     def attend(self, corrupted):
         return attend_causally(corrupted)
+
+    def as_causal(self):
+        return causal_lm(self.vocabulary, self.length)
 
 
 def fim(

@@ -149,6 +149,22 @@ class SpanNoise:
         cumulative = jnp.asarray(np.cumsum(self.weights)[:-1] / np.sum(self.weights), jnp.float32)
         return jnp.sum(randomness.uniform(key, CHOICE) >= cumulative)
 
+    def span_lengths(self) -> tuple[float, ...]:
+        """Shares of the spans of 1, 2, ... tokens in full rows, over all denoisers.
+
+        A part of a random composition of n into s parts has length k with C(n - k - 1, s - 2) / C(n - 1, s - 1).
+        """
+        noise, spans = self.noise[:, -1], self.spans[:, -1]
+        lengths = np.zeros(int(noise.max()))
+        weights = np.array(self.weights) * spans
+        for weight, n, s in zip(weights / max(weights.sum(), 1e-30), noise.tolist(), spans.tolist()):
+            if s == 1:
+                lengths[n - 1] += weight
+                continue
+            for k in range(1, n - s + 2):
+                lengths[k - 1] += weight * math.comb(n - k - 1, s - 2) / math.comb(n - 1, s - 1)
+        return tuple(map(float, np.trim_zeros(lengths, "b")))
+
     def __call__(self, key: jax.Array, row: Row, rate) -> Pair:
         if rate is not None:
             raise ValueError("span corruption has static lengths made for its rate: build it with another rate")
@@ -257,6 +273,7 @@ def span_corruption(
         "span_corruption", vocabulary, length, layout, make, lengths, start_id, total, rate=rate,
         static_copies=static_copies, copies_input=variant in ("bert", "mass", "deshuffle"),
         description=f"span_corruption: {variant}, rate {rate:g}, mean span {mean:g}, {layout}",
+        expected_spans=make.span_lengths if variant == "span" else None,
     )
 
 
@@ -364,5 +381,5 @@ def ul2(
     make = _span_noise("ul2", vocabulary, length, settings, weights, tuple(modes), roll=False)
     return pair_objective(
         "ul2", vocabulary, length, layout, make, make.lengths, start_id, make.total, static_copies=static_copies,
-        description=f"ul2: {len(settings)} denoisers, {layout}",
+        description=f"ul2: {len(settings)} denoisers, {layout}", expected_spans=make.span_lengths,
     )

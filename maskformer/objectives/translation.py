@@ -23,6 +23,8 @@ from maskformer.objectives.vocabulary import Vocabulary
 class MaskedSource(Objective):
     """Sequence to sequence with a corrupted source: the loss stays on the whole target."""
 
+    makes_pairs = True
+
     source: Masking | None = None
     target_length: int = 0
     start_id: int = 0

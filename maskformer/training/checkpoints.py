@@ -2,94 +2,103 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
+import errno
 import logging
 import math
+import os
 import pathlib
-from collections.abc import Mapping
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from maskformer.checks import shown
+from maskformer.training.checksums import CHECKSUMS, FIX, DamageError, verify, write_checksums
+from maskformer.training.record import RunRecord, read_record
 from maskformer.training.sections import CheckpointConfig, EvaluationConfig
+from maskformer.training.workdir import CHECKPOINTS, RunError, checkpoint_steps, read_object, reason, stray_steps
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass
-class RunRecord:
-    """What a run remembers beside its arrays; everything in it is JSON.
-
-    Attributes:
-      next_example: global index of the first example that no finished step has used. It names a place in the
-        stream of epochs, independent of batch size and number of processes.
-      tokens, predicted: seen and predicted so far, padding not counted.
-      best: best evaluation so far of `evaluation.metric`; None before the first.
-      evaluations_since_best: for early stopping.
-      stopped_early: the patience ran out; the run is complete though `step < train.steps`.
-    """
-
-    next_example: int = 0
-    tokens: int = 0
-    predicted: int = 0
-    best: float | None = None
-    evaluations_since_best: int = 0
-    stopped_early: bool = False
 
 
 class CheckpointError(RuntimeError):
     """No usable checkpoint where one was asked for."""
 
 
+class StructureError(CheckpointError):
+    """The checkpoint holds other arrays than the config describes."""
+
+
+class SaveError(RunError):
+    """A checkpoint could not be saved; names the last good one."""
+
+
 class Checkpoints:
     """The `checkpoints/` folder of a workdir.
 
     Saving is asynchronous: `save` copies the arrays off the device and returns; a step folder appears under its
-    final name only when it is whole. The newest `keep` are kept, and the best by the evaluation metric.
+    final name only when it is whole, with the checksums of its files. The newest `keep` are kept, and the best by the
+    evaluation metric.
     """
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig, evaluation: EvaluationConfig):
-        self.directory = workdir.resolve() / "checkpoints"
+        self.directory = workdir.resolve() / CHECKPOINTS
+        self._keep = config.keep
         self._sign = 1.0 if evaluation.mode == "max" else -1.0
-        best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(config.keep), best]),
-                # What is kept is the policy's to say; but without this Orbax writes no metrics, and after a resume
-                # neither the policy nor `best_step` would know the scores of what is there.
-                best_fn=_score,
-                # What a killed run was writing is of no use to anyone.
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=True,
-            ),
-        )
+        self._saving = 0
+        self._failed = False
+        self._bytes = 0
+        self._manager: ocp.CheckpointManager | None = None
+        self._quiet = _OrbaxFilter()
 
     def save(self, step: int, state: Any, record: RunRecord, metric: float | None) -> None:
         """Begin to save `state`; `metric` is the evaluation at this very step, or None when there was none.
 
         A metric that is not a number counts as none: it would compare as the best.
+
+        Raises:
+          SaveError: this checkpoint, or the one before, cannot be written.
         """
         scored = metric is not None and math.isfinite(metric)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(dataclasses.asdict(record))
-            ),
-            # Empty rather than None, which Orbax would warn of at every save between two evaluations.
-            metrics={"score": self._sign * metric} if scored else {},
-            force=True,
-        )
+        self.wait()
+        self._saving = step
+        self._bytes = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(state))
+        with self._failing_in_one_line():
+            if self._manager is None:
+                self._quiet.install()
+                self._manager = self._open()
+            self._check_space()
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    record=ocp.args.JsonSave({"step": step, **dataclasses.asdict(record)}),
+                ),
+                # Empty rather than None, which Orbax would warn of at every save between two evaluations.
+                metrics={"score": self._sign * metric} if metric is not None and scored else {},
+                force=True,
+            )
 
     def wait(self) -> None:
-        """Return when every save is on disk."""
-        self._manager.wait_until_finished()
+        """Return when every save is on disk.
+
+        Raises:
+          SaveError: the last one cannot be written.
+        """
+        if self._manager is not None:
+            with self._failing_in_one_line():
+                self._manager.wait_until_finished()
 
     def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        """The newest checkpoint on disk."""
+        return max(checkpoint_steps(self.directory), default=None)
 
     def restore_latest(self, abstract_state: Any) -> tuple[Any, RunRecord] | None:
         """The newest usable checkpoint, on the devices that `abstract_state` names; None when there is none.
@@ -97,56 +106,178 @@ class Checkpoints:
         A damaged checkpoint is reported, set aside under `damaged-<step>`, and the one before it is used.
 
         Raises:
-          CheckpointError: there are checkpoints and none can be read.
+          CheckpointError: there are checkpoints and none can be read; all stay where they are.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        reasons = []
-        for step in steps:
-            try:
-                return restore(self.directory, step, abstract_state)
-            except StructureError:
-                # Not damage: this config describes another model, and older checkpoints would fail alike.
-                raise
-            except Exception as error:
-                reasons.append(f"step {step}: {_first_line(error)}")
-                logger.warning(
-                    "checkpoint of step %d in %s is damaged (%s); set aside as 'damaged-%d', trying the one before",
-                    step, self.directory, _first_line(error), step,
-                )
-                self._set_aside(step)
-        if reasons:
-            raise CheckpointError(
-                f"no checkpoint in {self.directory} can be read ({'; '.join(reasons)}); "
-                "use a new --workdir to start over, or set train.resume to a run that has one"
-            )
-        return None
+        steps = _newest_first(self.directory)
+        if not steps:
+            return None
+        restored, damaged = _first_usable(
+            self.directory, steps, lambda step: restore(self.directory, step, abstract_state)
+        )
+        if damaged:
+            self._on_leader(lambda: self._set_aside(damaged), f"set aside damaged checkpoints {damaged}")
+        return restored
 
     def close(self) -> None:
-        self._manager.close()
+        """Wait for what is being saved.
 
-    def _set_aside(self, step: int) -> None:
-        # Kept for whoever wants to look, and out of the way: the run will come to this step again.
-        if jax.process_index() == 0:
-            source = self.directory / str(step)
+        Raises:
+          SaveError: it cannot be written.
+        """
+        try:
+            if self._manager is not None:
+                with self._failing_in_one_line():
+                    self._manager.close()
+        finally:
+            self._quiet.remove()
+            if self._failed and jax.process_index() == 0:
+                # Nobody can use the half of a checkpoint, and it takes the space that is missing.
+                for partial in self._unfinished(self._saving):
+                    shutil.rmtree(partial, ignore_errors=True)
+
+    def _open(self) -> ocp.CheckpointManager:
+        self._on_leader(self._tidy, "tidy checkpoints")
+        best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
+        return ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
+                # What is kept is the policy's to say; but without this Orbax writes no metrics, and after a resume
+                # neither the policy nor `best_step` would know the scores of what is there.
+                best_fn=_score,
+                # What a killed run was writing is of no use to anyone.
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=lambda: self._write_checksums(self._saving)),
+            ),
+        )
+
+    def _tidy(self) -> None:
+        # Orbax reads these small files of all checkpoints at its start, and gives up at the first bad one.
+        for step in checkpoint_steps(self.directory):
+            folder = self.directory / str(step)
+            own = folder / "_CHECKPOINT_METADATA"
+            try:
+                _read_score(folder)
+            except ValueError as error:
+                logger.warning("checkpoint of step %d in %s is damaged (%s)", step, self.directory, error)
+                self._set_aside([step])
+                continue
+            if own.exists():
+                try:
+                    read_object(own, "removed, since nothing here needs it")
+                except ValueError as error:
+                    logger.warning("%s", error)
+                    own.unlink()
+        strays = stray_steps(self.directory)
+        if strays:
+            logger.warning("checkpoints of steps %s in %s are no folders", strays, self.directory)
+            self._set_aside(strays)
+
+    def _write_checksums(self, step: int) -> None:
+        """Called by Orbax, on one process, when all files are written and the folder has its final name not yet."""
+        (folder,) = self._unfinished(step)
+        write_checksums(folder, step)
+
+    def _unfinished(self, step: int) -> list[pathlib.Path]:
+        return list(self.directory.glob(f"{step}.orbax-checkpoint-tmp*"))
+
+    def _set_aside(self, steps: list[int]) -> None:
+        # Kept for whoever wants to look, and out of the way: the run will come to these steps again.
+        for step in steps:
             target = self.directory.parent / f"damaged-{step}"
             number = 0
-            while target.exists():
+            while os.path.lexists(target):
                 number += 1
                 target = self.directory.parent / f"damaged-{step}-{number}"
-            source.rename(target)
+            (self.directory / str(step)).rename(target)
+            logger.warning("set aside: %s", target)
+
+    @staticmethod
+    def _on_leader(change: Callable[[], None], name: str) -> None:
+        """Change the folder on one process, while the others wait."""
+        if jax.process_index() == 0:
+            change()
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
-            multihost_utils.sync_global_devices(f"set aside damaged checkpoint {step}")
-        self._manager.reload()
+            multihost_utils.sync_global_devices(name)
+
+    def _check_space(self) -> None:
+        # Where even half the size does not fit, nothing is begun. (Compression gains a few percent of trained arrays;
+        # the processes of a run would have to agree, and learn of a full disk from the save itself.)
+        if jax.process_count() == 1 and shutil.disk_usage(self.directory.parent).free < self._bytes / 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @contextlib.contextmanager
+    def _failing_in_one_line(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> SaveError:
+        self._failed = True
+        good = self.latest_step()
+        # TensorStore says it in several lines, with the names of its own temporary files.
+        full = "RESOURCE_EXHAUSTED" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
+        why = "the disk is full" if full else _first_line(error)
+        try:
+            room = f"{_size(shutil.disk_usage(self.directory.parent).free)} are free"
+        except OSError as gone:
+            room = f"its folder cannot be reached ({reason(gone)})"
+        return SaveError(
+            f"the checkpoint of step {self._saving} cannot be written to {self.directory} ({why}); it needs about "
+            f"{_size(self._bytes)}, and {room}; the last good checkpoint is "
+            f"{'none' if good is None else f'of step {good}'}; free some space and run the same command again"
+        )
 
 
-class StructureError(CheckpointError):
-    """The checkpoint holds other arrays than the config describes."""
+class _OrbaxFilter:
+    """Keeps Orbax's background threads from printing the tracebacks of an error that `SaveError` tells in one line.
+
+    With --verbose (INFO and below shown) they are printed.
+    """
+
+    def __init__(self) -> None:
+        self._hook = sys.unraisablehook
+
+    def install(self) -> None:
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = self._unraisable
+        logging.getLogger("absl").addFilter(self._record)
+
+    def remove(self) -> None:
+        logging.getLogger("absl").removeFilter(self._record)
+        if sys.unraisablehook == self._unraisable:
+            sys.unraisablehook = self._hook
+
+    def _record(self, record: logging.LogRecord) -> bool:
+        return not record.exc_info or logging.getLogger().isEnabledFor(logging.INFO)
+
+    def _unraisable(self, unraisable: sys.UnraisableHookArgs) -> None:
+        # What TensorStore says, from C++, of the writes that end after the first that failed.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._hook(unraisable)
+
+
+def restore_newest(directory: pathlib.Path, abstract_state: Any) -> tuple[Any, RunRecord]:
+    """The newest usable checkpoint of another run; what is damaged is reported and left where it is.
+
+    Args:
+      directory: a `checkpoints/` folder that has some.
+      abstract_state: as for `restore`.
+
+    Raises:
+      CheckpointError: none can be read, or they hold other arrays.
+    """
+    steps = _newest_first(directory)
+    restored, _ = _first_usable(directory, steps, lambda step: restore(directory, step, abstract_state))
+    return restored
 
 
 def restore(directory: pathlib.Path, step: int, abstract_state: Any) -> tuple[Any, RunRecord]:
-    """One checkpoint's state and record.
+    """One checkpoint's state and record, after a check of its files.
 
     Args:
       directory: a `checkpoints/` folder.
@@ -155,20 +286,22 @@ def restore(directory: pathlib.Path, step: int, abstract_state: Any) -> tuple[An
 
     Raises:
       StructureError: names the first array whose presence or shape differs.
+      DamageError: names the file that is not as it was saved.
     """
     folder = directory.resolve() / str(step)
+    _verify(folder, step)
+    _read_score(folder)
     _check_structure(folder / "state", abstract_state)
     with ocp.StandardCheckpointer() as arrays:
         state = arrays.restore(folder / "state", abstract_state)
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as records:
-        record = records.restore(folder / "record")
-    return state, RunRecord(**record)
+    return state, read_record(folder / "record" / "metadata", step)
 
 
 def restore_params(workdir: pathlib.Path, abstract_params: Any, which: str = "best") -> tuple[Any, int]:
     """Parameters of a finished or running run for evaluation or a new start, and the step they are from.
 
-    Averaged parameters (`ema`) are returned where the run kept them.
+    Averaged parameters (`ema`) are returned where the run kept them. Where the checkpoint asked for is damaged, a
+    warning says so and the next one is used: the next best, or the one before.
 
     Args:
       workdir: the run's folder.
@@ -176,34 +309,33 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, which: str = "be
       which: "best" by the run's evaluation metric (the newest where nothing was evaluated), or "latest".
 
     Raises:
-      CheckpointError: no checkpoint there, or one of another model.
+      CheckpointError: no checkpoint there, none that can be read, or one of another model.
     """
-    directory = pathlib.Path(workdir).resolve() / "checkpoints"
-    steps = checkpoint_steps(directory)
+    directory = pathlib.Path(workdir).resolve() / CHECKPOINTS
+    steps = _newest_first(directory)
     if not steps:
         raise CheckpointError(f"no checkpoint in {directory}: train first with --workdir={workdir}")
-    step = steps[-1] if which == "latest" else best_step(directory, steps)
-    folder = directory / str(step) / "state"
-    with ocp.PyTreeCheckpointer() as arrays:
-        saved = arrays.metadata(folder).item_metadata.tree
-        name = "ema" if saved.get("ema") is not None else "params"
-        _check_structure(folder, {name: abstract_params}, only=(name,))
-        restored = arrays.restore(
-            folder,
-            args=ocp.args.PyTreeRestore(
-                item={name: abstract_params},
-                restore_args=ocp.checkpoint_utils.construct_restore_args({name: abstract_params}),
-                partial_restore=True,
-            ),
-        )
-    return restored[name], step
+    if which == "best":
+        steps = _best_first(directory, steps)
 
+    def read(step: int) -> tuple[Any, int]:
+        folder = directory / str(step)
+        _verify(folder, step)
+        with ocp.PyTreeCheckpointer() as arrays:
+            name = "ema" if _tree(folder / "state").get("ema") is not None else "params"
+            _check_structure(folder / "state", {name: abstract_params}, only=(name,))
+            restored = arrays.restore(
+                folder / "state",
+                args=ocp.args.PyTreeRestore(
+                    item={name: abstract_params},
+                    restore_args=ocp.checkpoint_utils.construct_restore_args({name: abstract_params}),
+                    partial_restore=True,
+                ),
+            )
+        return restored[name], step
 
-def checkpoint_steps(directory: pathlib.Path) -> list[int]:
-    """Steps of the whole checkpoints in a folder, ascending."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit())
+    restored, _ = _first_usable(directory, steps, read)
+    return restored
 
 
 def best_step(directory: pathlib.Path, steps: list[int]) -> int:
@@ -211,21 +343,103 @@ def best_step(directory: pathlib.Path, steps: list[int]) -> int:
 
     Only checkpoints saved at a step that was evaluated have a score.
     """
+    return _best_first(directory, steps)[0]
+
+
+def _newest_first(directory: pathlib.Path) -> list[int]:
+    # With those that are no folder, so that they are named and not passed over.
+    return sorted(checkpoint_steps(directory) + stray_steps(directory), reverse=True)
+
+
+def _best_first(directory: pathlib.Path, steps: Sequence[int]) -> list[int]:
     scores = {}
     for step in steps:
-        metrics = directory / str(step) / "metrics" / "metrics"
-        if metrics.exists():
-            scores[step] = _score(json.loads(metrics.read_text()))
-    return max(scores, key=lambda step: (scores[step], step)) if scores else steps[-1]
+        try:
+            scores[step] = _read_score(directory / str(step))
+        except ValueError as error:
+            logger.warning("checkpoint of step %d in %s counts as not evaluated: %s", step, directory, error)
+            scores[step] = -math.inf
+    return sorted(steps, key=lambda step: (scores[step], step), reverse=True)
+
+
+def _first_usable(directory: pathlib.Path, steps: Sequence[int], use: Callable[[int], Any]) -> tuple[Any, list[int]]:
+    """`use(step)` of the first step whose checkpoint is not damaged, and the steps that were."""
+    damage: dict[int, str] = {}
+    for step in steps:
+        try:
+            if not (directory / str(step)).is_dir():
+                raise DamageError("is no folder, or a link that leads nowhere")
+            result = use(step)
+        except StructureError:
+            # Not damage: this config describes another model, and the other checkpoints would fail alike.
+            raise
+        except Exception as error:
+            damage[step] = _first_line(error)
+            continue
+        for bad, why in damage.items():
+            logger.warning(
+                "checkpoint of step %d in %s is damaged (%s); using that of step %d instead", bad, directory, why, step
+            )
+        return result, list(damage)
+    reasons = "; ".join(f"step {step}: {why}" for step, why in damage.items())
+    raise CheckpointError(
+        f"no checkpoint in {directory} can be read ({reasons}); use a new --workdir to start over, or set train.resume "
+        "to a run that has one"
+    )
+
+
+def _verify(folder: pathlib.Path, step: int) -> None:
+    """Check the files of a checkpoint, each process its part, with one answer on all of them."""
+    damage, checked = "", True
+    try:
+        checked = verify(folder, step, jax.process_index(), jax.process_count())
+    except DamageError as error:
+        damage = str(error)
+    for said in _from_all_processes(damage):
+        if said:
+            raise DamageError(said)
+    if not checked:
+        logger.warning("checkpoint of step %d in %s has no %s: used unchecked", step, folder.parent, CHECKSUMS)
+
+
+def _from_all_processes(text: str) -> list[str]:
+    if jax.process_count() == 1:
+        return [text]
+    from jax.experimental import multihost_utils
+
+    said = np.zeros(256, np.uint8)
+    encoded = text.encode()[: said.size]
+    said[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    rows = multihost_utils.process_allgather(said)
+    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
+
+
+def _read_score(folder: pathlib.Path) -> float:
+    """The score that a checkpoint was saved with; -inf when it was not evaluated."""
+    path = folder / "metrics" / "metrics"
+    if not path.exists():
+        return -math.inf
+    score = _score(read_object(path, FIX))
+    if type(score) not in (int, float):
+        raise ValueError(f"{path}: score={shown(score)}, expected a number; {FIX}")
+    return score
 
 
 def _score(metrics: Mapping[str, float]) -> float:
     return metrics.get("score", -math.inf)
 
 
-def _check_structure(folder: pathlib.Path, abstract: Any, only: tuple[str, ...] | None = None) -> None:
+def _tree(folder: pathlib.Path) -> Any:
+    """Orbax's description of the arrays in `folder`."""
     with ocp.PyTreeCheckpointer() as arrays:
-        tree = arrays.metadata(folder).item_metadata.tree
+        described = arrays.metadata(folder).item_metadata
+    if described is None:
+        raise DamageError(f"{folder}: the description of its arrays is missing or cannot be read")
+    return described.tree
+
+
+def _check_structure(folder: pathlib.Path, abstract: Any, only: tuple[str, ...] | None = None) -> None:
+    tree = _tree(folder)
     if only is not None:
         tree = {name: tree[name] for name in only if name in tree}
     saved = _leaves(tree)
@@ -258,4 +472,13 @@ def _leaves(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[0][:300] if isinstance(error, DamageError | OSError) else f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def _size(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB"

@@ -17,9 +17,10 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from maskformer import masks, objectives
+from maskformer import objectives
 from maskformer.data import DEFAULT_VOCABULARY_SIZE, DataConfig, load_tokenizer
-from maskformer.models import ElectraConfig, EncoderConfig, GeneratorConfig
+from maskformer.models import EncoderConfig, GeneratorConfig, with_generator
+from maskformer.training import tasks
 from maskformer.training.sections import (
     CheckpointConfig,
     EvaluationConfig,
@@ -27,6 +28,7 @@ from maskformer.training.sections import (
     OptimizerConfig,
     TrainConfig,
     WriterConfig,
+    check_master_weights,
     check_warmup,
     choose,
 )
@@ -43,6 +45,7 @@ class ExperimentConfig:
 
     seed: int
     data: DataConfig
+    task: Mapping[str, Any]
     objective: Mapping[str, Any]
     model: Mapping[str, Any]
     optimizer: OptimizerConfig
@@ -57,7 +60,7 @@ class ExperimentConfig:
         section = objectives.schedules.in_steps(change_objective(self.objective, changes), self.train.steps)
         return _create_objective(section, vocabulary, self.data.length)
 
-    def create_model_config(self, vocabulary: objectives.Vocabulary) -> EncoderConfig | ElectraConfig:
+    def create_model_config(self, vocabulary: objectives.Vocabulary) -> Any:
         """The model's shape; its vocabulary comes from the tokenizer and its positions from the row length."""
         # Mode tokens and the like make a row longer than the text it came from.
         longest = max(self.data.length, self.create_objective(vocabulary).output_length)
@@ -88,6 +91,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.model = _defaults(EncoderConfig, skip=_DERIVED_MODEL_FIELDS)
     # Filled in by `generator_section` where the objective trains two networks.
     config.model.generator = ml_collections.ConfigDict()
+    config.task = ml_collections.ConfigDict({"name": config_dict.placeholder(str)})
     config.objective = objectives_section("mlm")
     # Fields of the objective that evaluation changes; a recipe pins the rate here.
     config.evaluation.objective = ml_collections.ConfigDict()
@@ -112,7 +116,7 @@ def objectives_section(name: str, **changes: Any) -> ml_collections.ConfigDict:
 
 
 def generator_section(**changes: Any) -> ml_collections.ConfigDict:
-    """The `model.generator` section of an ELECTRA recipe: every field of `GeneratorConfig`, some of them changed."""
+    """The `model.generator` section of a recipe: every field of `GeneratorConfig`, some of them changed."""
     section = _defaults(GeneratorConfig)
     for key, value in changes.items():
         section[key] = value
@@ -128,7 +132,8 @@ def resolve(config: Mapping[str, Any]) -> ExperimentConfig:
     Raises:
       ValueError: one line naming the field, its value and what was expected.
     """
-    config = plain(config)
+    # A run from before there were tasks has the objective's own.
+    config = {"task": {}, **plain(config)}
     known = {field.name for field in dataclasses.fields(ExperimentConfig)}
     _check_keys("", config, known)
     missing = sorted(known - config.keys())
@@ -147,13 +152,13 @@ def resolve(config: Mapping[str, Any]) -> ExperimentConfig:
     names = {field.name for field in dataclasses.fields(EncoderConfig)} - set(_DERIVED_MODEL_FIELDS)
     _check_keys("model", config["model"], names | {"generator"})
     _check_types(EncoderConfig, {name: config["model"][name] for name in config["model"].keys() & names}, "model")
+    check_master_weights(sections["optimizer"], config["model"].get("param_dtype", EncoderConfig.param_dtype))
     _check_generator(config["model"].get("generator"), objective)
-    for text in _model_config(config["model"], sections["data"].length, vocab_size=1).mask_pattern:
-        try:
-            masks.parse(text)
-        except ValueError as error:
-            raise ValueError(f"model.mask: {error}") from error
-    return ExperimentConfig(seed=config["seed"], objective=config["objective"], model=config["model"], **sections)
+    model = _model_config(config["model"], max(length, objective.output_length), vocab_size=vocabulary.size)
+    tasks.create(config["task"], objective, model, label_smoothing=sections["train"].label_smoothing)
+    return ExperimentConfig(
+        seed=config["seed"], task=config["task"], objective=config["objective"], model=config["model"], **sections
+    )
 
 
 def plain(config: Any) -> Any:
@@ -206,7 +211,7 @@ def _create_objective(section: Mapping[str, Any], vocabulary: objectives.Vocabul
         objective = objectives.create(name, vocabulary, length, **values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"config.objective: {error}") from error
-    if isinstance(objective, objectives.MaskedSource) or getattr(objective, "layout", "") == "encoder_decoder":
+    if objective.makes_pairs:
         raise ValueError(
             f"objective.name={name!r}: makes pairs for an encoder and a decoder, and maskformer trains single stacks; "
             "set objective.layout='prefix' where it has one, or use one such as 'mlm', 'prefix_lm' or 'diffusion'"
@@ -215,15 +220,14 @@ def _create_objective(section: Mapping[str, Any], vocabulary: objectives.Vocabul
 
 
 def _check_generator(section: Mapping[str, Any] | None, objective: Any) -> None:
-    if isinstance(objective, objectives.Electra) and not section:
+    if objective.trains_generator and not section:
         raise ValueError(
-            f"model.generator is empty: objective.name={objective.name!r} trains a generator beside the model; start "
-            "from configs/electra.py, or set it to maskformer.training.generator_section()"
+            f"model.generator is empty: objective.name={objective.name!r} trains a generator beside the model; set it "
+            "to maskformer.training.generator_section()"
         )
-    if section and not isinstance(objective, objectives.Electra):
+    if section and not objective.trains_generator:
         raise ValueError(
-            f"model.generator={dict(section)}: only objective.name='electra' trains a generator, and here it is "
-            f"{objective.name!r}; set it to {{}}"
+            f"model.generator={dict(section)}: objective.name={objective.name!r} trains no generator; set it to {{}}"
         )
     if section:
         _check_keys("model.generator", section, {field.name for field in dataclasses.fields(GeneratorConfig)})
@@ -239,14 +243,13 @@ def _vocabulary_to_be(config: DataConfig) -> objectives.Vocabulary:
     return objectives.Vocabulary(size=size, pad=0, unk=1, cls=2, sep=3, mask=4, sentinels=sentinels)
 
 
-def _model_config(model: Mapping[str, Any], length: int, vocab_size: int) -> EncoderConfig | ElectraConfig:
+def _model_config(model: Mapping[str, Any], length: int, vocab_size: int) -> Any:
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in model.items()}
     generator = values.pop("generator", None)
     encoder = EncoderConfig(vocab_size=vocab_size, max_length=length, **values)
     if not generator:
         return encoder
-    shape = GeneratorConfig(**generator)
-    return ElectraConfig(encoder, shape.encoder(encoder), shape.share_embeddings)
+    return with_generator(encoder, GeneratorConfig(**generator))
 
 
 def _defaults(section: type, skip: tuple[str, ...] = ()) -> ml_collections.ConfigDict:
@@ -255,7 +258,9 @@ def _defaults(section: type, skip: tuple[str, ...] = ()) -> ml_collections.Confi
     for field in dataclasses.fields(section):
         if field.name in skip:
             continue
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         values[field.name] = _leaf(default, types_[field.name])
     return values
 

@@ -22,6 +22,8 @@ from collections.abc import Mapping
 import jax
 from jax._src import xla_bridge  # the question "was a device used?" has no public name
 
+from maskformer.checks import require, shown
+
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -54,6 +56,8 @@ def initialize(timeout: int = 300) -> bool:
         raise JoinError("distributed.initialize() was called after a device was used: call it first")
     if jax.config.jax_cpu_collectives_implementation in (None, "none"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It takes SIGTERM over. Until the first step that belongs to `PreemptionGuard`, which then starts the service.
+    jax.config.update("jax_enable_preemption_service", False)
     if arguments.get("process_id", 0) > 0:
         _await_coordinator(arguments["coordinator_address"], timeout)
     try:
@@ -126,7 +130,7 @@ def slurm_local_devices(environ: Mapping[str, str]) -> list[int] | None:
     visible = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     if "JAX_LOCAL_DEVICE_IDS" in environ or not visible:
         return None
-    if len(visible) < int(environ.get("SLURM_GPUS_ON_NODE", len(visible))):
+    if "SLURM_GPUS_ON_NODE" in environ and len(visible) < _whole(environ, "SLURM_GPUS_ON_NODE"):
         return list(range(len(visible)))
     tasks = _tasks_on_node(environ)
     if len(visible) % tasks:
@@ -135,21 +139,32 @@ def slurm_local_devices(environ: Mapping[str, str]) -> list[int] | None:
             "change --ntasks-per-node, or set JAX_LOCAL_DEVICE_IDS for each task"
         )
     share = len(visible) // tasks
-    first = int(environ["SLURM_LOCALID"]) * share
+    first = _whole(environ, "SLURM_LOCALID") * share
     return list(range(first, first + share))
 
 
 def _tasks_on_node(environ: Mapping[str, str]) -> int:
     """Reads `SLURM_STEP_TASKS_PER_NODE`, for example `4(x2),1`: nodes 0 and 1 have four tasks, node 2 has one."""
+    name = "SLURM_STEP_TASKS_PER_NODE"
+    text, node = environ.get(name, "1"), _whole(environ, "SLURM_NODEID") if "SLURM_NODEID" in environ else 0
+    entry = r"[0-9]{1,6}(\(x[0-9]{1,6}\))?"
     counts: list[int] = []
-    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "1")):
-        counts += [int(count)] * int(repeat or 1)
-    return counts[int(environ.get("SLURM_NODEID", "0"))]
+    if re.fullmatch(f"{entry}(,{entry})*", text):
+        for count, repeat in re.findall(r"([0-9]+)(?:\(x([0-9]+)\))?", text):
+            counts += [int(count)] * int(repeat or 1)
+    require(len(counts) > node, name, text, f"the tasks of at least {node + 1} nodes, such as 4(x{node + 1})")
+    return counts[node]
 
 
 def _tasks(environ: Mapping[str, str], count: str, *present: str) -> int:
     """How many processes a launcher started, 0 unless all of its variables are there."""
-    return int(environ[count]) if all(name in environ for name in (count, *present)) else 0
+    return _whole(environ, count) if all(name in environ for name in (count, *present)) else 0
+
+
+def _whole(environ: Mapping[str, str], name: str) -> int:
+    # int() would also take signs, underscores and the digits of every script, which the C++ of JAX does not.
+    require(re.fullmatch(r"[0-9]{1,9}", environ[name]) is not None, name, environ[name], "a whole number")
+    return int(environ[name])
 
 
 def _explicit(environ: Mapping[str, str]) -> dict | None:
@@ -158,16 +173,14 @@ def _explicit(environ: Mapping[str, str]) -> dict | None:
         given = ", ".join(f"{name}={environ[name]}" for name in _EXPLICIT if name in environ)
         raise ValueError(f"{given} set without {' and '.join(missing)}: set all three, or none to run on one process")
     address = environ["JAX_COORDINATOR_ADDRESS"]
-    if not re.fullmatch(r".+:\d+", address):
-        raise ValueError(f"JAX_COORDINATOR_ADDRESS={address!r}: expected host:port, for example 10.0.0.1:8476")
-    try:
-        count, index = int(environ["JAX_NUM_PROCESSES"]), int(environ["JAX_PROCESS_ID"])
-    except ValueError:
+    match = re.fullmatch(r"[^\s/]+:([0-9]{1,5})", address)
+    if match is None or not 1 <= int(match[1]) <= 65535:
         raise ValueError(
-            f"JAX_NUM_PROCESSES={environ['JAX_NUM_PROCESSES']!r}, JAX_PROCESS_ID={environ['JAX_PROCESS_ID']!r}: "
-            "expected whole numbers"
-        ) from None
-    if not 0 <= index < count:
+            f"JAX_COORDINATOR_ADDRESS={shown(address)}: expected host:port with a port of 1 to 65535, "
+            "for example 10.0.0.1:8476"
+        )
+    count, index = _whole(environ, "JAX_NUM_PROCESSES"), _whole(environ, "JAX_PROCESS_ID")
+    if index >= count:
         raise ValueError(f"JAX_PROCESS_ID={index}: expected 0 to {count - 1}, since JAX_NUM_PROCESSES={count}")
     if count == 1:
         return None

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from maskformer.training.matrices import per_matrix
+from maskformer.training.precision import in_float32, on_master_weights
 from maskformer.training.sections import OptimizerConfig, check_warmup
 
 
@@ -65,7 +67,16 @@ def decay_mask(logical_axes: Any, decay: str) -> Any:
 def create_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule, logical_axes: Any
 ) -> optax.GradientTransformation:
-    """The gradient transformation of `config`: clipping, then the named optimizer with masked decoupled decay."""
+    """The gradient transformation of `config`: clipping, then the named optimizer with masked decoupled decay.
+
+    Gradients, state and updates are float32 (or wider) whatever the parameters' dtype, clipping's norm among them.
+
+    Args:
+      config: which optimizer, and its numbers.
+      schedule: learning rate as a function of the step.
+      logical_axes: names of each parameter's axes, as `Model.logical_axes` gives them: they tell what decays, and which
+        arrays are stacks of matrices.
+    """
     mask = decay_mask(logical_axes, config.decay)
     if config.name == "adamw":
         update = optax.adamw(
@@ -82,13 +93,14 @@ def create_optimizer(
         )
     else:
         # Optax's adafactor adds its decay after the learning rate; ours is multiplied by it, as in the others.
+        adafactor = optax.adafactor(learning_rate=None, multiply_by_parameter_scale=True, clipping_threshold=1.0)
         update = optax.chain(
-            optax.adafactor(learning_rate=None, multiply_by_parameter_scale=True, clipping_threshold=1.0),
+            per_matrix(adafactor, logical_axes),
             # adafactor already points downhill; turn it round so that decay and rate apply as elsewhere.
             optax.scale(-1.0),
             optax.add_decayed_weights(config.weight_decay, mask),
             optax.scale_by_learning_rate(schedule),
         )
-    if config.clip_norm is None:
-        return update
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    if config.clip_norm is not None:
+        update = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    return on_master_weights(update) if config.master_weights else in_float32(update)

@@ -1,10 +1,8 @@
-"""A trained run, loaded from its workdir: to evaluate it, and to ask it."""
+"""A trained run, loaded from its workdir to be measured and asked; and what a recipe would start with."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -14,289 +12,122 @@ import jax
 import ml_collections
 import numpy as np
 
-from maskformer import data, evaluation, models, objectives
-from maskformer.models.partitioning import Rules
-from maskformer.objectives.mixture import Mixture
-from maskformer.objectives.sequence import CausalLM, FillInTheMiddle, PrefixLM
-from maskformer.training import recipes, sharding
+from maskformer import evaluation
+from maskformer.data import DataConfig, PackedDataset, Tokenizer
+from maskformer.objectives import Objective
+from maskformer.training import recipes
 from maskformer.training.checkpoints import restore_params
-from maskformer.training.config import ExperimentConfig, change_objective, resolve
-from maskformer.training.loop import total_sums
-from maskformer.training.step import create_eval_step, masking_key, predict
+from maskformer.training.config import ExperimentConfig, resolve
+from maskformer.training.program import Placed, Program
+from maskformer.training.step import create_eval_step, masking_key
+from maskformer.training.workdir import read_config
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run's config, tokenizer, model and parameters, on this machine's devices."""
+    """A run's program and parameters, on this machine's devices.
 
-    experiment: ExperimentConfig
-    tokenizer: data.Tokenizer
-    model: models.Model | models.ElectraModel
-    mesh: jax.sharding.Mesh
-    rules: Rules
+    Attributes:
+      step: of the checkpoint.
+      max_batches: how many batches of `evaluation.batch_size` rows are measured; None for `evaluation.max_batches`.
+    """
+
+    placed: Placed
     params: Any
-    params_at: Any
     step: int
+    max_batches: int | None = None
 
-    def evaluate(
-        self, split: str = "test", objective: Mapping[str, Any] | None = None, *, max_batches: int | None = None
-    ) -> dict[str, float]:
-        """Metrics over `split` under the run's objective or another one, with fixed masks and its attention.
-
-        Args:
-          split: "train", "validation" or "test".
-          objective: changes to the objective beyond those of `evaluation.objective`, such as `{"rate": 0.4}`. Another
-            name, as in `{"name": "causal_lm"}`, is another objective with its own defaults.
-          max_batches: batches of `evaluation.batch_size` rows; None for `evaluation.max_batches`.
-
-        Raises:
-          ValueError: the objective is not defined for this run: its tokenizer lacks a token, its model positions.
-        """
-        experiment = self.experiment
-        changed = change_objective(experiment.objective, experiment.evaluation.objective)
-        evaluated = dataclasses.replace(experiment, objective=changed).create_objective(
-            self.tokenizer.vocabulary, **(objective or {})
-        )
-        longest = self.model.config.max_length
-        if evaluated.output_length > longest:
-            raise ValueError(
-                f"objective.name={evaluated.name!r}: makes rows of {evaluated.output_length} tokens, and the run's "
-                f"model was built for {longest}; evaluate under an objective that keeps their length"
-            )
-        baseline = evaluation.unigram_baseline(data.load_dataset(experiment.data, "train", self.tokenizer))
-        step = create_eval_step(
-            self.model, evaluated, seed=experiment.evaluation.seed, unigram=jax.numpy.asarray(baseline)
-        )
-        return evaluation.finish(self._sums(step, split, max_batches))
-
-    def nll(self, split: str = "test", *, markers: bool = True, max_batches: int | None = None) -> dict[str, float]:
-        """The exact negative log-likelihood of `split` under a model that predicts the next token.
-
-        A model trained with a prefix, or to fill in the middle, is run as a causal one: with a prefix of one token.
+    def measure(
+        self, name: str, split: str = "test", *, max_batches: int | None = None, **options: Any
+    ) -> evaluation.Results:
+        """What the measure `name` says of `split`: its metrics, by name. `evaluation.MEASURES` has them all.
 
         Args:
+          name: such as "loss", "nll", "nll_bound" or "pseudo_perplexity".
           split: "train", "validation" or "test".
-          markers: whether the prediction of special tokens such as [SEP] counts.
-          max_batches: batches of `evaluation.batch_size` rows; None for `evaluation.max_batches`.
-
-        Returns:
-          `nll` (nats per predicted token), `perplexity`, `bits_per_byte`, `tokens`, `bytes`.
+          max_batches: as the attribute, for this call.
+          options: of the measure.
 
         Raises:
-          ValueError: the model never predicted the next token.
+          ValueError: no such measure or option, or it is not defined for this run, and why.
         """
-        vocabulary = self.tokenizer.vocabulary
-        objective = self.experiment.create_objective(vocabulary)
-        parts = objective.parts if isinstance(objective, Mixture) else (objective,)
-        if not any(isinstance(part, CausalLM | PrefixLM | FillInTheMiddle) for part in parts):
-            raise ValueError(
-                f"nll: this run's objective is {objective.name!r}, whose model never predicted the next token; use "
-                "nll_bound, or evaluate under objective 'causal_lm'"
-            )
-        if not isinstance(objective, CausalLM):
-            objective = objectives.create("causal_lm", vocabulary, self.experiment.data.length)
-        counted = self._split_bytes(split)
-        step = evaluation.create_nll_step(
-            functools.partial(predict, self.model, objective),
-            objective,
-            ignored=() if markers else _markers(vocabulary),
-            token_bytes=counted.table,
-        )
-        return evaluation.finish_nll(self._sums(step, split, max_batches), counted)
+        run = self if max_batches is None else dataclasses.replace(self, max_batches=max_batches)
+        return evaluation.get_measure(name)(run, split, **options)
 
-    def nll_bound(
-        self,
-        split: str = "test",
-        *,
-        samples: int = 8,
-        estimator: str = "count",
-        markers: bool | None = None,
-        max_batches: int | None = None,
-    ) -> dict[str, float]:
-        """An upper bound on the negative log-likelihood of `split` under a model that fills in masks, by sampling.
+    @property
+    def _program(self) -> Program:
+        return self.placed.program
 
-        Args:
-          split: "train", "validation" or "test".
-          samples: maskings of each row, an even number; the standard error falls with its square root.
-          estimator: "count" (LLaDA) or "time" (MDLM); see `evaluation.create_bound_step`.
-          markers: whether special tokens such as [CLS] and [SEP] are part of the text, hidden and counted. By default
-            as in training: they are under `diffusion`, unless it has `keep_markers`, and are not under `mlm`.
-          max_batches: batches of `evaluation.batch_size` rows; None for `evaluation.max_batches`.
+    @property
+    def experiment(self) -> ExperimentConfig:
+        return self._program.experiment
 
-        Returns:
-          `nll_bound` (nats per counted token), `nll_bound_stderr`, `perplexity_bound`, `bits_per_byte_bound`, `tokens`,
-          `bytes`.
+    @property
+    def data(self) -> DataConfig:
+        return self.experiment.data
 
-        Raises:
-          ValueError: the model never saw [MASK], or a bad argument.
-        """
-        objective = self._objective_with_masks("nll_bound")
-        vocabulary = self.tokenizer.vocabulary
-        if markers is None:
-            visible = objective.avoid if isinstance(objective, objectives.MaskedDiffusion) else _markers(vocabulary)
-        else:
-            visible = vocabulary.ids(("pad",)) if markers else _markers(vocabulary)
-        counted = self._split_bytes(split)
-        step = evaluation.create_bound_step(
-            functools.partial(predict, self.model, objective),
-            mask_token=vocabulary.require("mask", objective.name),
-            vocabulary_size=vocabulary.size,
-            seed=self.experiment.evaluation.seed,
-            samples=samples,
-            estimator=estimator,
-            visible=visible,
-            token_bytes=counted.table,
-        )
-        return evaluation.finish_bound(self._sums(step, split, max_batches), counted)
+    @property
+    def seed(self) -> int:
+        """Of what an evaluation draws."""
+        return self.experiment.evaluation.seed
 
-    def pseudo_perplexity(
-        self,
-        split: str = "test",
-        *,
-        within_word_l2r: bool = False,
-        every: int = 1,
-        max_batches: int | None = None,
-    ) -> dict[str, float]:
-        """The pseudo-perplexity of `split`: each text token hidden in turn, and predicted from all others.
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._program.tokenizer
 
-        Costs as many passes over a row as its longest segment has tokens to score. Special tokens are never hidden.
+    @property
+    def model(self) -> Any:
+        return self._program.model
 
-        Args:
-          split: "train", "validation" or "test".
-          within_word_l2r: hide with a token the later pieces of its word, which would give it away (Kauf & Ivanova
-            2023).
-          every: score every `every`-th text token only.
-          max_batches: batches of `evaluation.batch_size` rows; None for `evaluation.max_batches`.
+    @property
+    def objective(self) -> Objective:
+        """What the run was trained on."""
+        return self._program.objective
 
-        Returns:
-          `pseudo_nll` (nats per scored token), `pseudo_perplexity`, `pseudo_bits_per_byte`, `scored`, `tokens` (all
-          text tokens of the rows), `bytes`.
+    def evaluated(self, changes: Mapping[str, Any] | None = None) -> Objective:
+        """What the run is evaluated on; see `Program.evaluation_objective`."""
+        return self._program.evaluation_objective(changes)
 
-        Raises:
-          ValueError: the model never saw [MASK], or a bad argument.
-        """
-        objective = self._objective_with_masks("pseudo_perplexity")
-        vocabulary = self.tokenizer.vocabulary
-        counted = self._split_bytes(split)
-        step = evaluation.create_pseudo_step(
-            functools.partial(predict, self.model, objective),
-            mask_token=vocabulary.require("mask", objective.name),
-            vocabulary_size=vocabulary.size,
-            segments=_most_segments(data.load_dataset(self.experiment.data, split, self.tokenizer)),
-            visible=_markers(vocabulary),
-            within_word_l2r=within_word_l2r,
-            every=every,
-            token_bytes=counted.table,
-        )
-        return evaluation.finish_pseudo(self._sums(step, split, max_batches), counted)
+    def metrics(self, split: str, changes: Mapping[str, Any] | None = None) -> evaluation.Results:
+        """The metrics of the task that trains on `evaluated(changes)`."""
+        task = self._program.evaluation_task(changes)
+        return task.finish(self.sums(create_eval_step(task, seed=self.seed), split))
 
-    def _split_bytes(self, split: str) -> evaluation.SplitBytes:
-        return evaluation.split_bytes(self.experiment.data, split, self.tokenizer)
+    def dataset(self, split: str) -> PackedDataset:
+        return self._program.dataset(split)
 
-    def _objective_with_masks(self, metric: str) -> objectives.Objective:
-        """The run's objective, if training under it showed the model [MASK] in place of what it had to predict."""
-        objective = self.experiment.create_objective(self.tokenizer.vocabulary)
-        parts = objective.parts if isinstance(objective, Mixture) else (objective,)
-        if not any(map(_shows_masks, parts)):
-            raise ValueError(
-                f"{metric}: this run's objective is {objective.name!r}, whose model never saw [MASK]; it is defined "
-                "after mlm and its relatives, and after diffusion"
-            )
-        return objective
-
-    def _sums(
-        self, step: Callable[[Any, Any], evaluation.Sums], split: str, max_batches: int | None = None
-    ) -> dict[str, np.ndarray]:
-        """The sums of `step(params, batch)` over a split, on all of this run's devices."""
-
-        def placed_step(params: Any, batch: Any) -> evaluation.Sums:
-            with sharding.activations(self.mesh, self.rules, self.experiment.mesh.context_method):
-                return step(params, batch)
-
-        compiled = jax.jit(
-            placed_step,
-            in_shardings=(self.params_at, sharding.batch_sharding(self.mesh)),
-            out_shardings=sharding.replicated(self.mesh),
-        )
-        config = self.experiment.evaluation
-        if max_batches is not None:
-            config = dataclasses.replace(config, max_batches=max_batches)
-        dataset = data.load_dataset(self.experiment.data, split, self.tokenizer)
-        return total_sums(compiled, self.params, dataset, config, self.mesh)
-
-    def rows(self, split: str = "test", *, max_batches: int | None = None) -> tuple[int, int]:
-        """How many rows of `split` are evaluated, and how many it has."""
-        config = self.experiment.evaluation
-        total = len(data.load_dataset(self.experiment.data, split, self.tokenizer))
-        batches = config.max_batches if max_batches is None else max_batches
+    def rows(self, split: str = "test") -> tuple[int, int]:
+        """How many rows of `split` are measured, and how many it has."""
+        config, total = self.experiment.evaluation, len(self.dataset(split))
+        batches = config.max_batches if self.max_batches is None else self.max_batches
         return total if batches is None else min(total, batches * config.batch_size), total
 
-    def fill(self, text: str, top: int = 5) -> list[list[evaluation.Guess]]:
-        """Guesses for each [MASK] in `text`, by the generator where there are two networks."""
-        config = self.experiment.data
-        objective = self.experiment.create_objective(self.tokenizer.vocabulary)
-        # Of ELECTRA's two networks, the generator is the one that predicts tokens.
-        if not isinstance(objective, objectives.Masking | objectives.MaskedDiffusion | objectives.Electra):
-            raise ValueError(
-                f"fill: this run's objective is {objective.name!r}, which never saw [MASK]; fill works after mlm and "
-                "its relatives, and after diffusion"
-            )
-        tokens, _ = self.tokenizer.encode(text, start_token=config.start_token, end_token=config.end_token)
-        return evaluation.fill_masks(self.model, self.params, self.tokenizer, tokens, top)
-
-    def example_texts(self, count: int, seed: int = 0) -> list[str]:
-        """Passages of the test split with one whole word of each masked."""
-        dataset = data.load_dataset(self.experiment.data, "test", self.tokenizer)
-        generator = np.random.default_rng(seed)
-        texts = []
-        for row in generator.permutation(len(dataset))[:count]:
-            example = dataset.rows.read(np.array([row]))
-            tokens, words = np.array(example["tokens"][0]), np.flatnonzero(example["word_starts"][0])
-            # A word of one piece, with text on both sides, is a fair question.
-            whole = [w for w in words[4:24] if w + 1 in words and self.tokenizer.token(tokens[w]).isalpha()]
-            if not whole:
-                continue
-            place = int(generator.choice(whole))
-            tokens[place] = self.tokenizer.vocabulary.require("mask", "fill")
-            # From the beginning of a word.
-            first, last = int(words[words >= max(place - 16, 1)][0]), place + 12
-            text = self.tokenizer.decode([t for t in tokens[first:last] if not self._is_frame(t)], skip_special=False)
-            texts.append(text)
-        return texts
-
-    def _is_frame(self, token: int) -> bool:
-        vocabulary = self.tokenizer.vocabulary
-        return token in (vocabulary.cls, vocabulary.sep, vocabulary.pad)
-
-
-def _shows_masks(objective: objectives.Objective) -> bool:
-    if isinstance(objective, objectives.Masking | objectives.Electra):
-        policy = getattr(objective.replace, "policy", None)
-        return policy is None or policy[0] > 0
-    return isinstance(objective, objectives.MaskedDiffusion)
-
-
-def _most_segments(dataset: data.PackedDataset) -> int:
-    """The most segments that a row of the split has; it is what fixes the shape of a pass."""
-    most = 1
-    for part in np.array_split(np.arange(len(dataset)), -(-len(dataset) // 1024)):
-        most = max(most, int(dataset.rows.read(part)["segment_ids"].max()))
-    return most
-
-
-def _markers(vocabulary: objectives.Vocabulary) -> tuple[int, ...]:
-    """Ids that stand for no text. An unknown word is text."""
-    return vocabulary.ids(("pad", "mask", "cls", "sep", "bos", "eos", "sentinels", "special"))
+    def sums(self, step: Callable[[Any, Any], evaluation.Sums], split: str) -> dict[str, np.ndarray]:
+        """The sums of `step(params, batch)` over a split, on all of this run's devices."""
+        return self.placed.totals(self.placed.summing(step), self.params, split, self.max_batches)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """What a run would start with, before any parameter exists: to be looked at."""
 
-    experiment: ExperimentConfig
-    tokenizer: data.Tokenizer
-    objective: objectives.Objective
-    model: models.Model | models.ElectraModel
+    program: Program
+
+    @property
+    def experiment(self) -> ExperimentConfig:
+        return self.program.experiment
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.program.tokenizer
+
+    @property
+    def objective(self) -> Objective:
+        return self.program.objective
+
+    @property
+    def model(self) -> Any:
+        return self.program.model
 
     @property
     def objective_key(self) -> jax.Array:
@@ -305,18 +136,14 @@ class Setup:
 
     def first_batch(self, rows: int, number: int = 0) -> dict[str, np.ndarray]:
         """Batch `number` of `rows` rows of the training stream."""
-        dataset = data.load_dataset(self.experiment.data, "train", self.tokenizer)
+        dataset = self.program.dataset("train")
         return next(dataset.train_batches(rows, self.experiment.seed, start_example=number * rows))
 
 
 def prepare(flags: Sequence[str]) -> Setup:
     """Everything that a recipe and its overrides describe, short of parameters and devices."""
     config, _ = recipes.load_config(flags)
-    experiment = resolve(config)
-    tokenizer = data.load_tokenizer(experiment.data)
-    objective = experiment.create_objective(tokenizer.vocabulary)
-    model = models.create(experiment.create_model_config(tokenizer.vocabulary))
-    return Setup(experiment, tokenizer, objective, model)
+    return Setup(Program.of(config))
 
 
 def load(workdir: str | os.PathLike[str], overrides: Sequence[str] = (), checkpoint: str = "best") -> Run:
@@ -324,8 +151,8 @@ def load(workdir: str | os.PathLike[str], overrides: Sequence[str] = (), checkpo
 
     Args:
       workdir: folder of a run.
-      overrides: flags such as `--config.evaluation.seed=1`; `--config=RECIPE.py` makes known the masks that the run's
-        recipe registers, and changes nothing else.
+      overrides: flags such as `--config.evaluation.seed=1`; `--config=RECIPE.py` makes known what the run's recipe
+        registers, and changes nothing else.
       checkpoint: "best" or "latest".
 
     Raises:
@@ -333,9 +160,7 @@ def load(workdir: str | os.PathLike[str], overrides: Sequence[str] = (), checkpo
       CheckpointError: no checkpoint yet.
     """
     path = pathlib.Path(workdir)
-    if not (path / "config.json").is_file():
-        raise ValueError(f"workdir={os.fspath(workdir)!r}: no config.json there; expected the folder of a run")
-    config = ml_collections.ConfigDict(json.loads((path / "config.json").read_text()))
+    config = ml_collections.ConfigDict(read_config(path, sections=("data", "objective", "model", "train")))
     registering, changes = recipes.split_flags(overrides)
     for recipe in registering:
         recipes.register(recipe)
@@ -347,14 +172,6 @@ def load(workdir: str | os.PathLike[str], overrides: Sequence[str] = (), checkpo
                 f"{error}; what a recipe registers needs --config=RECIPE.py (in Python: import the recipe first)"
             ) from error
         raise
-    tokenizer = data.load_tokenizer(experiment.data)
-    model = models.create(experiment.create_model_config(tokenizer.vocabulary))
-    mesh = sharding.create_mesh(experiment.mesh)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    rules, _ = sharding.create_rules(mesh, model.config)
-    params_at = sharding.param_shardings(mesh, model.logical_axes(), rules)
-    abstract = jax.tree.map(
-        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where), shapes, params_at
-    )
-    params, step = restore_params(path, abstract, checkpoint)
-    return Run(experiment, tokenizer, model, mesh, rules, params, params_at, step)
+    placed = Program(experiment).on()
+    params, step = restore_params(path, placed.params, checkpoint)
+    return Run(placed, params, step)

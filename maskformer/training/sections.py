@@ -43,6 +43,7 @@ class OptimizerConfig:
       clip_norm: global gradient norm above which gradients are scaled down; None for no clipping.
       b1, b2, epsilon: moment decays and denominator of adamw and lion (b1, b2).
       momentum, nesterov: of sgd.
+      master_weights: train a float32 copy of parameters that are narrower; they are its rounding.
       ema_decay: decay of an exponential moving average of the parameters, used for evaluation; None for none.
     """
 
@@ -60,6 +61,7 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     momentum: float = 0.9
     nesterov: bool = False
+    master_weights: bool = False
     ema_decay: float | None = None
 
     def __post_init__(self) -> None:
@@ -235,4 +237,13 @@ def check_warmup(optimizer: OptimizerConfig, steps: int) -> None:
         raise ValueError(
             f"optimizer.warmup_steps={warmup}: expected fewer than train.steps={steps}, or the run ends before it "
             f"reaches its learning rate; set {' or '.join([*fixes, f'--config.train.steps above {warmup}'])}"
+        )
+
+
+def check_master_weights(optimizer: OptimizerConfig, param_dtype: str) -> None:
+    """Raise the one-line `ValueError` of a float32 copy of parameters that are float32 already."""
+    if optimizer.master_weights and param_dtype == "float32":
+        raise ValueError(
+            "optimizer.master_weights=True: expected False with model.param_dtype='float32', of which a float32 copy "
+            "changes nothing; set --config.model.param_dtype=bfloat16, or leave master_weights alone"
         )

@@ -18,7 +18,6 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maskformer import attention
-from maskformer.models import ElectraConfig, EncoderConfig
 from maskformer.models.partitioning import Rules, logical_rules, partition_spec
 from maskformer.training.sections import MeshConfig
 
@@ -109,10 +108,14 @@ def row_slice(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     return start // length, batch_size // length
 
 
-def create_rules(mesh: Mesh, config: EncoderConfig | ElectraConfig) -> tuple[Rules, list[str]]:
-    """`RULES` as far as the model's sizes divide over the mesh, and a line for each rule that they do not."""
+def create_rules(mesh: Mesh, axis_sizes: Mapping[str, int]) -> tuple[Rules, list[str]]:
+    """`RULES` as far as the model's sizes divide over the mesh, and a line for each rule that they do not.
+
+    Args:
+      axis_sizes: size of each logical axis, see `EncoderConfig.axis_sizes`.
+    """
     rules, dropped = dict(RULES), []
-    for name, size in config.axis_sizes.items():
+    for name, size in axis_sizes.items():
         target = RULES[name]
         if isinstance(target, str) and size % mesh.shape[target]:
             rules[name] = None

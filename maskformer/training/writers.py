@@ -1,26 +1,25 @@
-"""Where a run's numbers go: `metrics.jsonl` always, TensorBoard and Weights & Biases by config, a progress display."""
+"""Where a run's numbers go: `metrics.jsonl` always, TensorBoard and Weights & Biases by config."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import logging
 import os
 import pathlib
+import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-import rich.console
-import rich.progress
-import rich.table
-
+from maskformer.checks import shown
 from maskformer.training.sections import WriterConfig
-
-logger = logging.getLogger(__name__)
+from maskformer.training.workdir import METRICS, cannot_write, read_metrics, reason, replace_text
 
 # Fields of a line that say how fast the machine was, not what the model learnt: they differ between equal runs.
 TIMING_FIELDS = ("seconds", "tokens_per_second", "tflops_per_second", "mfu")
+# Between two times that a display of TensorBoard's sees what is new.
+TENSORBOARD_SECONDS = 20.0
 
 
 class Writer(Protocol):
@@ -34,44 +33,75 @@ class Writer(Protocol):
 
 
 class JsonlWriter:
-    """One JSON object a line. A resumed run first drops the lines after its checkpoint, and writes them anew."""
+    """One JSON object a line. A resumed run first drops the lines after its checkpoint, and writes them anew.
+
+    Raises:
+      RunError: the file cannot be written, here and in its methods.
+    """
 
     def __init__(self, path: pathlib.Path, resume_step: int):
+        self._path = path
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(path)
-        self._file = path.open("a")
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        with _writing(path):
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        with _writing(self._path):
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
 
     def flush(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with _writing(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with _writing(self._path):
+            self._file.close()
 
 
 class TensorBoardWriter:
-    """TensorBoard events without TensorFlow; steps after the resumed one are purged from the display."""
+    """TensorBoard events without TensorFlow; steps after the resumed one are purged from the display.
+
+    Written by the caller's thread: tensorboardX's own one dies at a full disk, and the next lines would wait for it
+    for ever.
+
+    Raises:
+      RunError: the file cannot be written, here and in its methods.
+    """
 
     def __init__(self, directory: pathlib.Path, resume_step: int):
-        import tensorboardX
+        from tensorboardX import event_file_writer
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.summary import scalar
 
-        self._writer = tensorboardX.SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else None)
+        self._path, self._event, self._scalar = directory, event_pb2.Event, scalar
+        with _writing(directory):
+            # A run may be started twice within the second that the name holds.
+            self._file = event_file_writer.EventsWriter(str(directory / "events"), f".{uuid.uuid4().hex[:8]}")
+            # A fresh run too: one that was killed before its first checkpoint may have left its first points.
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._file.write_event(self._event(wall_time=time.time(), step=resume_step + 1, session_log=start))
+        self.flush()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+        with _writing(self._path):
+            for name, value in metrics.items():
+                summary = self._scalar(name, value)
+                self._file.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        # A flush waits for the disk, too long for every line.
+        if time.monotonic() - self._flushed > TENSORBOARD_SECONDS:
+            self.flush()
 
     def flush(self) -> None:
-        self._writer.flush()
+        with _writing(self._path):
+            self._file.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
-        self._writer.close()
+        with _writing(self._path):
+            self._file.close()
 
 
 class WandbWriter:
@@ -84,11 +114,8 @@ class WandbWriter:
             raise ValueError(
                 f"writers.wandb_project={project!r}: wandb is not installed; pip install 'maskformer[wandb]'"
             ) from error
-        id_file = workdir / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex)
         self._run = wandb.init(
-            project=project, id=id_file.read_text(), resume="allow", dir=str(workdir), config=dict(config)
+            project=project, id=wandb_id(workdir), resume="allow", dir=str(workdir), config=dict(config)
         )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -101,11 +128,32 @@ class WandbWriter:
         self._run.finish()
 
 
+def wandb_id(workdir: pathlib.Path) -> str:
+    """The id of a run at Weights & Biases, made up at its first start.
+
+    Raises:
+      ValueError: the file that keeps it is damaged.
+    """
+    path = workdir / "wandb_id"
+    if not os.path.lexists(path):
+        replace_text(path, uuid.uuid4().hex)
+    try:
+        text = path.read_bytes().decode("ascii").strip()
+    except (OSError, ValueError) as error:
+        text = reason(error)
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text):
+        raise ValueError(
+            f"{path}: expected the id of a Weights & Biases run, got {shown(text)}; write the id there that its page "
+            "shows, or delete the file to begin new curves"
+        )
+    return text
+
+
 def create_writers(
     workdir: pathlib.Path, config: WriterConfig, run_config: Mapping[str, Any], resume_step: int
 ) -> list[Writer]:
     """The writers that `config` asks for; call on one process only."""
-    writers: list[Writer] = [JsonlWriter(workdir / "metrics.jsonl", resume_step)]
+    writers: list[Writer] = [JsonlWriter(workdir / METRICS, resume_step)]
     if config.tensorboard:
         writers.append(TensorBoardWriter(workdir, resume_step))
     if config.wandb_project is not None:
@@ -113,69 +161,9 @@ def create_writers(
     return writers
 
 
-def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
-    """The lines of a `metrics.jsonl`; a last line cut off by a kill is left out."""
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
-class Progress:
-    """A live bar on a terminal (step, loss, accuracy, tokens/s, MFU, time left); plain lines elsewhere.
-
-    The bar takes the room that the numbers leave, and they fit in eighty columns.
-    """
-
-    def __init__(self, steps: int, start: int, live: bool):
-        self._console = rich.console.Console(stderr=False, highlight=False, soft_wrap=True)
-        self._live = live and self._console.is_terminal
-        self._steps = steps
-        # Where the time left is counted from: the first line, as the steps before it hold the compilation.
-        self._from: tuple[int, float] | None = None
-        if self._live:
-            self._bar = rich.progress.Progress(
-                rich.progress.TextColumn("step {task.completed}/{task.total}"),
-                rich.progress.BarColumn(bar_width=None, table_column=rich.table.Column(ratio=1)),
-                rich.progress.TextColumn("{task.fields[metrics]}"),
-                rich.progress.TextColumn("eta"),
-                rich.progress.TimeRemainingColumn(),
-                console=self._console,
-                expand=True,
-            )
-            self._task = self._bar.add_task("train", total=steps, completed=start, metrics="compiling")
-            self._bar.start()
-
-    def train(self, step: int, metrics: Mapping[str, float]) -> None:
-        text = f"loss {metrics['loss']:.4f} "
-        if "discriminator_loss" in metrics:
-            text += f"disc {metrics['discriminator_loss']:.4f}"
-        else:
-            text += f"acc {metrics['accuracy']:.2%}"
-        if "tokens_per_second" in metrics:
-            text += f" {metrics['tokens_per_second']:,.0f} tok/s"
-        if "mfu" in metrics:
-            text += f" MFU {metrics['mfu']:.1%}"
-        elif "tflops_per_second" in metrics and not self._live:
-            text += f" {metrics['tflops_per_second']:.3f} TFLOP/s"
-        if self._live:
-            self._bar.update(self._task, completed=step, metrics=text)
-            return
-        now = time.monotonic()
-        if self._from is None:
-            self._from = step, now
-        else:
-            left = (now - self._from[1]) / (step - self._from[0]) * (self._steps - step)
-            text += f"  eta {int(left // 60)}:{int(left % 60):02d}"
-        self._console.print(f"step {step}/{self._steps}  {text}")
-
-    def line(self, text: str) -> None:
-        """One line above the bar."""
-        (self._bar.console if self._live else self._console).print(text)
-
-    def close(self) -> None:
-        if self._live:
-            self._bar.stop()
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from error

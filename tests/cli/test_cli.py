@@ -116,6 +116,20 @@ def test_mask_knows_the_masks_of_a_recipe(tmp_path, capsys, monkeypatch):
         (["report", "{tmp}/nothing"], "no config.json there"),
         (["mask", "causl"], "causal"),
         (["mask", "causal", "--size=3"], "no such flag"),
+        (["mask", "causal", "--config"], "no such flag"),
+        (["evaluate", "--workdir={tmp}/nothing", "--split=nope"], "--split='nope': expected one of train, validation"),
+        (["evaluate", "--workdir={tmp}/nothing", "--config={tmp}/nothing.py"], "no such file"),
+        (["fill", "--workdir={tmp}/nothing", "--top=0"], "--top=0: expected an integer of at least 1"),
+        (["fill", "--workdir={tmp}/nothing", "--examples=2", "a [MASK]"], "--examples=2: expected no text"),
+        (["check", "--config={tmp}/nothing.py", "--rows=0"], "--rows=0: expected an integer of at least 1"),
+        (["mask-report", "--config={tmp}/nothing.py", "--batches=-1"], "--batches=-1: expected an integer"),
+        (["mask-report", "--config={tmp}/nothing.py", "--step=-1"], "--step=-1: expected an integer of at least 0"),
+        (["train", "--config={tmp}/nothing.py", "--workdir={tmp}/run", "--sweep=seeds"], "needs --sweep-index"),
+        (["train", "--config={tmp}/nothing.py", "--workdir="], "--workdir: '': expected a folder"),
+        (["evaluate", "--workdir", "{tmp}/nothing", ""], "--workdir: '': expected a folder"),
+        (["sweep", "--config={tmp}/nothing.py", "--workdir=gs://bucket/run"], "gs:// addresses are not supported"),
+        (["fill", "--workdir=s3://bucket/run"], "s3:// addresses are not supported"),
+        (["report", ""], "'': expected a folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, tmp_path, capsys):
@@ -123,6 +137,57 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, tmp_path, capsys
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1 and said in message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "--workdir={tmp}/nothing", "--json={file}"],
+        ["mask-report", "--config={tmp}/nothing.py", "--html={file}"],
+        ["report", "{tmp}/nothing", "--output={file}"],
+        ["mask", "causl", "--png={file}"],
+    ],
+)
+@pytest.mark.parametrize(
+    "file, said",
+    [
+        ("{tmp}/no/such.file", "there is no folder"),
+        ("{tmp}", "this is a folder"),
+        ("", "expected the path of a file"),
+        ("/dev/null/such.file", "there is no folder '/dev/null'"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_anything_else_is_looked_at(
+    arguments, file, said, tmp_path, capsys
+):
+    file = file.format(tmp=tmp_path)
+    assert cli.main([argument.format(tmp=tmp_path, file=file) for argument in arguments]) == 2
+    message = capsys.readouterr().err
+    flag = arguments[-1].partition("=")[0]
+    assert message.startswith(f"error: {flag}={file!r}: expected ") and message.count("\n") == 1 and said in message
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device without space")
+def test_a_disk_that_is_full_is_one_line(capsys):
+    assert cli.main(["mask", "causal", "--length=4", "--png=/dev/full"]) == 2
+    assert capsys.readouterr().err == "error: --png='/dev/full': cannot be written (No space left on device)\n"
+
+
+def test_what_a_token_or_a_text_would_make_a_terminal_do_is_written_out(monkeypatch, capsys):
+    from maskformer import evaluation
+    from maskformer.training import runs
+
+    guesses = [[evaluation.Guess("\x1b[31mred", 0.5), evaluation.Guess("\x9b2J\u202e", 0.25)]]
+    monkeypatch.setattr(runs, "load", lambda *_, **__: None)
+    monkeypatch.setattr(evaluation, "fill_text", lambda *_: guesses)
+    assert cli.main(["fill", "--workdir=run", "a\x1b]0;title\x07\n[MASK] naïve"]) == 0
+    out = capsys.readouterr().out
+    assert out == (
+        "a\\x1b]0;title\\x07\n[MASK] naïve\n  [MASK] 1: \\x1b[31mred 50.0%   \\x9b2J\\u202e 25.0%\n"
+    )
+    assert cli.main(["mask", "causal & \x1b[31mwindw(2)\n", "--length=4"]) == 2
+    message = capsys.readouterr().err
+    assert "\x1b" not in message and message.count("\n") == 1
 
 
 def test_a_mistake_is_told_before_any_device_starts(tmp_path):

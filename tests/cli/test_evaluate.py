@@ -1,10 +1,13 @@
 """`maskformer evaluate` and the corrections of a mistyped command line, as a user meets them."""
 
 import json
+import pathlib
+import re
 
 import pytest
 
 from maskformer import cli, report
+from maskformer.evaluation import measures
 from maskformer.training import comparison
 from tests.evaluation.conftest import corpus, load
 
@@ -53,6 +56,57 @@ def test_another_objective_by_flag_or_by_config(folders, capsys):
     assert code == 0 and json.loads(out)["predicted"] > 100
     code, _, err = run(capsys, "--workdir=mlm", "--objective=causl_lm")
     assert code == 2 and "causal_lm" in err and err.count("\n") == 1
+
+
+@pytest.fixture
+def guide(tmp_path):
+    """The recipe of `docs/evaluation.md` that adds a measure."""
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    (block,) = re.findall(r"```python\n(?=[^`]*@measures.builder)(.*?)```", text, re.DOTALL)
+    recipe = tmp_path / "my_measure.py"
+    recipe.write_text(block)
+    yield recipe
+    measures.MEASURES.pop("confident", None)
+
+
+def test_the_guides_measure_of_ones_own_is_a_metric_with_its_options_as_flags(
+    folders, load, guide, capsys, quick_compilation
+):
+    asked = ["--workdir=mlm", f"--config={guide}", "--metric=confident"]
+    code, out, err = run(capsys, *asked, "--above=0.02")
+    results = json.loads(out)
+    assert code == 0 and 0 < results["confident"] < 1 and f"confident: {results['confident']:.2%} are confident" in err
+    assert load("mlm").measure("confident", above=0.0)["confident"] == 1.0
+    code, _, err = run(capsys, "--workdir=mlm", f"--config={guide}", "--above=0.1")
+    assert code == 2 and "--above: belongs to --metric=confident, and only loss is asked for" in err
+    code, _, err = run(capsys, *asked, "--above=much")
+    assert code == 2 and "--above: invalid float value: 'much'" in err
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", f"--config={guide}", "--help"])
+    assert "confident: the share of predictions" in " ".join(capsys.readouterr().out.split())
+    del measures.MEASURES["confident"]
+    code, _, err = run(capsys, "--workdir=mlm", "--metric=confident")
+    assert code == 2 and "one that a recipe registers needs --config=RECIPE.py" in err and err.count("\n") == 1
+
+
+def test_an_option_that_is_a_flag_of_evaluate_itself_is_refused(tmp_path, capsys):
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(
+        "from typing import Annotated\nfrom maskformer.evaluation import measures\n\n\n@measures.builder()\n"
+        "def mine(run, split, *, json: Annotated[bool, 'as JSON'] = False):\n    return {}\n"
+    )
+    try:
+        code, _, err = run(capsys, "--workdir=mlm", f"--config={recipe}")
+        assert code == 2 and "measure 'mine': --json is a flag of evaluate itself" in err and err.count("\n") == 1
+    finally:
+        del measures.MEASURES["mine"]
+
+
+def test_special_tokens_are_left_out_by_flag(folders, load, capsys, quick_compilation):
+    """One flag for the two measures that have the option."""
+    code, out, _ = run(capsys, "--workdir=causal_lm", "--metric=nll", "--no-markers")
+    results = load("causal_lm").measure("nll", markers=False)
+    assert code == 0 and json.loads(out).items() >= results.items()
 
 
 @pytest.mark.parametrize(

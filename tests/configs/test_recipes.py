@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from configs.bert import SIZES
-from maskformer import objectives
+from maskformer import inspection
 from maskformer.training import load_config, objectives_section, resolve, runs, train_and_evaluate
 from tests.training.tiny import metric_lines, tiny_config, write_corpus
 
@@ -23,7 +23,7 @@ def test_a_recipe_resolves_at_every_size(recipe):
 def test_no_prediction_of_a_recipe_sees_its_answer(recipe):
     length = 64 if recipe == "ul2" else 32  # UL2's longest spans are 64 tokens
     setup = runs.prepare([f"--config=configs/{recipe}.py:tiny,seq={length},vocab=1024", "--config.model.width=32"])
-    report = objectives.check_leaks(setup.objective, setup.first_batch(2), model=setup.model, step=0)
+    report = inspection.check_leaks(setup.objective, setup.first_batch(2), model=setup.model, step=0)
     assert report.ok, str(report)
     assert report.predictions > 0 and report.responsive > 0.5
 
@@ -33,7 +33,7 @@ def test_nothing_leaks_after_a_swap_of_the_objective():
     batch = setup.first_batch(2)
     for step, source in ((0, 0), (10_000, 1)):
         assert (setup.objective(setup.objective_key, batch, step=step).source == source).all()
-    report = objectives.check_leaks(setup.objective, batch, model=setup.model, step=0)
+    report = inspection.check_leaks(setup.objective, batch, model=setup.model, step=0)
     assert report.ok and report.parts == ("mlm", "causal_lm"), str(report)
 
 
@@ -44,7 +44,7 @@ def test_the_second_network_of_electra_sees_only_what_the_masks_allow():
     def discriminate(tokens, corrupted, mask):
         return setup.model.discriminate(params, tokens, positions=corrupted.positions, mask=mask)[..., None]
 
-    report = objectives.check_leaks(setup.objective, setup.first_batch(1), apply=discriminate, rows=1)
+    report = inspection.check_leaks(setup.objective, setup.first_batch(1), apply=discriminate, rows=1)
     assert report.ok and report.responsive > 0.5, str(report)
 
 
@@ -72,6 +72,6 @@ def test_the_mask_report_counts_the_models_own_mask_too():
     shares = []
     for mask in ("everything", "causal"):
         setup = runs.prepare([*flags, f"--config.model.mask={mask}"])
-        report = objectives.mask_report(setup.objective, [setup.first_batch(2)], model=setup.model)
+        report = inspection.mask_report(setup.objective, [setup.first_batch(2)], model=setup.model)
         shares.append(report.attended_fraction)
     assert shares[1] < 0.6 * shares[0]

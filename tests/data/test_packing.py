@@ -111,3 +111,9 @@ def test_sentences_end_at_marks_but_not_after_titles_and_initials():
         "I.",
         "Am",
     ]
+
+
+def test_a_long_run_of_marks_takes_time_in_proportion_to_its_length():
+    # With the square of it, a megabyte of dots would not end today.
+    for marks in ("." * 1_000_000, "!?" * 500_000, "a." + "." * 1_000_000 + "b"):
+        assert list(split_sentences(marks)) == [marks]

@@ -1,12 +1,15 @@
 """Documents from TFDS and folders: the right ones in each split, and one-line errors that say what to do."""
 
 import json
+import logging
+import shutil
 
 import pytest
 import tensorflow_datasets as tfds
 
 from maskformer.data import DataConfig, DataError, prepare
-from maskformer.data.sources import _LONGEST_DOCUMENT, open_source
+from maskformer.data.folder import LONGEST_DOCUMENT
+from maskformer.data.sources import open_source
 
 
 def read(name, split="train", **fields):
@@ -46,6 +49,66 @@ def test_a_tfds_dataset_is_read_whole_with_its_splits_and_slices(lm1b):
     assert len(read("tfds:lm1b", "test", data_dir=str(lm1b))) == 5
 
 
+def test_splits_are_added_whole_or_in_slices(lm1b):
+    sizes = {"train+test": 605, "train[:2]+train[4:]": 598, "test+train[:10]": 15, "all": 605}
+    for split, size in sizes.items():
+        assert len(read("tfds:lm1b", data_dir=str(lm1b), train_split=split)) == size, split
+
+
+def test_the_bytes_of_a_split_are_those_of_its_records(lm1b):
+    source = open_source(DataConfig(name="tfds:lm1b", data_dir=str(lm1b)), "train")
+    assert source.text_bytes() == sum(len(text.encode()) for text in source.documents())
+
+
+def test_records_that_are_no_text_are_counted_and_said_once(lm1b, monkeypatch, caplog):
+    source = open_source(DataConfig(name="tfds:lm1b", data_dir=str(lm1b)), "test")
+    monkeypatch.setattr(source, "_texts", lambda: iter([b"caf\xe9", b"caf\xc3\xa9", "\ufffd".encode(), b"\xff\xff"]))
+    with caplog.at_level(logging.WARNING):
+        expected = ["caf\ufffd", "caf\u00e9", "\ufffd", "\ufffd" * 2]
+        assert list(source.documents()) == list(source.documents()) == expected
+    assert source.text_bytes() == 4 + 5 + 3 + 2
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == "dataset 'lm1b/1.1.0': 2 records are not UTF-8; what cannot be read is U+FFFD"
+
+
+@pytest.fixture(scope="module")
+def own(lm1b, tmp_path_factory):
+    """A prepared dataset that TFDS has no code for, as a group keeps its own."""
+    root = tmp_path_factory.mktemp("own")
+    folder = root / "mine" / "big" / "1.1.0"
+    shutil.copytree(lm1b / "lm1b" / "1.1.0", folder)
+    for file in folder.iterdir():
+        file.rename(file.with_name(file.name.replace("lm1b", "mine")))
+    info = json.loads((folder / "dataset_info.json").read_text())
+    (folder / "dataset_info.json").write_text(json.dumps({**info, "name": "mine", "configName": "big"}))
+    return root
+
+
+def test_a_dataset_of_ones_own_is_read_and_another_version_of_it_names_those_that_are_there(own):
+    assert len(read("tfds:mine/big:1.1.0", "test", data_dir=str(own))) == 5
+    for name in ("tfds:mine/big:9.9.9", "tfds:mine/small", "tfds:mine:1.0.0"):
+        with pytest.raises(DataError) as raised:
+            read(name, data_dir=str(own))
+        assert str(raised.value) == (
+            f"data.name={name!r}: no such version or configuration; prepared in {own}: tfds:mine/big:1.1.0"
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tfds:lm1b:9.9.9", "Dataset lm1b cannot be loaded at version 9.9.9, only: 1.1.0"),
+        ("tfds:lm1b/nope", "BuilderConfig nope not found with version 1.1.0$"),
+        ("tfds:lm1b:nope", "TFDS has 'lm1b', but not as 'lm1b:nope'; write tfds:lm1b, "),
+        ("tfds:lm1bb", "TFDS knows no such dataset; .* did you mean 'lm1b'"),
+    ],
+)
+def test_a_wrong_version_or_configuration_is_told_from_an_unknown_dataset(tmp_path, name, message):
+    with pytest.raises(DataError, match=message) as raised:
+        read(name, data_dir=str(tmp_path))
+    assert str(raised.value).startswith(f"data.name={name!r}: ") and "\n" not in str(raised.value)
+
+
 def test_builtin_schema_is_known_to_mocked_tfds(tmp_path):
     # The mock serves schemas, but neither splits nor batched reads: an unprepared dataset is what it stands for.
     with tfds.testing.mock_data(policy=tfds.testing.MockPolicy.USE_CODE):
@@ -60,6 +123,9 @@ def test_builtin_schema_is_known_to_mocked_tfds(tmp_path):
         (dict(text_key="body"), "data.text_key='body': the records of 'lm1b/1.1.0' have text"),
         (dict(train_split="trian"), "dataset 'lm1b/1.1.0' has no split 'trian': it has test, train"),
         (dict(train_split="train[:x%]"), "train\\[:x%\\]"),
+        (dict(train_split="train+tset"), "'tset' \\(in 'train\\+tset'\\): it has test, train; did you mean 'test'"),
+        (dict(train_split="train+"), "no split '' \\(in 'train\\+'\\)"),
+        (dict(train_split="train[:0]"), "split 'train\\[:0\\]': "),
     ],
 )
 def test_a_field_that_the_tfds_dataset_lacks_is_named(lm1b, fields, message):
@@ -104,6 +170,13 @@ def test_the_prepare_command_packs_and_prints_every_split(folder, cache, capsys)
     )
 
 
+@pytest.mark.parametrize("flag", ["--pack=maybe", "--length=long", "--sentinels=1.5"])
+def test_the_prepare_command_refuses_a_value_of_another_type(flag, capsys):
+    with pytest.raises(SystemExit) as raised:
+        prepare.main([flag])
+    assert raised.value.code == 2 and "invalid" in capsys.readouterr().err
+
+
 def test_files_set_apart_for_a_split_are_that_split(tmp_path):
     write_lines(tmp_path / "train-00.jsonl", ["a", "b"])
     write_lines(tmp_path / "train-01.jsonl", ["c"])
@@ -127,10 +200,10 @@ def test_documents_without_named_splits_are_shared_out_by_content(tmp_path):
 
 def test_a_text_file_longer_than_memory_should_hold_is_cut_between_lines(tmp_path):
     line = "x" * 99 + "\n"
-    (tmp_path / "train.txt").write_text(line * (2 * _LONGEST_DOCUMENT // 100))
+    (tmp_path / "train.txt").write_text(line * (2 * LONGEST_DOCUMENT // 100))
     found = read(tmp_path)
-    assert len(found) > 1 and "".join(found) == line * (2 * _LONGEST_DOCUMENT // 100)
-    assert all(len(text) <= _LONGEST_DOCUMENT and text.endswith("\n") for text in found)
+    assert len(found) > 1 and "".join(found) == line * (2 * LONGEST_DOCUMENT // 100)
+    assert all(len(text) <= LONGEST_DOCUMENT and text.endswith("\n") for text in found)
 
 
 def test_the_fingerprint_follows_content_and_not_time(tmp_path):

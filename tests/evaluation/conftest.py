@@ -3,8 +3,7 @@
 import jax
 import pytest
 
-from maskformer import data, models
-from maskformer.training import objectives_section, resolve, runs, sharding
+from maskformer.training import Program, objectives_section, resolve, runs, sharding
 from tests.training.tiny import tiny_config, write_corpus
 
 
@@ -24,14 +23,10 @@ def load(corpus):
             section, _, field = key.partition("__")
             config[section][field] = value
         experiment = resolve(config)
-        tokenizer = data.load_tokenizer(experiment.data)
-        model = models.create(experiment.create_model_config(tokenizer.vocabulary))
         size = devices * experiment.mesh.context
-        mesh = sharding.create_mesh(experiment.mesh, jax.devices()[:size])
-        rules, _ = sharding.create_rules(mesh, model.config)
-        params_at = sharding.param_shardings(mesh, model.logical_axes(), rules)
+        placed = Program(experiment).on(sharding.create_mesh(experiment.mesh, jax.devices()[:size]))
         # Larger than a fresh model's, so that what it says depends on what it reads.
-        params = jax.tree.map(lambda leaf: 2.0 * leaf, model.init(jax.random.key(0)))
-        return runs.Run(experiment, tokenizer, model, mesh, rules, jax.device_put(params, params_at), params_at, 0)
+        params = jax.tree.map(lambda leaf: 2.0 * leaf, placed.program.model.init(jax.random.key(0)))
+        return runs.Run(placed, jax.device_put(params, placed.params_at), 0)
 
     return on

@@ -85,3 +85,19 @@ def test_another_objective_and_an_empty_split_are_errors():
         create_nll_step(bigram, objectives.create("mlm", VOCABULARY, 8))
     with pytest.raises(ValueError, match="counted no token"):
         finish_nll({"nats": np.zeros(2)})
+
+
+def test_what_predicted_the_next_token_can_be_run_as_a_causal_model():
+    vocabulary = objectives.Vocabulary(size=20, pad=0, cls=1, sep=2, mask=3, special=(4, 5, 6))
+
+    def made(name, **options):
+        return objectives.create(name, vocabulary, 8, **options)
+
+    causal = made("causal_lm", shift="right")
+    assert causal.as_causal() is causal
+    for name in ("prefix_lm", "fim"):
+        assert made(name).as_causal().shift == "next" and made(name).as_causal().name == "causal_lm"
+    mixed = objectives.mixture([made("mlm"), made("prefix_lm")])
+    assert mixed.as_causal().name == "causal_lm" and mixed.predicts_next
+    for none in (made("mlm"), made("diffusion"), objectives.mixture([made("mlm"), made("diffusion")])):
+        assert none.as_causal() is None and not none.predicts_next

@@ -100,19 +100,27 @@ def test_diffusion_is_evaluated_by_its_own_loss_and_has_no_perplexity():
     used = weights > 0
     assert 0 < used.sum() < 13 and weights.max() > 1
     exact = logits.astype(np.float64)
-    plain = (
-        special.logsumexp(exact, axis=-1)
-        - np.take_along_axis(exact, np.asarray(corrupted.target_tokens)[..., None], -1)[..., 0]
-    )
     exact[..., 3] = -np.inf  # the mask token is no answer
     own = (
         special.logsumexp(exact, axis=-1)
         - np.take_along_axis(exact, np.asarray(corrupted.target_tokens)[..., None], -1)[..., 0]
     )
     assert found["loss"] == pytest.approx((own * weights).sum() / 13, rel=1e-5)  # 13 tokens, hidden or not
-    assert found["token_loss"] == pytest.approx(plain[used].mean(), rel=1e-5)
+    assert found["token_loss"] == pytest.approx(own[used].mean(), rel=1e-5)
     assert found["unigram_loss"] == pytest.approx(np.log(11) * weights.sum() / 13, rel=1e-5)
     assert found["predicted"] == used.sum() and not {"perplexity", "loss_mask"} & found.keys()
+
+
+def test_accuracies_are_of_the_logits_that_the_loss_is_of():
+    """[MASK] is no answer under diffusion, however large its logit: it takes no place among the first five either."""
+    objective, corrupted, logits = corrupted_by("diffusion", key=1)
+    logits[..., 3] = 100.0
+    targets, weights = np.asarray(corrupted.target_tokens), np.asarray(corrupted.loss_weights)
+    allowed = np.where(np.arange(11) == 3, -np.inf, logits)
+    rank = (allowed > np.take_along_axis(allowed, targets[..., None], -1)).sum(-1)
+    found = finish(objective_sums(objective, logits, corrupted))
+    assert 0 < found["accuracy_top5"] == pytest.approx(((rank < 5) * weights).sum() / weights.sum(), rel=1e-5)
+    assert found["accuracy"] == pytest.approx(((rank < 1) * weights).sum() / weights.sum(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mlm", "causal_lm", "prefix_lm"])

@@ -86,3 +86,22 @@ def test_a_limit_on_training_rows_does_not_change_the_bytes_of_a_token(corpus):
     limited = evaluation.split_bytes(dataclasses.replace(config, max_rows=1), "train", tokenizer)
     whole = evaluation.split_bytes(config, "train", tokenizer)
     assert (limited.text, limited.decoded) == (whole.text, whole.decoded)
+
+
+@pytest.mark.parametrize("letters", ["漢字中國", "привет", "0123", "+-=~"])
+def test_a_vocabulary_without_a_latin_letter_has_bytes(tmp_path, letters):
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]) + "\n", encoding="utf-8")
+    tokenizer = data.load_tokenizer(data.DataConfig(tokenizer=str(path), lowercase=False))
+    table = evaluation.token_bytes(tokenizer)
+    assert table[0].tolist() == [0] * 5 + [len(c.encode()) for c in letters]
+    if letters.isalnum():
+        assert table[1].tolist() == [0] * 5 + [len(c.encode()) + 1 for c in letters]  # this decoder writes a space
+
+
+def test_a_split_has_the_bytes_before_newlines_are_translated(tmp_path):
+    written = "a lady\r\n" * 50
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.txt").write_bytes(written.encode())
+    config, tokenizer, _ = load(tmp_path, "bpe")
+    assert evaluation.split_bytes(config, "test", tokenizer).text == len(written)

@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -9,11 +10,13 @@ import pytest
 from launch import local
 
 
-def start(script, *options, processes=2, folder):
+def start(script, *options, processes=2, folder, shell=None):
+    """Starts it; `shell` is a shell's command line, in which `$0` is the script to run with Python."""
     path = folder / "script.py"
     path.write_text(textwrap.dedent(script))
+    command = ["python", str(path)] if shell is None else ["bash", "-c", shell, str(path)]
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.local", "--processes", str(processes), *options, "--", "python", str(path)],
+        [sys.executable, "-m", "launch.local", "--processes", str(processes), *options, "--", *command],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -90,6 +93,103 @@ def test_a_signal_reaches_every_process_and_ends_the_requeueing(number, tmp_path
     assert sorted(out.splitlines()) == [f"[{i}] got {number.value}" for i in range(2)]
 
 
+def lines_of(launcher, word, count):
+    """Reads the output until `count` lines hold the word; returns those."""
+    found = []
+    while len(found) < count:
+        line = launcher.stdout.readline()
+        assert line, f"the output ended after {found}"
+        found += [line] if word in line else []
+    return found
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # A zombie that nobody has buried yet runs no more.
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
+    return bool(state) and not state.startswith("Z")
+
+
+@pytest.mark.parametrize("shell", [None, "python $0; true", "python $0 & wait"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_the_processes_and_their_children_end_with_the_launcher(shell, number, tmp_path):
+    script = """
+        import os, signal, time
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print("pid", os.getpid(), os.getppid(), flush=True)
+        time.sleep(600)
+    """
+    launcher = start(script, folder=tmp_path, shell=shell)
+    pids = {int(pid) for line in lines_of(launcher, "pid", 2) for pid in line.split()[-2:]} - {launcher.pid}
+    launcher.send_signal(number)
+    launcher.wait()
+    deadline = time.monotonic() + 20
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not [pid for pid in pids if alive(pid)]
+
+
+SAVES = """
+    import os, signal, sys, time
+    def stop(number, frame):
+        time.sleep(0.3)
+        print("saved", flush=True)
+        os._exit(130 if number == signal.SIGINT else 75)
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_command_behind_a_shell_may_save(number, code, tmp_path):
+    launcher = start(SAVES, processes=1, folder=tmp_path, shell="python $0; exit $?")
+    lines_of(launcher, "ready", 1)
+    launcher.send_signal(number)
+    ended, out = finish(launcher)
+    assert (ended, out) == (code, "[0] saved\n")  # 143: the shell itself ends by SIGTERM
+
+
+def test_after_a_sigint_the_others_may_save_and_nothing_is_started_again(tmp_path):
+    launcher = start(SAVES, "--requeue", "5", folder=tmp_path)
+    lines_of(launcher, "ready", 2)
+    launcher.send_signal(signal.SIGINT)
+    code, out = finish(launcher)
+    assert (code, sorted(out.splitlines())) == (130, ["[0] saved", "[1] saved"])
+
+
+def test_exit_code_130_of_one_process_is_not_requeued(tmp_path):
+    # Its own SIGINT, not ours; the other only heard that the run stops, and came first.
+    script = """
+        import os, sys, time
+        print("run", flush=True)
+        if os.environ["JAX_PROCESS_ID"] == "0":
+            sys.exit(75)
+        time.sleep(0.3)
+        sys.exit(130)
+    """
+    code, out = finish(start(script, "--requeue", "5", folder=tmp_path))
+    assert (code, out.count("run")) == (130, 2)
+
+
+def test_the_runs_of_a_sweep_follow_one_another_and_each_gets_its_index(tmp_path):
+    script = "import sys; print(sys.argv[1:]); sys.exit(3 if '--sweep-index=2' in sys.argv else 0)"
+    code, out = finish(start(script, "--array", "0-4:2", processes=1, folder=tmp_path))
+    assert code == 3
+    assert out.splitlines() == [f"[0] ['--sweep-index={index}']" for index in (0, 2, 4)]
+
+
+def test_every_argument_reaches_the_program_as_it_was_written(capfd):
+    words = ["", "a b", "--", "--port", "a\nb", "$HOME", "'\"\\"]
+    flags = ["--processes", "1", "--", sys.executable, "-c", "import sys; print(ascii(sys.argv[1:]))"]
+    assert local.main([*flags, *words]) == 0
+    assert capfd.readouterr().out == f"[0] {words!a}\n"
+
+
 def test_exit_code_75_starts_again_up_to_the_limit(tmp_path):
     marks = tmp_path / "marks"
     script = f"""
@@ -127,7 +227,40 @@ def test_an_unknown_command_is_one_line_and_code_127(capsys):
     assert capsys.readouterr().err == "error: 'no-such-program' was not found: is it installed, and on PATH?\n"
 
 
-def test_zero_processes_are_refused(capsys):
+def test_a_command_that_is_no_program_is_one_line_and_code_126(tmp_path, capsys):
+    (tmp_path / "data").write_text("not a program")
+    for path, reason in ((tmp_path, "Permission denied"), (tmp_path / "data", "Permission denied")):
+        assert local.main(["--processes", "2", "--", str(path)]) == 126
+        assert capsys.readouterr().err == f"error: '{path}' cannot be run here: {reason}\n"
+    (tmp_path / "data").chmod(0o755)
+    assert local.main(["--processes", "2", "--", str(tmp_path / "data")]) == 126
+    assert "cannot be run here: Exec format error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--processes", "0"], "--processes 0: expected at least 1"),
+        (["--processes", "\u0662"], "--processes '\u0662': expected a whole number"),
+        (["--processes", "1.5"], "--processes '1.5': expected a whole number"),
+        (["--devices-per-process", "-1"], "--devices-per-process -1: expected at least 1"),
+        (["--port", "0"], "--port 0: expected at least 1"),
+        (["--port", "65536"], "--port 65536: expected at most 65535"),
+        (["--requeue", "-1"], "--requeue/--restart-on-75 -1: expected at least 0"),
+        (["--grace", "nan"], "--grace 'nan': expected seconds, at least 0"),
+        (["--grace", "-1"], "--grace '-1': expected seconds, at least 0"),
+        (["--array", "7-0"], "--array '7-0': expected ranges that count upwards; did you mean 0-7?"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_code_2(flags, message, capsys):
     with pytest.raises(SystemExit, match="2"):
-        local.main(["--processes", "0", "--", "true"])
-    assert "--processes 0: expected at least 1" in capsys.readouterr().err
+        local.main(["--processes", "2", *flags, "--", "true"])
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize("command", [[], [""], ["true", "{index}"], ["true", "a\0b"]])
+def test_a_command_that_cannot_be_run_is_one_line_and_code_2(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        local.main(["--processes", "2", "--", *command])
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1

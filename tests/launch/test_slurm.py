@@ -5,51 +5,63 @@ import sys
 import pytest
 
 from launch import slurm
+from launch.job import Job, Sweep
 
 TRAIN = ["maskformer", "train", "--config=configs/bert.py:tiny", "--workdir=runs/x"]
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+def render(command=TRAIN, *, processes=1, max_requeues=100, signal_lead=120, array=None, time="60", **options):
+    """The file for a job with those fields."""
+    sweep = None if array is None else Sweep.parse(array)
+    return slurm.render(Job(command, processes, max_requeues, signal_lead, sweep), time=time, **options)
+
+
 def arguments_seen_by_srun(script, tmp_path, task="3"):
     """Runs the file under bash with an `srun` that records its arguments, as the shell hands them over."""
     fake = tmp_path / "srun"
-    fake.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/seen\n')
+    fake.write_text(f'#!/bin/bash\nprintf "%s\\0" "$@" > {tmp_path}/seen\n')
     fake.chmod(0o755)
     environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": task}
     subprocess.run(["bash"], input=script, text=True, env=environ, check=True)
-    return (tmp_path / "seen").read_text().splitlines()
+    return (tmp_path / "seen").read_text().split("\0")[:-1]
 
 
 @pytest.mark.parametrize(
-    "word", ["a b", "it's", '"$HOME"', "`id`", "a;b", "--config.model.mask=causal & (window(4) | sinks(2))", "*", "\\"]
-)
-def test_every_argument_reaches_the_program_as_it_was_written(word, tmp_path):
-    seen = arguments_seen_by_srun(slurm.render(["program", word], bin_dir=str(tmp_path)), tmp_path)
-    assert seen[-2:] == ["program", word]
+    "word",
+    [
+        "a b", "it's", '"$HOME"', "`id`", "a;b", "--config.model.mask=causal & (window(4) | sinks(2))", "*", "\\",
+        "", "--", "a\nb", "\n#SBATCH --uid=0", "\u0667",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("array", [None, "0-7"])
+def test_every_argument_reaches_the_program_as_it_was_written(word, array, tmp_path):
+    script = render(["program", word, "{index}" if array else "3"], array=array, bin_dir=str(tmp_path))
+    assert arguments_seen_by_srun(script, tmp_path)[-3:] == ["program", word, "3"]
 
 
 def test_an_array_adds_the_sweep_index_to_the_command(tmp_path):
-    seen = arguments_seen_by_srun(slurm.render(TRAIN, array="0-7", bin_dir=str(tmp_path)), tmp_path)
+    seen = arguments_seen_by_srun(render(array="0-7", bin_dir=str(tmp_path)), tmp_path)
     assert seen[-5:] == [*TRAIN, "--sweep-index=3"]
 
 
 def test_a_command_may_place_the_index_itself(tmp_path):
     command = ["python", "train it.py", "--seed={index}", "--out=a 'b' {index}/{index}"]
-    seen = arguments_seen_by_srun(slurm.render(command, array="0-7", bin_dir=str(tmp_path)), tmp_path)
+    seen = arguments_seen_by_srun(render(command, array="0-7", bin_dir=str(tmp_path)), tmp_path)
     assert seen[-4:] == ["python", "train it.py", "--seed=3", "--out=a 'b' 3/3"]
 
 
 def test_every_field_reaches_its_sbatch_option():
-    script = slurm.render(
-        TRAIN, name="bert", nodes=2, tasks_per_node=4, time="8:00:00", cpus_per_task=8, gpus_per_node=4,
+    script = render(
+        TRAIN, name="bert", nodes=2, processes=8, time="8:00:00", cpus_per_task=8, gpus_per_node=4,
         partition="gpu", array="0-7%2", signal_lead=300, max_requeues=5, logs="logs", setup=["module load cuda"],
-        extra=["--account=lab", "--comment=a b"],
+        extra=["--account=lab", '--comment=a "b" #c'],
     )  # fmt: skip
     options = {line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")}
     assert options == {
         "--job-name=bert", "--nodes=2", "--ntasks-per-node=4", "--time=8:00:00", "--cpus-per-task=8",
         "--gpus-per-node=4", "--partition=gpu", "--array=0-7%2", "--signal=TERM@300", "--requeue",
-        "--open-mode=append", "--output=logs/bert-%A_%a.log", "--account=lab", "--comment=a b",
+        "--open-mode=append", "--output=logs/bert-%A_%a.log", "--account=lab", r'--comment="a \"b\" \#c"',
     }  # fmt: skip
     lines = script.splitlines()
     assert lines.index("module load cuda") < next(i for i, line in enumerate(lines) if line.startswith("srun"))
@@ -69,13 +81,43 @@ def test_every_field_reaches_its_sbatch_option():
         ({"extra": ["account=x"]}, "--sbatch-extra 'account=x': expected --option=value"),
         ({"extra": ["--a=x\nrm"]}, "--sbatch-extra"),
         ({"command": []}, "the command is empty"),
+        ({"command": ["", "x"]}, "the name of a program first"),
+        ({"command": ["x", "a\0b"]}, "no NUL character"),
+        ({"array": "7-0"}, "--array '7-0': expected ranges that count upwards; did you mean 0-7?"),
+        ({"array": "0-7:0"}, "--array '0-7:0': expected a step of at least 1"),
+        ({"array": "0-7%0"}, "--array '0-7%0': expected at least one run at a time"),
+        ({"array": "0-4000001"}, "--array '0-4000001': expected numbers of at most 4000000"),
+        ({"array": "\u0660-\u0667"}, "expected for example 0-7"),
+        ({"array": "0-" + "7" * 5000}, "expected for example 0-7"),
+        ({"time": "\u0666\u0660"}, "expected minutes, H:M:S"),
+        ({"time": "60\n"}, "--time '60\\n': expected minutes"),
+        ({"time": "0"}, "--time '0': expected more than nothing"),
+        ({"time": "999999999"}, "at most ten years"),
+        ({"time": "9" * 5000}, "expected minutes, H:M:S"),
+        ({"time": "2-0", "signal_lead": 65536}, "--signal-lead 65536: expected 1 to 65535 s"),
+        ({"signal_lead": 1.5}, "--signal-lead 1.5: expected 1 to 3599 s"),
+        ({"signal_lead": float("nan")}, "--lead nan: expected seconds"),
+        ({"max_requeues": -1}, "--requeue -1: expected at least 0"),
+        ({"processes": 0}, "--processes 0: expected at least 1"),
+        ({"processes": 3, "nodes": 2}, "--nodes 2: expected a divisor of the job's 3 processes"),
+        ({"cpus_per_task": -1}, "--cpus-per-task -1: expected at least 1"),
+        ({"gpus_per_node": 0}, "--gpus-per-node 0: expected at least 1"),
+        ({"name": "\u0645"}, "--name"),
+        ({"name": ""}, "--name ''"),
+        ({"name": "x" * 300}, "--name"),
+        ({"partition": "a b"}, "--partition 'a b'"),
+        ({"logs": "\u0645"}, "--logs"),
+        ({"setup": ["a\0b"]}, "--setup"),
+        ({"extra": ["--a=x\ry"]}, "--sbatch-extra"),
+        ({"extra": ["--array=0-7"]}, "--sbatch-extra '--array=0-7': expected an option that this file does not set"),
+        ({"extra": ["--signal=B:INT@9"]}, "an option that this file does not set"),
         ({"command": ["run", "{index}"]}, "{index} needs --array"),
     ],
 )
 def test_what_slurm_would_misread_is_refused_by_name(change, message):
     with pytest.raises(ValueError) as error:
-        slurm.render(**({"command": TRAIN} | change))
-    assert message in str(error.value)
+        render(**change)
+    assert message in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize(
@@ -91,7 +133,7 @@ def test_the_command_line_prints_or_writes_the_same_file(tmp_path, capsys):
     assert slurm.main(flags) == 0
     printed = capsys.readouterr().out
     assert slurm.main(["--output", str(tmp_path / "job.sh"), *flags]) == 0
-    assert (tmp_path / "job.sh").read_text() == printed == slurm.render(
+    assert (tmp_path / "job.sh").read_text() == printed == render(
         TRAIN, time="30", array="0-1", extra=["--account=x"]
     )
 
@@ -99,6 +141,44 @@ def test_the_command_line_prints_or_writes_the_same_file(tmp_path, capsys):
 def test_an_error_is_one_line_and_code_2(capsys):
     assert slurm.main(["--time", "soon", "--", "true"]) == 2
     assert capsys.readouterr().err.startswith("error: --time 'soon'")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--array", "7-0"], "--array '7-0': expected ranges that count upwards; did you mean 0-7?"),
+        (["--array", "\u0660-\u0667"], "--array '\u0660-\u0667': expected for example 0-7, 1,3,5 or 0-99%4"),
+        (["--nodes", "\u0662"], "--nodes '\u0662': expected a whole number"),
+        (["--nodes", "1_0"], "--nodes '1_0': expected a whole number"),
+        (["--tasks-per-node", "0"], "--tasks-per-node 0: expected at least 1"),
+        (["--cpus-per-task", "9" * 5000], "--cpus-per-task '" + "9" * 119 + ": expected a whole number"),
+        (["--max-requeues", "-1"], "--max-requeues -1: expected at least 0"),
+        (["--signal-lead", "inf"], "--signal-lead 'inf': expected seconds, at least 0"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_code_2(flags, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        slurm.main(["--time", "60", *flags, "--", "true"])
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (75, True), (130, False), (143, False)])
+def test_only_exit_code_75_is_requeued(code, requeued, tmp_path):
+    for name, text in (("srun", f"exit {code}"), ("scontrol", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(
+        ["bash"], input=render(bin_dir=str(tmp_path)), text=True, env=environ, stdout=subprocess.PIPE
+    )
+    assert done.returncode == code
+    assert ("requeue 7" in done.stdout.splitlines()) == requeued
+
+
+def test_bytes_that_are_not_text_reach_the_file_as_they_are(tmp_path):
+    word = b"caf\xe9".decode("utf-8", "surrogateescape")
+    assert slurm.main(["--time", "30", "--output", str(tmp_path / "job.sh"), "--", "prog", word]) == 0
+    assert b"caf\xe9" in (tmp_path / "job.sh").read_bytes()
 
 
 # From here on against a real Slurm of one node; skipped where none can be started.
@@ -114,7 +194,7 @@ def submit(slurm_cluster, tmp_path, monkeypatch):
     def run(source, arguments=(), before_the_end=lambda job: None, timeout=120, **options):
         (tmp_path / "script.py").write_text(source)
         options = {"time": "5", "logs": str(tmp_path / "logs")} | options
-        script = slurm.render([sys.executable, str(tmp_path / "script.py"), *arguments], **options)
+        script = render([sys.executable, str(tmp_path / "script.py"), *arguments], **options)
         job = slurm.submit(script, options["logs"])
         before_the_end(job)
         slurm_cluster.wait(job, timeout)
@@ -135,7 +215,7 @@ everyone = multihost_utils.process_allgather(np.array([jax.process_index() + 1])
 with open(f"joined-{{jax.process_index()}}", "w") as file:  # not stdout, where gloo's own lines may run into ours
     file.write(f"{{jax.process_count()}} {{int(everyone.sum())}}")
 """
-    job, logs = submit(source, tasks_per_node=2, setup=["export JAX_PLATFORMS=cpu"])
+    job, logs = submit(source, processes=2, setup=["export JAX_PLATFORMS=cpu"])
     answers = {path.name: path.read_text() for path in tmp_path.glob("joined-*")}
     assert answers == {"joined-0": "2 3", "joined-1": "2 3"}, logs[f"maskformer-{job}"]
 
@@ -172,7 +252,7 @@ def test_slurm_requeues_a_job_that_saved_on_sigterm(submit, slurm_cluster, tmp_p
         slurm_cluster.until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "the tasks did not start")
         slurm_cluster.call("scancel", "--signal=TERM", job)
 
-    job, logs = submit(PREEMPTED_ONCE, tasks_per_node=2, before_the_end=terminate)
+    job, logs = submit(PREEMPTED_ONCE, processes=2, before_the_end=terminate)
     assert events(logs[f"maskformer-{job}"]) == EVENTS
     assert slurm_cluster.field(job, "Restarts") == "1"
     assert slurm_cluster.field(job, "JobState") == "COMPLETED"
@@ -209,6 +289,6 @@ def test_slurm_does_not_requeue_a_cancelled_job(submit, slurm_cluster, tmp_path)
 
 @pytest.mark.slow
 def test_slurm_signals_ahead_of_the_time_limit(submit, slurm_cluster):
-    job, logs = submit(PREEMPTED_ONCE, tasks_per_node=2, time="1", signal_lead=50)
+    job, logs = submit(PREEMPTED_ONCE, processes=2, time="1", signal_lead=50)
     assert events(logs[f"maskformer-{job}"]) == EVENTS
     assert slurm_cluster.field(job, "JobState") == "COMPLETED"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from maskformer import masks, models
+from maskformer.models.electra import ElectraConfig
 
 STILL = dict(hidden_dropout=0.0, attention_dropout=0.0)
 TINY = models.EncoderConfig(vocab_size=23, max_length=12, layers=2, width=32, heads=2, embedding_width=12, **STILL)
@@ -18,7 +19,7 @@ TOKENS = jax.random.randint(jax.random.key(7), (2, 12), 0, 23)
 
 def pair_config(discriminator=TINY, **generator):
     shape = models.GeneratorConfig(**generator)
-    return models.ElectraConfig(discriminator, shape.encoder(discriminator), shape.share_embeddings)
+    return ElectraConfig(discriminator, shape.encoder(discriminator), shape.share_embeddings)
 
 
 @functools.cache
@@ -117,9 +118,9 @@ def test_factorised_embeddings_are_the_product_of_table_and_projection():
     [
         (lambda: models.GeneratorConfig(width=2.0), r"model.generator.width=2.0: expected a share .* \(0, 1\]"),
         (lambda: pair_config(heads=3), "model.generator: model.heads=3: does not divide"),
-        (lambda: models.ElectraConfig(TINY, dataclasses.replace(TINY, vocab_size=9)), "generator.vocab_size=9: both"),
-        (lambda: models.ElectraConfig(TINY, dataclasses.replace(TINY, embedding_width=None)), "embedding_width=32"),
-        (lambda: models.ElectraConfig(TINY, dataclasses.replace(TINY, positions="rotary")), "positions='rotary'"),
+        (lambda: ElectraConfig(TINY, dataclasses.replace(TINY, vocab_size=9)), "generator.vocab_size=9: both"),
+        (lambda: ElectraConfig(TINY, dataclasses.replace(TINY, embedding_width=None)), "embedding_width=32"),
+        (lambda: ElectraConfig(TINY, dataclasses.replace(TINY, positions="rotary")), "positions='rotary'"),
         (lambda: dataclasses.replace(TINY, head_transform=False), "model.embedding_width=12: tied embeddings need"),
     ],
 )

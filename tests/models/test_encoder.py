@@ -11,7 +11,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from maskformer import masks, models
-from maskformer.models import layers
+from maskformer.models import electra, layers
 
 TINY = models.EncoderConfig(
     vocab_size=23, max_length=12, layers=3, width=16, heads=4, hidden_dropout=0.0, attention_dropout=0.0
@@ -78,6 +78,15 @@ def test_each_layer_of_a_pattern_has_its_own_mask():
     )
     np.testing.assert_array_equal(reached, second @ first > 0)
     assert (second @ first > 0).tolist() != (first @ second > 0).tolist()
+
+
+def test_a_model_says_what_each_of_its_layers_attends_under():
+    model = models.create(dataclasses.replace(TINY, mask=("causal", "everything"), layers=3))
+    called = masks.sliding_window(2)
+    assert model.layer_masks(called, None) == (called & masks.causal(), called, called & masks.causal())
+    assert model.layer_masks(None, None) == (masks.causal(), None, masks.causal())
+    config = electra.ElectraConfig(model.config, dataclasses.replace(model.config, mask="causal", layers=1))
+    assert models.create(config).layer_masks(None, None) == (masks.causal(),)
 
 
 def test_the_masks_of_config_and_call_are_both_obeyed():

@@ -17,6 +17,7 @@ from scipy import stats
 
 from maskformer import objectives
 from maskformer.objectives import schedules
+from maskformer.objectives.electra import Discrimination
 from tests.objectives.examples import make_batch, make_vocabulary
 from tests.objectives.test_mlm import corrupt
 
@@ -51,10 +52,10 @@ def test_a_sample_that_equals_the_original_counts_as_real():
     key = jax.random.key(0)
     out = objective(key, batch)
     right = jax.nn.one_hot(out.target_tokens, VOCABULARY.size) * 1e4
-    perfect = objective.discriminate(key, batch, out, right)
+    perfect = objective.discriminate(objective.row_keys(key, batch), batch["tokens"], out, right)
     assert (perfect.labels == 0).all() and (perfect.input_tokens == batch["tokens"]).all()
     wrong = jax.nn.one_hot(jnp.full_like(out.target_tokens, VOCABULARY.unk), VOCABULARY.size) * 1e4
-    fooled = objective.discriminate(key, batch, out, wrong)
+    fooled = objective.discriminate(objective.row_keys(key, batch), batch["tokens"], out, wrong)
     assert (fooled.labels == out.selected).all()
     assert (np.asarray(fooled.input_tokens)[np.asarray(out.selected)] == VOCABULARY.unk).all()
     assert (fooled.loss_weights == (batch["segment_ids"] > 0)).all()
@@ -67,18 +68,20 @@ def test_the_generators_samples_follow_its_softmax_and_are_stateless():
     key = jax.random.key(0)
     out = objective(key, batch)
     logits = jnp.full((rows, objective.budget, VOCABULARY.size), -1e4).at[..., 20:24].set(jnp.log(jnp.arange(1.0, 5.0)))
-    filled = np.asarray(objective.discriminate(key, batch, out, logits).input_tokens)
+    keys = objective.row_keys(key, batch)
+    filled = np.asarray(objective.discriminate(keys, batch["tokens"], out, logits).input_tokens)
     drawn = np.bincount(filled[np.asarray(out.selected)], minlength=80)[20:24]
     assert stats.chisquare(drawn, np.arange(1, 5) / 10 * drawn.sum()).pvalue > 1e-3
     part = {name: value[5:9] for name, value in batch.items()}
-    again = objective.discriminate(key, part, jax.tree.map(lambda x: x[5:9], out), logits[5:9])
+    keys = objective.row_keys(key, part)
+    again = objective.discriminate(keys, part["tokens"], jax.tree.map(lambda x: x[5:9], out), logits[5:9])
     assert (again.input_tokens == filled[5:9]).all()
 
 
 def test_discriminator_loss_is_binary_cross_entropy_over_real_tokens():
     objective = objectives.create("electra", VOCABULARY, 4)
     logits = jnp.array([[0.5, -1.0, 2.0, jnp.nan]])
-    asked = objectives.Discrimination(jnp.zeros((1, 4), int), jnp.array([[1.0, 0, 0, 0]]), jnp.array([[1.0, 1, 1, 0]]))
+    asked = Discrimination(jnp.zeros((1, 4), int), jnp.array([[1.0, 0, 0, 0]]), jnp.array([[1.0, 1, 1, 0]]))
     loss, weight = objective.discriminator_loss(logits, asked)
     p = 1 / (1 + np.exp(-np.array([0.5, -1.0, 2.0])))
     assert float(loss) == pytest.approx(-np.log(p[0]) - np.log(1 - p[1]) - np.log(1 - p[2]), rel=1e-5)

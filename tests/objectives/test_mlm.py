@@ -106,6 +106,38 @@ def test_whole_words_are_hidden_together_or_not_at_all():
                 assert len(set(out.selected[row, word])) == 1
 
 
+@pytest.mark.parametrize("compat", ["hf", "roberta"])
+def test_a_word_is_hidden_as_often_as_any_other_however_long_it_is(compat):
+    # One word of 50 pieces, longer than most rows' share, among short ones: all of its pieces or none.
+    rows, length = 3000, 64
+    batch = make_batch(rows, length, words=1.0)
+    batch["word_starts"][:, 8:57] = False
+    objective = objectives.create("mlm", VOCABULARY, length, rate=0.15, compat=compat, whole_word=True)
+    out = corrupt(objective, batch)
+    long = out.selected[:, 7:57]
+    assert (long.all(axis=1) == long.any(axis=1)).all()
+    # roberta counts markers as words, and the same share of all words of a row.
+    deviation = np.sqrt(0.15 * 0.85 / rows)
+    assert abs(long[:, 0].mean() - 0.15) < 4 * deviation
+    assert abs(out.selected[:, 57:63].mean() - 0.15) < 4 * deviation
+    assert (out.loss_weights.sum(axis=1) == out.selected.sum(axis=1)).all(), "all that is hidden is predicted"
+
+
+@pytest.mark.parametrize("compat", ["hf", "roberta"])
+def test_fewer_slots_pass_over_whole_words_at_random_and_not_those_at_the_end(compat):
+    batch = make_batch(2000, 64, words=0.5)
+    objective = objectives.create(
+        "mlm", VOCABULARY, 64, rate=0.5, compat=compat, whole_word=True, max_predictions=12
+    )
+    out = corrupt(objective, batch)
+    assert objective.budget == 12 and out.selected.sum(axis=1).max() == 12
+    for row in range(50):
+        for word in reference_words(batch, row):
+            assert len(set(out.selected[row, word])) == 1
+    first, last = out.selected[:, 2:20].mean(), out.selected[:, 44:62].mean()
+    assert abs(first - last) < 0.02
+
+
 def test_whole_word_bert_passes_over_a_word_that_would_overshoot_and_goes_on():
     """Against the loop over a shuffled list, replayed with the same order for every row."""
     from maskformer.objectives.units import take_in_random_order, units_from_starts

@@ -1,5 +1,7 @@
 """Spans, n-grams, lexicons, weighted and Bernoulli selection, separate rates, schedules: against plain loops."""
 
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -372,3 +374,70 @@ def test_a_token_is_hidden_in_proportion_to_its_running_loss():
 def test_a_running_loss_is_refused_where_it_means_nothing(params, message):
     with pytest.raises(ValueError, match=message):
         objectives.create("conditional_mlm", VOCABULARY, 32, **params)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"10 11\n12 x\n", r"lexicon.txt:2: entry \['12', 'x'\]: expected ids, which are whole numbers"),
+        (b"10 11\n\n12\n", r"lexicon.txt:3: entry \(12,\): expected at least 2 ids"),
+        (b"10 -1\n", r"lexicon.txt:1: entry \(10, -1\): expected ids from 0"),
+        (b"10 4294967296\n", r"lexicon.txt:1: entry .* expected ids from 0 to 2\*\*31 - 1"),
+        (b"10 " + b"1" * 5000, r"lexicon.txt:1: entry .* expected ids, which are whole numbers"),
+        (b"10 11\n\xff\xff\n", r"lexicon.txt:2: not UTF-8"),
+        (b"\n", r"it is empty; write the ids of one entry on each line"),
+    ],
+)
+def test_a_damaged_lexicon_names_file_and_line(tmp_path, content, message):
+    path = tmp_path / "lexicon.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        lexicon.Lexicon.read(str(path))
+    assert str(raised.value).startswith(f"lexicon file '{path}': ") and "\n" not in str(raised.value)
+
+
+def test_a_lexicon_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "lexicon.txt").write_bytes("10 11\r\n12 13 14\r\n".encode("utf-8-sig"))
+    assert lexicon.Lexicon.read(str(tmp_path / "lexicon.txt")).longest == 3
+
+
+@pytest.mark.parametrize("ngrams", ["1 2", 5, [1, 2], [["a", "b"]], [[1, 2**40]]])
+def test_what_is_no_list_of_ngrams_is_a_one_line_error(ngrams):
+    with pytest.raises(ValueError, match="expected .*ids"):
+        lexicon.Lexicon(ngrams)
+
+
+def _npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def _npz(array):
+    file = io.BytesIO()
+    np.savez(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected a .npy file"),
+        (b"text", "expected a .npy file"),
+        (_npy(np.ones(64))[:-8], "expected a .npy file"),
+        (_npy(np.ones(64)).replace(b"(64,)", b"(6**4)"), "expected a .npy file"),
+        (_npy(np.ones(64)).replace(b"(64,), }       ", b"(9999999999,),}"), "expected a .npy file"),
+        (_npy(np.array([None] * 64)), "expected a .npy file"),
+        (_npz(np.ones(64)), "found an archive of several"),
+        (_npz(np.ones(64))[:-30], "expected a .npy file"),
+        (_npy(np.array(["a"] * 64)), "expected one number per id"),
+        (_npy(np.ones(63)), "has shape"),
+        (_npy(-np.ones(64)), "expected finite weights"),
+    ],
+)
+def test_a_damaged_table_is_named(tmp_path, content, message):
+    path = tmp_path / "table.npy"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        objectives.create("conditional_mlm", VOCABULARY, 16, table=str(path))
+    assert "table.npy" in str(raised.value) and "\n" not in str(raised.value)

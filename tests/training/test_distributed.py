@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from launch.local import free_port
@@ -56,7 +58,15 @@ def test_a_tpu_vm_is_detected_unless_another_platform_is_asked_for(monkeypatch):
         ({"JAX_PROCESS_ID": None, "JAX_NUM_PROCESSES": None}, "without JAX_NUM_PROCESSES and JAX_PROCESS_ID"),
         ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1"}, "expected host:port"),
         ({"JAX_PROCESS_ID": "4"}, "JAX_PROCESS_ID=4: expected 0 to 3"),
-        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two'.*whole numbers"),
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two': expected a whole number"),
+        ({"JAX_NUM_PROCESSES": "\u0664"}, "JAX_NUM_PROCESSES='\u0664': expected a whole number"),
+        ({"JAX_NUM_PROCESSES": "1_0"}, "JAX_NUM_PROCESSES='1_0': expected a whole number"),
+        ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID='-1': expected a whole number"),
+        ({"JAX_PROCESS_ID": "9" * 5000}, r"JAX_PROCESS_ID='9+ \.\.\. 9+': expected a whole number"),
+        ({"JAX_COORDINATOR_ADDRESS": "host:0"}, "a port of 1 to 65535"),
+        ({"JAX_COORDINATOR_ADDRESS": "host:65536"}, "a port of 1 to 65535"),
+        ({"JAX_COORDINATOR_ADDRESS": "host:\u0668\u0660"}, "expected host:port"),
+        ({"JAX_COORDINATOR_ADDRESS": "http://host:80"}, "expected host:port"),
         ({"MASKFORMER_DISTRIBUTED": "yes"}, "MASKFORMER_DISTRIBUTED='yes': expected auto, on or off"),
     ],
 )
@@ -90,6 +100,22 @@ def test_gpus_that_do_not_divide_are_refused():
     environ = SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2", "SLURM_GPUS_ON_NODE": "3"}
     with pytest.raises(ValueError, match="2 Slurm tasks cannot share 3 GPUs of a node evenly"):
         slurm_local_devices(environ)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("SLURM_NTASKS", "x", "SLURM_NTASKS='x': expected a whole number"),
+        ("SLURM_LOCALID", "", "SLURM_LOCALID='': expected a whole number"),
+        ("SLURM_GPUS_ON_NODE", "two", "SLURM_GPUS_ON_NODE='two': expected a whole number"),
+        ("SLURM_STEP_TASKS_PER_NODE", "2", "SLURM_STEP_TASKS_PER_NODE='2': expected the tasks of at least 2 nodes"),
+        ("SLURM_STEP_TASKS_PER_NODE", "2(x", "expected the tasks of at least 2 nodes"),
+    ],
+)
+def test_a_garbled_variable_of_slurm_is_named(name, value, message):
+    environ = SLURM | {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_ON_NODE": "2", name: value}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        detect(environ)
 
 
 def test_an_absent_coordinator_is_named_instead_of_a_stack_trace(monkeypatch):

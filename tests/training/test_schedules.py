@@ -10,8 +10,16 @@ import pytest
 from configs.swap import swap
 from maskformer import data
 from maskformer.objectives import Vocabulary
-from maskformer.training import Preempted, load_config, loop, objectives_section, resolve, train_and_evaluate
+from maskformer.training import (
+    Preempted,
+    load_config,
+    objectives_section,
+    program,
+    resolve,
+    train_and_evaluate,
+)
 from maskformer.training.config import plain
+from maskformer.training.workdir import check_same_run
 from tests.training.tiny import metric_lines, tiny_config
 
 SWAP = 5
@@ -25,7 +33,7 @@ def adaptive_config(corpus, **overrides):
 
 def token_losses(workdir, step):
     with ocp.PyTreeCheckpointer() as arrays:
-        return np.asarray(arrays.restore(workdir / "checkpoints" / str(step) / "state")["token_losses"])
+        return np.asarray(arrays.restore(workdir / "checkpoints" / str(step) / "state")["task"])
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -76,7 +84,7 @@ def test_a_swap_in_mid_run_is_sharp_resumes_where_it_happens_and_compiles_nothin
     seen = np.diff([0] + [line["train/tokens_predicted"] for line in lines])
     expected = expected_predictions(swap_config(corpus, train__steps=8), 8)
     assert seen.tolist() == expected and expected[SWAP] > 2 * expected[SWAP - 1]
-    to_global, calls = loop.sharding.to_global, []
+    to_global, calls = program.sharding.to_global, []
 
     def interrupting(batch, where):
         calls.append(1)
@@ -85,7 +93,7 @@ def test_a_swap_in_mid_run_is_sharp_resumes_where_it_happens_and_compiles_nothin
         return to_global(batch, where)
 
     with monkeypatch.context() as patch, pytest.raises(Preempted) as stop:
-        patch.setattr(loop.sharding, "to_global", interrupting)
+        patch.setattr(program.sharding, "to_global", interrupting)
         train_and_evaluate(swap_config(corpus, train__steps=8), tmp_path / "cut")
     assert stop.value.step == SWAP
     train_and_evaluate(swap_config(corpus, train__steps=8), tmp_path / "cut")
@@ -110,9 +118,9 @@ def test_a_share_that_is_another_step_in_a_longer_run_is_another_objective(corpu
     halves = {"schedule": "step", "values": {"0": 0.3, "50%": 0.15}}
     config = plain(tiny_config(corpus, objective__rate=halves))
     (tmp_path / "config.json").write_text(json.dumps(config))
-    loop.check_same_run(config, tmp_path)
+    check_same_run(config, tmp_path)
     with pytest.raises(ValueError, match="objective.rate=.*'10'.*: the run in .* has .*'6'"):
-        loop.check_same_run(plain(tiny_config(corpus, objective__rate=halves, train__steps=20)), tmp_path)
+        check_same_run(plain(tiny_config(corpus, objective__rate=halves, train__steps=20)), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,108 @@
+"""The command line: `maskformer train | evaluate | fill | check | mask-report | mask | config | sweep | report | card`.
+
+Each command is one module of this package, and a new one needs nothing else. `card.py` is the command `maskformer card`
+(`mask_report.py` is `mask-report`); the first line of its docstring is its summary in `maskformer --help`; and it has
+
+    def add_arguments(parser: Parser) -> None
+        Its flags. `parser.epilog` may be set, and `parser.recipes` are the recipes that `--config=` names, for a
+        command whose flags depend on what a recipe registers. Called only when this command is the one that is run.
+
+    def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int
+        Does it and returns the exit code. `config_flags` are the `--config...` flags as they were written; a command
+        that reads no recipe refuses them (`cli.parser.no_config`).
+
+A mistake of the user is a `ValueError` of one line: it ends the command with exit code 2. Modules of commands import
+nothing that imports JAX before `run` (or before `add_arguments`, where flags come from a table): `maskformer --help`
+imports all of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import pkgutil
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from maskformer.checks import printable
+from maskformer.cli.parser import Parser, UsageError, hint
+
+__all__ = ["EX_USAGE", "commands", "create_parser", "main"]
+
+# The exit codes a launcher sees. A usage error is 2, as in argparse; 75 (EX_TEMPFAIL) asks to be run again.
+EX_USAGE = 2
+
+# In the order in which they are used; the others follow by name.
+ORDER = ("train", "evaluate", "fill", "check", "mask-report", "mask", "config", "sweep", "report")
+
+
+def commands() -> dict[str, ModuleType]:
+    """The modules of this package that are commands, by the command's name."""
+    modules = [
+        importlib.import_module(f"{__name__}.{module.name}")
+        for module in pkgutil.iter_modules(__path__)
+        if not module.name.startswith("_")
+    ]
+    found = {
+        module.__name__.rpartition(".")[2].replace("_", "-"): module for module in modules if hasattr(module, "run")
+    }
+    return {name: found[name] for name in sorted(found, key=lambda name: (*_place(name), name))}
+
+
+def _place(name: str) -> tuple[int]:
+    return (ORDER.index(name) if name in ORDER else len(ORDER),)
+
+
+def create_parser(argv: Sequence[str]) -> Parser:
+    """The parser of all commands, with the flags of the one that `argv` runs.
+
+    Raises:
+      ValueError: that command's flags depend on a recipe that cannot be read.
+    """
+    parser = Parser(prog="maskformer", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--verbose", action="store_true", help="show the libraries' own log lines too")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    # Before the command stand only flags without a value.
+    asked = next((argument for argument in argv if not argument.startswith("-")), None)
+    for name, module in commands().items():
+        summary = (module.__doc__ or "").partition("\n")[0]
+        command = subparsers.add_parser(name, help=summary, description=summary)
+        command.set_defaults(run=module.run, parser=command)
+        if name == asked:
+            command.recipes = [a.partition("=")[2] for a in argv if a.startswith("--config=")]
+            module.add_arguments(command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a usage error is one line on stderr and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        arguments, rest = create_parser(argv).parse_known_args(argv)
+        for flag in rest:
+            if not flag.startswith(("--config=", "--config.")):
+                raise UsageError(f"argument {flag!r}: no such flag here", arguments.parser)
+    except UsageError as error:
+        return _refuse(f"{error}{hint(error.parser, argv)}")
+    except ValueError as error:
+        if "--verbose" in argv:
+            raise
+        return _refuse(error)
+    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(message)s")
+    if not arguments.verbose:
+        logging.getLogger("absl").setLevel(logging.ERROR)
+    from maskformer.training.checkpoints import CheckpointError
+    from maskformer.training.distributed import JoinError
+
+    try:
+        return arguments.run(arguments, rest)
+    except (ValueError, CheckpointError, JoinError) as error:
+        if arguments.verbose:
+            raise
+        return _refuse(error)
+
+
+def _refuse(error: object) -> int:
+    print(f"error: {printable(str(error))}", file=sys.stderr)
+    return EX_USAGE

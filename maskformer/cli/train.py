@@ -1,0 +1,54 @@
+"""Train a recipe, resuming where its workdir left off."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from maskformer.checks import shown
+from maskformer.cli.files import folder
+from maskformer.cli.parser import CONFIG_HELP, Parser
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.epilog = CONFIG_HELP
+    parser.add_argument(
+        "--workdir", required=True, type=folder, help="folder of the run; the same command resumes it"
+    )
+    parser.add_argument("--sweep", metavar="NAME", help="which sweep of the recipe (sweep_NAME)")
+    parser.add_argument("--sweep-index", type=int, help="train this run of the sweep, in WORKDIR/INDEX")
+
+
+def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
+    if arguments.sweep is not None and arguments.sweep_index is None:
+        raise ValueError(f"--sweep={shown(arguments.sweep)}: needs --sweep-index, the run of the sweep to train")
+    from maskformer.training import EX_TEMPFAIL, Preempted, distributed, loop, recipes, resolve, sweeps
+    from maskformer.training.workdir import RunError, prepare_workdir
+
+    config, recipe = recipes.load_config(config_flags)
+    workdir = pathlib.Path(arguments.workdir)
+    if arguments.sweep_index is not None:
+        runs = recipes.load_sweep(recipe, arguments.sweep or "sweep")
+        if not 0 <= arguments.sweep_index < len(runs):
+            raise ValueError(f"--sweep-index={arguments.sweep_index}: expected 0 to {len(runs) - 1}, the sweep's runs")
+        config = sweeps.apply(config, runs[arguments.sweep_index])
+        workdir = workdir / f"{arguments.sweep_index:03d}"
+    resolve(config)
+    prepare_workdir(workdir)
+    distributed.initialize()
+    try:
+        loop.train_and_evaluate(config, workdir)
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        return EX_TEMPFAIL
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    import jax
+
+    if jax.process_index() == 0:
+        print(f"checkpoints  {workdir / 'checkpoints'}\nmetrics      {workdir / 'metrics.jsonl'}")
+        print(f"curves       maskformer report {workdir}    (or tensorboard --logdir {workdir})")
+    return 0

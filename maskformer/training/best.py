@@ -1,0 +1,50 @@
+"""Which evaluation was the best, and when there is no use in waiting for a better one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from maskformer.training.record import RunRecord
+from maskformer.training.sections import EvaluationConfig
+
+
+def update_best(record: RunRecord, results: Mapping[str, float], config: EvaluationConfig) -> bool:
+    """Note an evaluation in the record; True when it is the best so far.
+
+    A metric that is not a finite number is no value: it is never the best, and counts as an evaluation without
+    improvement.
+
+    Raises:
+      ValueError: `evaluation.metric` is not among the results.
+    """
+    if config.metric not in results:
+        raise ValueError(f"evaluation.metric={config.metric!r}: expected one of {', '.join(results)}")
+    value = float(results[config.metric])
+    if not math.isfinite(value):
+        improved = False
+    elif record.best is None:
+        improved = True
+    else:
+        improved = (record.best - value if config.mode == "min" else value - record.best) > config.min_improvement
+    if improved:
+        record.best, record.evaluations_since_best = value, 0
+    else:
+        record.evaluations_since_best += 1
+    return improved
+
+
+def out_of_patience(record: RunRecord, config: EvaluationConfig) -> bool:
+    """Whether training is to stop early: so says the evidence in the record, under the patience of now."""
+    return config.patience is not None and record.evaluations_since_best >= config.patience
+
+
+def continue_record(record: RunRecord, steps: int, config: EvaluationConfig) -> None:
+    """Make the record of a checkpoint (or a fresh one) that of a run of `steps` steps.
+
+    A run that had stopped early and is now to be longer than it was gets its patience anew; the same command again
+    leaves it stopped.
+    """
+    if out_of_patience(record, config) and steps > record.steps:
+        record.evaluations_since_best = 0
+    record.steps = steps

@@ -1,0 +1,59 @@
+"""What a run remembers beside its arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+
+from maskformer.checks import shown
+from maskformer.training.checksums import FIX, DamageError
+from maskformer.training.workdir import read_object
+
+
+@dataclasses.dataclass
+class RunRecord:
+    """What a run remembers beside its arrays; everything in it is JSON.
+
+    Attributes:
+      next_example: global index of the first example that no finished step has used. It names a place in the
+        stream of epochs, independent of batch size and number of processes.
+      tokens, predicted: seen and predicted so far, padding not counted.
+      best: best evaluation so far of `evaluation.metric`; None before the first.
+      evaluations_since_best: for early stopping.
+      steps: the length that the run was to have.
+    """
+
+    next_example: int = 0
+    tokens: int = 0
+    predicted: int = 0
+    best: float | None = None
+    evaluations_since_best: int = 0
+    steps: int = 0
+
+
+def read_record(path: pathlib.Path, step: int) -> RunRecord:
+    """The record of the checkpoint of `step`.
+
+    Raises:
+      ValueError: the file is no JSON object.
+      DamageError: it is no record, or that of another step.
+    """
+    values = read_object(path, FIX)
+    if values.get("step", step) != step:
+        raise DamageError(f"{path}: is the record of step {shown(values['step'])}")
+    for name in ("next_example", "tokens", "predicted"):
+        if name not in values:
+            raise DamageError(f"{path}: has no {name!r}")
+    best = values.get("best")
+    if best is not None and type(best) not in (int, float):
+        raise DamageError(f"{path}: best={shown(best)}, expected a number")
+    counts = {}
+    for field in dataclasses.fields(RunRecord):
+        if field.name != "best" and field.name in values:
+            value = values[field.name]
+            if type(value) is not int or value < 0:
+                raise DamageError(f"{path}: {field.name}={shown(value)}, expected a whole number of at least 0")
+            counts[field.name] = value
+    # NaN is no value, and was written as one.
+    return RunRecord(best=best if best is not None and math.isfinite(best) else None, **counts)

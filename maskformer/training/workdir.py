@@ -1,0 +1,271 @@
+"""The folder of a run: that it can be used, that it goes on as the same run, and the one reader of its files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from maskformer.checks import shown
+from maskformer.objectives.schedules import in_steps
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+
+# What says how a run is computed and from where it reads, not what it computes. The last bits of a sum may follow some
+# of them, as they follow the mesh, which may change too: a run on an accelerator goes on where there is none.
+FREE_KEYS = {
+    "data": ("prefetch", "reader_threads", "data_dir"),
+    "model": ("attention_implementation", "remat", "scan_layers"),
+}
+
+CONFIG_FIX = "put back a copy of it, or delete it and run the same `maskformer train` command, which writes it anew"
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, through no mistake in its command: one line, and exit code 1."""
+
+
+def prepare_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
+    """Make the folder and prove that a run can be kept in it.
+
+    Args:
+      workdir: as the user wrote it; `pathlib.Path` would turn the empty string into the current directory.
+
+    Raises:
+      ValueError: one line; not a folder on this machine's file systems, or it cannot be written to.
+    """
+    text = os.fspath(workdir)
+    if not text:
+        raise ValueError("workdir='': expected a folder for the run; '.' is the current one")
+    # One slash, since a Path has merged the two.
+    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text):
+        raise ValueError(
+            f"workdir={shown(text)}: {scheme[1]}:// addresses are not supported; expected a local or mounted folder"
+        )
+    path = pathlib.Path(text).absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write_test_{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise ValueError(
+            f"workdir={shown(text)}: cannot be written to ({reason(error)}); choose another --workdir"
+        ) from error
+    # `is_dir` follows links: `checkpoints` may be one to a larger disk.
+    for name, wanted in ((CHECKPOINTS, "a folder"), (CONFIG, "a file"), (METRICS, "a file")):
+        entry = path / name
+        if os.path.lexists(entry) and not (entry.is_dir() if wanted == "a folder" else entry.is_file()):
+            found = "a folder" if entry.is_dir() else "a file" if entry.is_file() else "a link that leads nowhere"
+            raise ValueError(f"{entry}: is {found}, expected {wanted}; move it away, or choose another --workdir")
+    return path
+
+
+def checkpoint_steps(directory: pathlib.Path) -> list[int]:
+    """Steps of the whole checkpoints in a folder, ascending."""
+    return sorted(step for step, entry in _numbered(directory) if entry.is_dir())
+
+
+def stray_steps(directory: pathlib.Path) -> list[int]:
+    """Steps that are named in a folder of checkpoints by what is no folder: a file, or a link that leads nowhere."""
+    return sorted(step for step, entry in _numbered(directory) if not entry.is_dir())
+
+
+def _numbered(directory: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
+    if not directory.is_dir():
+        return []
+    # As a step is written: no leading zero, and none of the digits of other scripts.
+    number = re.compile(r"0|[1-9][0-9]{0,17}")
+    return [(int(entry.name), entry) for entry in directory.iterdir() if number.fullmatch(entry.name)]
+
+
+def check_same_run(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
+    """Refuse to continue the run in `workdir` as another one.
+
+    Its length, optimizer, evaluation and mesh may change, and what says only how it is computed (`FREE_KEYS`); its
+    model, data, objective and seed may not: the record would then tell of a run that never was.
+
+    Raises:
+      ValueError: names the first key that differs, or what is wrong with `config.json`.
+    """
+    if not os.path.lexists(workdir / CONFIG) or not checkpoint_steps(workdir / CHECKPOINTS):
+        return
+    before = read_config(workdir, sections=("data", "objective", "model", "train"))
+    for section in ("seed", "data", "objective", "model"):
+        ours, theirs = config[section], before.get(section)
+        if section == "objective":
+            # A share of the run is another step in a run of another length.
+            ours = in_steps(ours, config["train"]["steps"])
+            theirs = _in_their_steps(theirs, before["train"].get("steps"), workdir / CONFIG)
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            # A run from before a key existed lacks it, and had what is now its empty default.
+            unset = (None, {})
+            keys = [
+                key
+                for key in sorted(ours.keys() | theirs.keys())
+                if key not in FREE_KEYS.get(section, ())
+                and ours.get(key) != theirs.get(key)
+                and not (ours.get(key) in unset and theirs.get(key) in unset)
+            ]
+            if not keys:
+                continue
+            section, ours, theirs = f"{section}.{keys[0]}", ours.get(keys[0]), theirs.get(keys[0])
+        elif ours == theirs:
+            continue
+        raise ValueError(
+            f"{section}={shown(ours)}: the run in {workdir} has {shown(theirs)}; use a new --workdir "
+            "(train.init_from takes over its parameters)"
+        )
+
+
+def _in_their_steps(objective: Any, steps: Any, path: pathlib.Path) -> Any:
+    try:
+        return in_steps(objective, steps)
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"{path}: objective={shown(objective)} with train.steps={shown(steps)} describes no run; {CONFIG_FIX}"
+        ) from error
+
+
+def read_config(workdir: pathlib.Path, sections: Sequence[str] = ()) -> dict[str, Any]:
+    """The config that a run keeps in its folder.
+
+    Args:
+      workdir: the run's folder.
+      sections: what has to be there, each with keys of its own.
+
+    Raises:
+      ValueError: there is none, or names what is wrong with it.
+    """
+    path = workdir / CONFIG
+    if not os.path.lexists(path):
+        raise ValueError(f"workdir {shown(os.fspath(workdir))}: no {CONFIG} there; expected the folder of a run")
+    config = read_object(path, CONFIG_FIX)
+    for section in sections:
+        if not isinstance(config.get(section), Mapping):
+            has = f"{section}={shown(config[section])}" if section in config else f"no {section!r}"
+            raise ValueError(f"{path}: has {has}, expected an object of that name; {CONFIG_FIX}")
+    return config
+
+
+def write_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Keep the (plain) config in the run's folder.
+
+    Raises:
+      RunError: the file cannot be written.
+    """
+    replace_text(workdir / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
+    """The lines of a `metrics.jsonl`, one dict each, with an integer `step`.
+
+    A last line that a kill cut off is left out. Other damage is left out too, and one warning says where; what follows
+    it is kept, on the same line as well.
+
+    Raises:
+      ValueError: the file cannot be read at all.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({reason(error)}); expected the metrics of a run") from error
+    lines, damaged = [], []
+    # What follows the last newline is no line yet.
+    *texts, rest = data.split(b"\n")
+    for number, text in enumerate(texts, start=1):
+        # A line is one flat object. Zeros, or a line that was cut off, may stand before it.
+        start = max(text.rfind(b"{"), 0)
+        line = _metrics(text[start:])
+        if line is not None:
+            lines.append(line)
+        if line is None or text[:start].strip():
+            damaged.append(number)
+    if (line := _metrics(rest)) is not None:
+        lines.append(line)
+    if damaged:
+        where = ", ".join(map(str, damaged[:3])) + (f" and {len(damaged) - 3} more" if len(damaged) > 3 else "")
+        logger.warning(
+            "%s: damaged at line %s, which is left out; the other %d lines are used", path, where, len(lines)
+        )
+    return lines
+
+
+def _metrics(text: bytes) -> dict[str, float] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        return None
+    return line if all(type(value) in (int, float) for value in line.values()) else None
+
+
+def read_object(path: pathlib.Path, fix: str) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Args:
+      path: the file.
+      fix: what to do about a damaged one; ends the message.
+
+    Raises:
+      ValueError: one line that names file, line and fix.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({reason(error)}); {fix}") from error
+    if not data:
+        raise ValueError(f"{path}: is empty, expected a JSON object; {fix}")
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}: line {line} is not UTF-8 text, expected a JSON object; {fix}") from error
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno} column {error.colno}"
+        raise ValueError(f"{path}: {place} is not JSON ({error.msg}); {fix}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise ValueError(f"{path}: cannot be read as JSON ({reason(error)}); {fix}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds {shown(value)}, expected a JSON object; {fix}")
+    return value
+
+
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Write a file so that a reader, and a run that is killed meanwhile, find the old text or the new one.
+
+    Raises:
+      RunError: it cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: pathlib.Path, error: OSError) -> RunError:
+    """The error of a run that can no longer write one of its files."""
+    return RunError(
+        f"{path}: cannot be written ({reason(error)}); free some space or mend its folder, and run the same command "
+        "again: it goes on from the last checkpoint"
+    )
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in a few words on one line."""
+    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(words.split())[:200]

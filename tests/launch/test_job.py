@@ -1,0 +1,67 @@
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from launch.job import Job, Sweep
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+def test_a_launcher_is_one_file(tmp_path):
+    # As docs/launch.md shows it.
+    page = (ROOT / "docs" / "launch.md").read_text()
+    (tmp_path / "hosts.py").write_text(page.split("```python\n# hosts.py\n")[1].split("```")[0])
+
+    def run(*flags):
+        command = [sys.executable, str(tmp_path / "hosts.py"), *flags]
+        return subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+
+    done = run("--hosts", "a,b", "--", "train", "--x=1 2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        f"ssh {host} JAX_COORDINATOR_ADDRESS=a:8476 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID={index} train '--x=1 2' &"
+        for index, host in enumerate("ab")
+    ]
+    done = run("--hosts", "a", "--nodes=2", "--", "train")
+    assert (done.returncode, done.stderr) == (2, "error: unrecognized arguments: --nodes=2\n")
+    done = run("--hosts", "a,b")
+    assert (done.returncode, done.stderr) == (2, "error: the command is empty: write it after `--`\n")
+
+
+@pytest.mark.parametrize("text", ["0", "0-7", "1,3,5", "0-99%4", "0-6:2", "5-5", "2,0-1"])
+def test_a_sweep_is_written_as_it_was_read(text):
+    sweep = Sweep.parse(text)
+    assert Sweep.parse(str(sweep)).indices() == sweep.indices()
+    assert str(Sweep.parse(str(sweep))) == str(sweep)
+
+
+def test_a_sweep_says_each_number_once_and_in_order():
+    assert Sweep.parse("4,0-2,1-5:2").indices() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "-1", "1-", "0-7:", "7-0", "0-7:0", "0-7%0", "\u0660", "1\n", "1 ", "1,,2", "1_0"]
+)
+def test_what_is_no_sweep_is_refused_by_value(text):
+    with pytest.raises(ValueError, match="--array") as error:
+        Sweep.parse(text)
+    assert repr(text) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"processes": 2.0}, "--processes 2.0: expected a whole number"),
+        ({"processes": True}, "--processes True: expected a whole number"),
+        ({"requeue": -1}, "--requeue -1: expected at least 0"),
+        ({"lead": -1}, "--lead -1: expected seconds"),
+        ({"lead": float("inf")}, "--lead inf: expected seconds"),
+        ({"command": ["x", "\0" * 3000]}, "command '\\x00\\x00"),
+    ],
+)
+def test_a_job_that_no_launcher_could_honour_is_refused(change, message):
+    with pytest.raises(ValueError) as error:
+        Job(**({"command": ["true"]} | change))
+    assert str(error.value).startswith(message)
+    assert len(str(error.value)) < 300

@@ -1,0 +1,86 @@
+"""Runs side by side: any folder's name, damaged files, and a picture that cannot be written."""
+
+import json
+import os
+import warnings
+
+import pytest
+
+from maskformer import cli, report
+
+
+@pytest.fixture
+def make_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def make(name="run", config=None, extra=b""):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = config if config is not None else {"seed": 0, "evaluation": {"split": "test"}}
+        (folder / "config.json").write_text(json.dumps(config))
+        lines = [json.dumps({"step": step, "train/loss": 2.0 / step, "test/loss": 3.0 / step}) for step in (1, 2)]
+        (folder / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\n" + extra)
+        return name
+
+    return make
+
+
+NAMES = (r"$\badmath$", "$", "_hidden", "two\nlines", "\x1b[31mred", os.fsdecode(b"\xff\xfe"), "a|b", "größe")
+
+
+def test_folders_of_any_name_have_their_rows_and_their_curves(make_run, tmp_path):
+    runs = [make_run(name) for name in NAMES]
+    lines = report.table(runs).splitlines()
+    assert len(lines) == 2 + len(NAMES) and all("1.5000" in line for line in lines[2:])
+    assert all(line.isprintable() for line in lines)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report.draw_curves(runs, tmp_path / "report.svg")
+    # Letters become shapes in the picture, and the comment before them is the text.
+    text = (tmp_path / "report.svg").read_text()
+    for label in (r"$\badmath$", "$", "./_hidden", r"two\nlines", r"\x1b[31mred", r"\udcff\udcfe", "a|b"):
+        assert f"<!-- {label} -->" in text
+
+
+DAMAGE = (b"\xff\xfe\n", b"\0" * 100 + b"\n", b"[1]\n", b"7\n", b'{"step": 2, "tr\n', b"{}\n")
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_metrics_are_reported_and_the_rest_is_shown(make_run, damage, caplog):
+    run = make_run(extra=damage + json.dumps({"step": 3, "test/loss": 1.0}).encode() + b"\n")
+    row = report.table([run]).splitlines()[2]
+    assert "1.0000" in row and "metrics.jsonl: damaged at line 3" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "garbage", "[1]", "7", "{}", '{"evaluation": 3}'])
+def test_a_damaged_config_is_one_line_that_names_the_file(make_run, text):
+    run = make_run()
+    with open(f"{run}/config.json", "w") as file:
+        file.write(text)
+    for use in (report.table, lambda runs: report.draw_curves(runs, "report.png")):
+        with pytest.raises(ValueError, match="run/config.json: ") as error:
+            use([run])
+        assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_metrics_is_no_run(make_run, tmp_path):
+    run = make_run()
+    (tmp_path / run / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="workdir 'run': no metrics.jsonl there; expected the folder of a run"):
+        report.table([run])
+
+
+@pytest.mark.parametrize("output", ["no/such/folder/report.png", "run", "/dev/full"])
+def test_a_picture_that_cannot_be_written_is_one_line(make_run, output):
+    run = make_run()
+    with pytest.raises(ValueError) as error:
+        report.draw_curves([run], output)
+    assert output in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_run_in_a_folder_that_is_not_utf_8_is_reported_by_the_command(make_run, capsys):
+    run = make_run(os.fsdecode(b"\xff\xfe"))
+    assert cli.main(["report", run]) == 0
+    out = capsys.readouterr().out
+    out.encode()
+    assert r"curves: \udcff\udcfe/report.png" in out
