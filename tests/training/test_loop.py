@@ -13,6 +13,7 @@ from maskformer import objectives
 from maskformer.training import NonFiniteError, Preempted, program, train_and_evaluate
 from maskformer.training.checkpoints import Checkpoints, RunRecord, best_step, checkpoint_steps, restore_params
 from maskformer.training.experiment import plain
+from maskformer.training.lock import Lock, LockError
 from maskformer.training.sections import CheckpointConfig, EvaluationConfig
 from maskformer.training.workdir import check_same_run
 from tests.training.tiny import metric_lines, tiny_config
@@ -139,6 +140,17 @@ def test_sigterm_saves_at_the_step_boundary_and_the_same_command_goes_on(
     assert stop.value.step == 3 and checkpoint_steps(tmp_path / "checkpoints") == [3]
     train_and_evaluate(tiny_config(corpus), tmp_path)
     assert metric_lines(tmp_path) == metric_lines(reference[0])
+
+
+def test_a_second_training_in_a_workdir_is_refused_and_may_take_it_over(corpus, devices, tmp_path):
+    short = tiny_config(corpus, train__steps=2, evaluation__every=0, checkpoint__every=0)
+    with Lock(tmp_path):
+        with pytest.raises(LockError, match=r"process \d+ on .*--steal"):
+            train_and_evaluate(short, tmp_path)
+        assert not (tmp_path / "metrics.jsonl").exists()
+        train_and_evaluate(short, tmp_path, steal=True)
+        assert checkpoint_steps(tmp_path / "checkpoints") == [2]
+    train_and_evaluate(short, tmp_path)  # released by all
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(reference):
