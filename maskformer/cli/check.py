@@ -19,8 +19,8 @@ def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     from maskformer import inspection
     from maskformer.training import runs
 
-    setup = runs.prepare(config_flags)
-    batch = setup.first_batch(arguments.rows)
-    report = inspection.check_leaks(setup.objective, batch, model=setup.model, rows=arguments.rows, step=0)
+    program = runs.prepare(config_flags)
+    batch = program.first_batch(arguments.rows)
+    report = inspection.check_leaks(program.objective, batch, model=program.model, rows=arguments.rows, step=0)
     print(report)
     return 0 if report.ok else 1

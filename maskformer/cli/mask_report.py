@@ -26,13 +26,13 @@ def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     from maskformer import inspection
     from maskformer.training import runs
 
-    setup = runs.prepare(config_flags)
+    program = runs.prepare(config_flags)
     report = inspection.mask_report(
-        setup.objective,
-        (setup.first_batch(setup.experiment.train.batch_size, number) for number in range(arguments.batches)),
-        key=setup.objective_key,
-        decode=setup.tokenizer.token,
-        model=setup.model,
+        program.objective,
+        (program.first_batch(program.experiment.train.batch_size, number) for number in range(arguments.batches)),
+        key=program.masking_key,
+        decode=program.tokenizer.token,
+        model=program.model,
         step=arguments.step,
     )
     print(report.to_text(color=sys.stdout.isatty()))

@@ -116,6 +116,15 @@ class Program:
         """Log-probabilities [vocabulary] of the training split, the baseline that ignores the context."""
         return evaluation.unigram_baseline(self.dataset("train"))
 
+    def first_batch(self, rows: int, number: int = 0) -> dict[str, np.ndarray]:
+        """Batch `number` of `rows` rows of the training stream, on the host."""
+        return next(self.dataset("train").train_batches(rows, self.experiment.seed, start_example=number * rows))
+
+    @property
+    def masking_key(self) -> jax.Array:
+        """The key that the run's masks come from; on a device."""
+        return masking_key(self.experiment.seed)
+
     def prepare_data(self) -> None:
         """Make everything that comes from the text, so that its mistakes come before the devices start."""
         self.dataset("train")
@@ -302,7 +311,3 @@ class Placed:
                 totals[name] = totals.get(name, 0.0) + np.asarray(pair, np.float64)
         return totals
 
-    @property
-    def masking_key(self) -> jax.Array:
-        """The key that the run's masks come from."""
-        return masking_key(self.program.experiment.seed)

@@ -1,4 +1,4 @@
-"""A trained run, loaded from its workdir to be measured and asked; and what a recipe would start with."""
+"""A trained run, loaded from its workdir to be measured and asked; and what a recipe would train."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
@@ -19,7 +18,7 @@ from maskformer.training import recipes
 from maskformer.training.checkpoints import restore_params
 from maskformer.training.experiment import ExperimentConfig, resolve
 from maskformer.training.program import Placed, Program
-from maskformer.training.step import create_eval_step, masking_key
+from maskformer.training.step import create_eval_step
 from maskformer.training.workdir import read_config
 
 
@@ -107,43 +106,10 @@ class Run:
         return self.placed.totals(self.placed.summing(step), self.params, split, self.max_batches)
 
 
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What a run would start with, before any parameter exists: to be looked at."""
-
-    program: Program
-
-    @property
-    def experiment(self) -> ExperimentConfig:
-        return self.program.experiment
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.program.tokenizer
-
-    @property
-    def objective(self) -> Objective:
-        return self.program.objective
-
-    @property
-    def model(self) -> Any:
-        return self.program.model
-
-    @property
-    def objective_key(self) -> jax.Array:
-        """The key that the run's masks come from."""
-        return masking_key(self.experiment.seed)
-
-    def first_batch(self, rows: int, number: int = 0) -> dict[str, np.ndarray]:
-        """Batch `number` of `rows` rows of the training stream."""
-        dataset = self.program.dataset("train")
-        return next(dataset.train_batches(rows, self.experiment.seed, start_example=number * rows))
-
-
-def prepare(flags: Sequence[str]) -> Setup:
-    """Everything that a recipe and its overrides describe, short of parameters and devices."""
+def prepare(flags: Sequence[str]) -> Program:
+    """What a recipe and its overrides would train, without parameters and devices: to be looked at."""
     config, _ = recipes.load_config(flags)
-    return Setup(Program.of(config))
+    return Program.of(config)
 
 
 def load(workdir: str | os.PathLike[str], overrides: Sequence[str] = (), checkpoint: str = "best") -> Run:

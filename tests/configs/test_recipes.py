@@ -53,29 +53,29 @@ def test_no_recipe_starts_a_device_before_it_trains():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_no_prediction_of_a_recipe_sees_its_answer(recipe):
     length = 64 if recipe == "ul2" else 32  # UL2's longest spans are 64 tokens
-    setup = runs.prepare([f"--config=configs/{recipe}.py:tiny,seq={length},vocab=1024", "--config.model.width=32"])
-    report = inspection.check_leaks(setup.objective, setup.first_batch(2), model=setup.model, step=0)
+    program = runs.prepare([f"--config=configs/{recipe}.py:tiny,seq={length},vocab=1024", "--config.model.width=32"])
+    report = inspection.check_leaks(program.objective, program.first_batch(2), model=program.model, step=0)
     assert report.ok, str(report)
     assert report.predictions > 0 and report.responsive > 0.5
 
 
 def test_nothing_leaks_after_a_swap_of_the_objective():
-    setup = runs.prepare(["--config=configs/swap.py:tiny,seq=32,vocab=1024", "--config.model.width=32"])
-    batch = setup.first_batch(2)
+    program = runs.prepare(["--config=configs/swap.py:tiny,seq=32,vocab=1024", "--config.model.width=32"])
+    batch = program.first_batch(2)
     for step, source in ((0, 0), (10_000, 1)):
-        assert (setup.objective(setup.objective_key, batch, step=step).source == source).all()
-    report = inspection.check_leaks(setup.objective, batch, model=setup.model, step=0)
+        assert (program.objective(program.masking_key, batch, step=step).source == source).all()
+    report = inspection.check_leaks(program.objective, batch, model=program.model, step=0)
     assert report.ok and report.parts == ("mlm", "causal_lm"), str(report)
 
 
 def test_the_second_network_of_electra_sees_only_what_the_masks_allow():
-    setup = runs.prepare(["--config=configs/electra.py:tiny,seq=32,vocab=1024", "--config.model.width=32"])
-    params = setup.model.init(jax.random.key(0))
+    program = runs.prepare(["--config=configs/electra.py:tiny,seq=32,vocab=1024", "--config.model.width=32"])
+    params = program.model.init(jax.random.key(0))
 
     def discriminate(tokens, corrupted, mask):
-        return setup.model.discriminate(params, tokens, positions=corrupted.positions, mask=mask)[..., None]
+        return program.model.discriminate(params, tokens, positions=corrupted.positions, mask=mask)[..., None]
 
-    report = inspection.check_leaks(setup.objective, setup.first_batch(1), apply=discriminate, rows=1)
+    report = inspection.check_leaks(program.objective, program.first_batch(1), apply=discriminate, rows=1)
     assert report.ok and report.responsive > 0.5, str(report)
 
 
@@ -102,7 +102,7 @@ def test_the_mask_report_counts_the_models_own_mask_too():
     flags = ["--config=configs/bert.py:tiny,seq=32,vocab=1024", "--config.model.width=32"]
     shares = []
     for mask in ("everything", "causal"):
-        setup = runs.prepare([*flags, f"--config.model.mask={mask}"])
-        report = inspection.mask_report(setup.objective, [setup.first_batch(2)], model=setup.model)
+        program = runs.prepare([*flags, f"--config.model.mask={mask}"])
+        report = inspection.mask_report(program.objective, [program.first_batch(2)], model=program.model)
         shares.append(report.attended_fraction)
     assert shares[1] < 0.6 * shares[0]

@@ -48,8 +48,8 @@ def test_the_step_lowered_from_shapes_is_the_one_that_runs(corpus, devices):
     assert int(after.step) == 1
 
 
-def test_every_part_is_made_once(corpus, devices):
+def test_every_part_is_made_once(corpus):
     program = Program.of(tiny_config(corpus))
     assert program.task is program.task and program.objective is program.task.objective
     assert program.model is program.task.model and program.dataset("train") is program.dataset("train")
-    assert (masking_key(0) == program.on().masking_key).all()
+    assert (masking_key(0) == program.masking_key).all()
