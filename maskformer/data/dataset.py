@@ -8,6 +8,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from maskformer.checks import shown
 from maskformer.data import packing
 from maskformer.data.cache import build_once, cache_dir, content_key
 from maskformer.data.data_config import DataConfig, DataError
@@ -166,8 +167,7 @@ class PackedDataset:
         self,
         global_batch_size: int,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: np.ndarray | None = None,
         start_example: int = 0,
     ) -> TrainBatches:
         """The endless training stream, shuffled anew every epoch, from global example `start_example` on.
@@ -177,19 +177,18 @@ class PackedDataset:
         next epoch: none is dropped.
 
         Args:
-          global_batch_size: rows in a batch over all processes; a multiple of `process_count`.
+          global_batch_size: rows in a batch over all processes.
           seed: of the order.
-          process_index, process_count: this process gets the rows
-            `[process_index, process_index + 1) * global_batch_size / process_count` of every global batch.
+          rows: which rows of every global batch this process gets, ascending; None for all. Any will do: which
+            devices a process holds, and so which rows it needs, depends on the wiring of a pod.
           start_example: where to resume; `get_state()["next_example"]` of an iterator before.
         """
-        return TrainBatches(self, global_batch_size, seed, process_index, process_count, start_example)
+        return TrainBatches(self, global_batch_size, seed, rows, start_example)
 
     def eval_batches(
         self,
         global_batch_size: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: np.ndarray | None = None,
         max_batches: int | None = None,
     ) -> Iterator[Batch]:
         """One pass in order: every row once over all processes, all batches of full size, the same number everywhere.
@@ -197,10 +196,10 @@ class PackedDataset:
         The last batch is filled up with empty rows: `segment_ids` 0 everywhere, `example_id` -1.
 
         Args:
-          global_batch_size, process_index, process_count: as in `train_batches`.
+          global_batch_size, rows: as in `train_batches`.
           max_batches: stop after so many; None goes to the end.
         """
-        part = _slice(global_batch_size, process_index, process_count)
+        part = _rows(global_batch_size, rows)
         if max_batches is not None and max_batches < 1:
             raise DataError(f"max_batches={max_batches}: expected at least 1, or None for all")
         batches = -(-len(self) // global_batch_size)
@@ -220,11 +219,10 @@ class TrainBatches:
         dataset: PackedDataset,
         global_batch_size: int,
         seed: int,
-        process_index: int,
-        process_count: int,
+        rows: np.ndarray | None,
         start_example: int,
     ):
-        self._part = _slice(global_batch_size, process_index, process_count)
+        self._part = _rows(global_batch_size, rows)
         if not isinstance(seed, int) or not 0 <= seed < 1 << 63:
             raise DataError(f"seed={seed!r}: expected an integer from 0 to 2**63 - 1")
         self._dataset, self._global_batch_size, self._seed = dataset, global_batch_size, seed
@@ -255,7 +253,7 @@ class TrainBatches:
 class _TrainSource:
     """Random access to the batches of the training stream: number `k` begins at example `start + k * global size`."""
 
-    def __init__(self, rows: PackedRows | ChosenRows, seed: int, start: int, global_batch_size: int, part: slice):
+    def __init__(self, rows: PackedRows | ChosenRows, seed: int, start: int, global_batch_size: int, part: np.ndarray):
         self._rows, self._seed, self._start = rows, seed, start
         self._global_batch_size, self._part = global_batch_size, part
 
@@ -264,7 +262,7 @@ class _TrainSource:
 
     def __getitem__(self, number: int) -> Batch:
         first = self._start + int(number) * self._global_batch_size
-        example = np.arange(first + self._part.start, first + self._part.stop)
+        example = first + self._part
         epoch, index = np.divmod(example, len(self._rows))
         return self._rows.read(permuted(index, len(self._rows), self._seed, epoch), epoch)
 
@@ -275,7 +273,7 @@ class _TrainSource:
 class _EvalSource:
     """Random access to the batches of one ordered pass."""
 
-    def __init__(self, rows: PackedRows | ChosenRows, global_batch_size: int, part: slice, batches: int):
+    def __init__(self, rows: PackedRows | ChosenRows, global_batch_size: int, part: np.ndarray, batches: int):
         self._rows, self._global_batch_size, self._part, self._batches = rows, global_batch_size, part, batches
 
     def __len__(self) -> int:
@@ -283,19 +281,22 @@ class _EvalSource:
 
     def __getitem__(self, number: int) -> Batch:
         first = int(number) * self._global_batch_size
-        row = np.arange(first + self._part.start, first + self._part.stop)
+        row = first + self._part
         return self._rows.read(np.where(row < len(self._rows), row, PADDING_EXAMPLE))
 
     def __repr__(self) -> str:
         return f"_EvalSource(part={self._part}, batches={self._batches})"
 
 
-def _slice(global_batch_size: int, process_index: int, process_count: int) -> slice:
-    if process_count < 1 or not 0 <= process_index < process_count:
-        raise DataError(f"process {process_index} of {process_count}: expected an index from 0 below the count")
-    if global_batch_size < 1 or global_batch_size % process_count:
+def _rows(global_batch_size: int, rows: np.ndarray | None) -> np.ndarray:
+    """Offsets into a global batch, int64 and ascending."""
+    if global_batch_size < 1:
+        raise DataError(f"global_batch_size={global_batch_size}: expected at least 1 row")
+    if rows is None:
+        return np.arange(global_batch_size, dtype=np.int64)
+    rows = np.asarray(rows, np.int64)
+    if rows.ndim != 1 or not len(rows) or rows[0] < 0 or rows[-1] >= global_batch_size or (np.diff(rows) <= 0).any():
         raise DataError(
-            f"global_batch_size={global_batch_size}: expected a positive multiple of the {process_count} processes"
+            f"rows={shown(rows.tolist())}: expected ascending rows of a batch of {global_batch_size}, each once"
         )
-    size = global_batch_size // process_count
-    return slice(process_index * size, (process_index + 1) * size)
+    return rows

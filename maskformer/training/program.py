@@ -185,8 +185,8 @@ class Placed:
     def check_batch(self) -> None:
         """ValueError where a training batch, or a part of an accumulated one, does not divide over the mesh."""
         train = self.program.experiment.train
-        sharding.row_slice(self.mesh, train.batch_size)
-        sharding.row_slice(self.mesh, train.batch_size // train.accumulation_steps)
+        sharding.place_batch(self.mesh, train.batch_size)
+        sharding.place_batch(self.mesh, train.batch_size // train.accumulation_steps)
 
     @functools.cached_property
     def state(self) -> TrainState:
@@ -259,13 +259,11 @@ class Placed:
     def train_batches(self, start_example: int) -> Iterable[Mapping[str, jax.Array]]:
         """The endless stream of training batches from a global example on, each array over all devices."""
         experiment = self.program.experiment
+        placement = sharding.place_batch(self.mesh, experiment.train.batch_size)
         batches = self.program.dataset("train").train_batches(
-            experiment.train.batch_size,
-            experiment.seed,
-            *sharding.row_slice(self.mesh, experiment.train.batch_size),
-            start_example=start_example,
+            placement.size, experiment.seed, placement.rows, start_example=start_example
         )
-        return (sharding.to_global(batch, self.rows) for batch in batches)
+        return (sharding.to_global(batch, placement) for batch in batches)
 
     @functools.cached_property
     def evaluation_task(self) -> tasks.Task:
@@ -298,12 +296,11 @@ class Placed:
           max_batches: batches of `evaluation.batch_size` rows; None for `evaluation.max_batches`.
         """
         config = self.program.experiment.evaluation
+        placement = sharding.place_batch(self.mesh, config.batch_size)
         batches = self.program.dataset(split).eval_batches(
-            config.batch_size,
-            *sharding.row_slice(self.mesh, config.batch_size),
-            max_batches=config.max_batches if max_batches is None else max_batches,
+            placement.size, placement.rows, config.max_batches if max_batches is None else max_batches
         )
-        parts = [compiled(params, sharding.to_global(batch, self.rows)) for batch in batches]
+        parts = [compiled(params, sharding.to_global(batch, placement)) for batch in batches]
         # One fetch at the end; added in float64, so that the order and number of batches do not show.
         totals: dict[str, Any] = {}
         for part in jax.device_get(parts):

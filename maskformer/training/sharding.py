@@ -7,6 +7,7 @@ gathers an array to a host.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -68,8 +69,13 @@ def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
     elif fixed != len(devices):
         raise ValueError(f"mesh={sizes}: multiplies to {fixed} of {len(devices)} devices; set one axis to -1")
     shape = tuple(sizes.values())
-    # On TPU and GPU the order of devices decides how far collectives travel; jax knows the wiring.
-    array = mesh_utils.create_device_mesh(shape, devices) if len(devices) > 1 else np.array(devices)
+    # On TPU and GPU the order of devices decides how far collectives travel; jax knows the wiring. An axis may be a
+    # part of one of the torus's own, as tensor=2 on a side of 4.
+    array = (
+        mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        if len(devices) > 1
+        else np.array(devices)
+    )
     return Mesh(array.reshape(shape), tuple(sizes))
 
 
@@ -82,30 +88,41 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def row_slice(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-    """This process's part of every batch as `(index, count)`: slice `index` of `count` equal slices of the rows.
+@dataclasses.dataclass(frozen=True, eq=False)
+class BatchPlacement:
+    """Where the rows of a batch lie.
 
-    Processes whose devices differ only along the tensor axis need the same rows, and then share an index.
+    Attributes:
+      sharding: of every array of the batch, by its rows.
+      size: rows of the whole batch.
+      rows: int64, ascending, the rows that this process's devices hold. On a pod they need not be one run: devices are
+        ordered along its wiring, and a process's are where it stands there. Processes whose devices differ only along
+        the tensor or context axis need the same rows.
+    """
+
+    sharding: NamedSharding
+    size: int
+    rows: np.ndarray
+
+
+def place_batch(mesh: Mesh, size: int, process: int | None = None) -> BatchPlacement:
+    """The placement of batches of `size` rows, seen from a process (default: this one).
 
     Raises:
-      ValueError: the batch does not divide over the mesh, or this process's rows are not one equal slice.
+      ValueError: the batch does not divide over the mesh.
     """
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if batch_size % shards:
+    if size % shards:
         raise ValueError(
-            f"train.batch_size={batch_size}: does not divide over mesh data x fsdp = {shards} shards; "
+            f"train.batch_size={size}: does not divide over mesh data x fsdp = {shards} shards; "
             f"use a multiple of {shards}"
         )
-    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    rows = sorted({index[0].indices(batch_size)[:2] for index in places.values()})
-    start, stop = rows[0][0], rows[-1][1]
-    length = stop - start
-    if sum(high - low for low, high in rows) != length or batch_size % length or start % length:
-        raise ValueError(
-            f"mesh={dict(mesh.shape)}: process {jax.process_index()} would read the rows {rows}, which are not one "
-            "equal slice of the batch; give the data axis a multiple of the number of processes"
-        )
-    return start // length, batch_size // length
+    process = jax.process_index() if process is None else process
+    # The batch's axes lead the mesh's, so each row of this array is one shard of the batch.
+    holders = np.array([device.process_index for device in mesh.devices.flat]).reshape(shards, -1)
+    mine = np.flatnonzero((holders == process).any(axis=1))
+    each = size // shards
+    return BatchPlacement(batch_sharding(mesh), size, (mine[:, None] * each + np.arange(each)).reshape(-1))
 
 
 def create_rules(mesh: Mesh, axis_sizes: Mapping[str, int]) -> tuple[Rules, list[str]]:
@@ -167,6 +184,15 @@ def optimizer_shardings(
     )
 
 
-def to_global(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+def to_global(batch: Mapping[str, np.ndarray], placement: BatchPlacement) -> dict[str, jax.Array]:
     """Global arrays from this process's rows of a batch; each device receives only its own."""
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+    def place(rows: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(placement.size)
+            first = int(np.searchsorted(placement.rows, start))
+            return rows[first : first + stop - start]
+
+        return jax.make_array_from_callback((placement.size, *rows.shape[1:]), placement.sharding, shard)
+
+    return {name: place(rows) for name, rows in batch.items()}

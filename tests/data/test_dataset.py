@@ -135,26 +135,40 @@ def assert_same(first, second):
         np.testing.assert_array_equal(first[name], second[name])
 
 
+def parts_of(size, processes):
+    """Equal runs of a batch's rows, one for each process."""
+    return np.split(np.arange(size), processes)
+
+
 @pytest.mark.parametrize("processes", [2, 3, 6])
 def test_training_batches_do_not_depend_on_the_number_of_processes(dataset, processes):
     steps = 2 * len(dataset) // 6 + 3  # past the end of the second epoch
     whole = take(dataset.train_batches(6, seed=5), steps)
-    parts = [take(dataset.train_batches(6, 5, i, processes), steps) for i in range(processes)]
+    parts = [take(dataset.train_batches(6, 5, rows), steps) for rows in parts_of(6, processes)]
     for step in range(steps):
         assert_same(whole[step], concatenated([part[step] for part in parts]))
+
+
+def test_a_process_may_read_any_rows_of_a_batch(dataset):
+    whole, evaluated = take(dataset.train_batches(8, seed=5), 3), take(dataset.eval_batches(8), 2)
+    for rows in ([0, 1, 6, 7], [5], [2, 3, 4]):
+        for batch, all_of_it in zip(take(dataset.train_batches(8, 5, np.array(rows)), 3), whole, strict=True):
+            assert_same(batch, {name: array[rows] for name, array in all_of_it.items()})
+        for batch, all_of_it in zip(take(dataset.eval_batches(8, np.array(rows)), 2), evaluated, strict=True):
+            assert_same(batch, {name: array[rows] for name, array in all_of_it.items()})
 
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 2**63 - 1), st.integers(0, 40), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]))
 def test_a_resumed_stream_goes_on_where_it_stopped_with_any_number_of_processes(dataset, seed, steps, before, after):
     uninterrupted = take(dataset.train_batches(8, seed), steps + 2)[steps:]
-    first = [dataset.train_batches(8, seed, i, before) for i in range(before)]
+    first = [dataset.train_batches(8, seed, rows) for rows in parts_of(8, before)]
     for batches in first:
         take(batches, steps)
     states = [json.loads(json.dumps(batches.get_state())) for batches in first]
     assert states == [{"next_example": 8 * steps}] * before
     start = states[0]["next_example"]
-    parts = [take(dataset.train_batches(8, seed, i, after, start), 2) for i in range(after)]
+    parts = [take(dataset.train_batches(8, seed, rows, start), 2) for rows in parts_of(8, after)]
     for step in range(2):
         assert_same(uninterrupted[step], concatenated([part[step] for part in parts]))
     rewound = dataset.train_batches(8, seed)
@@ -195,7 +209,7 @@ def test_an_example_id_always_means_the_same_row(dataset):
 def test_evaluation_sees_every_row_once_in_full_batches(dataset, processes):
     size = len(dataset)
     batch_size = next(b for b in (8, 12, 16) if size % b)  # the last batch is not full
-    parts = [list(dataset.eval_batches(batch_size, i, processes)) for i in range(processes)]
+    parts = [list(dataset.eval_batches(batch_size, rows)) for rows in parts_of(batch_size, processes)]
     assert {len(part) for part in parts} == {-(-size // batch_size)}
     found = [concatenated([part[step] for part in parts]) for step in range(len(parts[0]))]
     assert {len(batch["tokens"]) for batch in found} == {batch_size}
@@ -211,9 +225,10 @@ def test_evaluation_sees_every_row_once_in_full_batches(dataset, processes):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda d: d.train_batches(6, 0, 0, 4), "global_batch_size=6: expected a positive multiple of the 4 processes"),
+        (lambda d: d.train_batches(6, 0, np.array([0, 6])), r"rows=\[0, 6\]: expected ascending rows of a batch of 6"),
         (lambda d: d.eval_batches(0), "global_batch_size=0"),
-        (lambda d: d.train_batches(4, 0, 2, 2), "process 2 of 2"),
+        (lambda d: d.train_batches(4, 0, np.array([1, 1])), r"rows=\[1, 1\]: .* each once"),
+        (lambda d: d.eval_batches(4, np.array([], int)), r"rows=\[\]"),
         (lambda d: d.train_batches(4, -1), "seed=-1: expected an integer from 0"),
         (lambda d: d.train_batches(4, 0).set_state({"step": 3}), "iterator state {'step': 3}"),
         (lambda d: d.eval_batches(4, max_batches=0), "max_batches=0"),
