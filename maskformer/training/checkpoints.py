@@ -23,7 +23,15 @@ from maskformer.checks import shown
 from maskformer.training.checksums import CHECKSUMS, FIX, DamageError, verify, write_checksums
 from maskformer.training.record import RunRecord, read_record
 from maskformer.training.sections import CheckpointConfig, EvaluationConfig
-from maskformer.training.workdir import CHECKPOINTS, RunError, checkpoint_steps, read_object, reason, stray_steps
+from maskformer.training.workdir import (
+    CHECKPOINTS,
+    RunError,
+    cannot_write,
+    checkpoint_steps,
+    read_object,
+    reason,
+    stray_steps,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -185,12 +193,19 @@ class Checkpoints:
     def _set_aside(self, steps: list[int]) -> None:
         # Kept for whoever wants to look, and out of the way: the run will come to these steps again.
         for step in steps:
-            target = self.directory.parent / f"damaged-{step}"
+            # On the disk where it is: beside the folder, or in it where that is a link to another disk.
+            folder = self.directory.resolve()
+            elsewhere = folder.stat().st_dev != self.directory.parent.stat().st_dev
+            place = folder if elsewhere else self.directory.parent
+            target = place / f"damaged-{step}"
             number = 0
             while os.path.lexists(target):
                 number += 1
-                target = self.directory.parent / f"damaged-{step}-{number}"
-            (self.directory / str(step)).rename(target)
+                target = place / f"damaged-{step}-{number}"
+            try:
+                (folder / str(step)).rename(target)
+            except OSError as error:
+                raise cannot_write(target, error) from error
             logger.warning("set aside: %s", target)
 
     @staticmethod
@@ -206,7 +221,7 @@ class Checkpoints:
     def _check_space(self) -> None:
         # Where even half the size does not fit, nothing is begun. (Compression gains a few percent of trained arrays;
         # the processes of a run would have to agree, and learn of a full disk from the save itself.)
-        if jax.process_count() == 1 and shutil.disk_usage(self.directory.parent).free < self._bytes / 2:
+        if jax.process_count() == 1 and shutil.disk_usage(self.directory.resolve()).free < self._bytes / 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     @contextlib.contextmanager
@@ -223,7 +238,8 @@ class Checkpoints:
         full = "RESOURCE_EXHAUSTED" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
         why = "the disk is full" if full else _first_line(error)
         try:
-            room = f"{_size(shutil.disk_usage(self.directory.parent).free)} are free"
+            place = self.directory.resolve() if self.directory.exists() else self.directory.parent
+            room = f"{_size(shutil.disk_usage(place).free)} are free"
         except OSError as gone:
             room = f"its folder cannot be reached ({reason(gone)})"
         return SaveError(
