@@ -102,6 +102,8 @@ def train_and_evaluate(
                 state = dataclasses.replace(state, window=placed.empty_window())
             # The step path waits for no metrics, unless something is about to be made of them.
             recorder.settle(wait=evaluates or saves or preempted)
+            if evaluates or saves:
+                recorder.pause(state)
             if evaluates:
                 results = placed.evaluate(state.evaluation_params)
                 recorder.evaluation(step, results, improved=update_best(record, results, evaluation))
