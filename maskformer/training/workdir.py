@@ -91,7 +91,7 @@ def check_same_run(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
     """Refuse to continue the run in `workdir` as another one.
 
     Its length, optimizer, evaluation and mesh may change, and what says only how it is computed (`FREE_KEYS`); its
-    model, data, objective and seed may not: the record would then tell of a run that never was.
+    model, data, task, objective and seed may not: the record would then tell of a run that never was.
 
     Raises:
       ValueError: names the first key that differs, or what is wrong with `config.json`.
@@ -99,8 +99,10 @@ def check_same_run(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
     if not os.path.lexists(workdir / CONFIG) or not checkpoint_steps(workdir / CHECKPOINTS):
         return
     before = read_config(workdir, sections=("data", "objective", "model", "train"))
-    for section in ("seed", "data", "objective", "model"):
-        ours, theirs = config[section], before.get(section)
+    for section in ("seed", "data", "task", "objective", "model"):
+        # There is no section of a task in a config from before there were tasks.
+        absent = {} if section == "task" else None
+        ours, theirs = config.get(section, absent), before.get(section, absent)
         if section == "objective":
             # A share of the run is another step in a run of another length.
             ours = in_steps(ours, config["train"]["steps"])

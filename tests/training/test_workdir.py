@@ -98,11 +98,27 @@ def test_a_run_goes_on_when_only_how_it_is_computed_changes(run, key, value):
         ("model.compute_dtype", "bfloat16"),
         ("model.hidden_dropout", 0.5),
         ("objective.rate", 0.5),
+        ("task.name", "other"),
+        ("task.weight", 0.5),
     ],
 )
 def test_a_run_does_not_go_on_as_another(run, key, value):
     with pytest.raises(ValueError, match=f"{key}={value!r}: the run in .* has .*; use a new --workdir"):
         workdir.check_same_run(changed(key, value), run)
+
+
+@pytest.mark.parametrize("before", [None, {}, {"name": None}])
+@pytest.mark.parametrize("now", [None, {}, {"name": None}])
+def test_no_task_of_its_own_is_the_objectives_however_it_is_written(run, before, now):
+    """A config from before there were tasks has no such section."""
+    old, new = ({**CONFIG, "task": task} for task in (before, now))
+    for config in (old, new):
+        if config["task"] is None:
+            del config["task"]
+    workdir.write_config(run, old)
+    workdir.check_same_run(new, run)
+    with pytest.raises(ValueError, match="task.name='other': the run in .* has None; use a new --workdir"):
+        workdir.check_same_run({**CONFIG, "task": {"name": "other"}}, run)
 
 
 HALF = {"rate": {"schedule": "linear", "start": 0.1, "end": 0.2, "steps": "50%"}}
