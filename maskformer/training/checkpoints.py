@@ -21,6 +21,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from maskformer.checks import shown
 from maskformer.training.checksums import CHECKSUMS, FIX, DamageError, verify, write_checksums
+from maskformer.training.precision import widened_shapes
 from maskformer.training.record import RunRecord, read_record
 from maskformer.training.sections import CheckpointConfig, EvaluationConfig
 from maskformer.training.workdir import CHECKPOINTS, RunError, checkpoint_steps, read_object, reason, stray_steps
@@ -300,8 +301,8 @@ def restore(directory: pathlib.Path, step: int, abstract_state: Any) -> tuple[An
 def restore_params(workdir: pathlib.Path, abstract_params: Any, which: str = "best") -> tuple[Any, int]:
     """Parameters of a finished or running run for evaluation or a new start, and the step they are from.
 
-    Averaged parameters (`ema`) are returned where the run kept them. Where the checkpoint asked for is damaged, a
-    warning says so and the next one is used: the next best, or the one before.
+    Averaged parameters (`ema`) are returned where the run kept them, in float32 (or wider) as they were kept. Where the
+    checkpoint asked for is damaged, a warning says so and the next one is used: the next best, or the one before.
 
     Args:
       workdir: the run's folder.
@@ -322,13 +323,14 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, which: str = "be
         folder = directory / str(step)
         _verify(folder, step)
         with ocp.PyTreeCheckpointer() as arrays:
-            name = "ema" if _tree(folder / "state").get("ema") is not None else "params"
-            _check_structure(folder / "state", {name: abstract_params}, only=(name,))
+            averaged = _tree(folder / "state").get("ema") is not None
+            name, wanted = ("ema", widened_shapes(abstract_params)) if averaged else ("params", abstract_params)
+            _check_structure(folder / "state", {name: wanted}, only=(name,))
             restored = arrays.restore(
                 folder / "state",
                 args=ocp.args.PyTreeRestore(
-                    item={name: abstract_params},
-                    restore_args=ocp.checkpoint_utils.construct_restore_args({name: abstract_params}),
+                    item={name: wanted},
+                    restore_args=ocp.checkpoint_utils.construct_restore_args({name: wanted}),
                     partial_restore=True,
                 ),
             )

@@ -141,6 +141,8 @@ def starting_state(placed: Placed, checkpoints: Checkpoints) -> tuple[TrainState
     state = placed.init()
     if train.init_from is not None:
         params, _ = restore_params(pathlib.Path(train.init_from), placed.params)
+        # An average is wider than the parameters that begin with it.
+        params = jax.tree.map(lambda array, wanted: array.astype(wanted.dtype), params, placed.params)
         # The optimizer's state and the average begin at these parameters: both may hold copies of them.
         ema = None if state.ema is None else average_start(params)
         state = dataclasses.replace(state, params=params, opt_state=placed.init_optimizer(params), ema=ema)

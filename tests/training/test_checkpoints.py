@@ -203,6 +203,19 @@ def test_the_next_best_is_evaluated_where_the_best_is_damaged(run, caplog):
     assert "step 2" in caplog.text and "using that of step 3 instead" in caplog.text
 
 
+def test_an_average_is_returned_as_wide_as_it_was_kept(tmp_path):
+    narrow = jax.numpy.ones((4, 4), jax.numpy.bfloat16)
+    mean = jax.numpy.linspace(1.0, 1.01, 16).reshape(4, 4)
+    state = {"params": {"weight": narrow, "count": jax.numpy.arange(3)}}
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=PLACE), state["params"])
+    for name, extra, expected in (("without", {}, narrow), ("with", {"ema": state["params"] | {"weight": mean}}, mean)):
+        with opened(tmp_path / name) as made:
+            made.save(1, state | extra, RunRecord(), None)
+        params, _ = restore_params(tmp_path / name, abstract)
+        assert params["weight"].dtype == expected.dtype and params["count"].dtype == state["params"]["count"].dtype
+        np.testing.assert_array_equal(params["weight"], expected)
+
+
 def test_another_runs_newest_checkpoint_is_got_round_and_left_alone(run, caplog):
     largest(run / "checkpoints" / "3").write_bytes(b"")
     state, record = checkpoints.restore_newest(run / "checkpoints", ABSTRACT)

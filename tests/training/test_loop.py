@@ -1,5 +1,6 @@
 """Whole runs: equal on other devices and after interruption, clean on the step path, loud when something is wrong."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -14,6 +15,7 @@ from maskformer.training import NonFiniteError, Preempted, program, train_and_ev
 from maskformer.training.checkpoints import Checkpoints, RunRecord, best_step, checkpoint_steps, restore_params
 from maskformer.training.experiment import plain
 from maskformer.training.lock import Lock, LockError
+from maskformer.training.loop import starting_state
 from maskformer.training.sections import CheckpointConfig, EvaluationConfig
 from maskformer.training.workdir import check_same_run
 from tests.training.tiny import metric_lines, tiny_config
@@ -289,6 +291,23 @@ def test_init_from_takes_the_parameters_and_resume_takes_everything(reference, c
     further = tiny_config(corpus, train__resume=str(reference[0]), train__steps=14, **constant)
     train_and_evaluate(further, tmp_path / "further")
     assert metric_lines(tmp_path / "further")[0]["step"] == 13
+
+
+def test_parameters_that_begin_with_an_average_are_its_rounding(corpus, devices, tmp_path, quick_compilation):
+    narrow = dict(model__param_dtype="bfloat16", optimizer__ema_decay=0.9)
+    config = tiny_config(corpus, train__init_from=str(tmp_path), **narrow)
+    placed = program.Program.of(config).on()
+    mean = jax.tree.map(lambda leaf: jax.numpy.full(leaf.shape, 1.003), placed.params)
+    with contextlib.closing(Checkpoints(tmp_path, CheckpointConfig(), EvaluationConfig())) as kept:
+        kept.save(1, {"params": mean, "ema": mean}, RunRecord(), None)
+        kept.wait()
+        np.testing.assert_array_equal(jax.tree.leaves(restore_params(tmp_path, placed.params)[0])[0], np.float32(1.003))
+    state, _ = starting_state(placed, Checkpoints(tmp_path / "new", CheckpointConfig(), EvaluationConfig()))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.ema)} == {"float32"}
+    for mean, param in zip(*map(jax.tree.leaves, (state.ema, state.params)), strict=True):
+        np.testing.assert_array_equal(mean, param.astype("float32"))
+    assert float(mean.max()) == 1.0
 
 
 def test_the_moving_average_is_evaluated_and_survives_a_restart(corpus, devices, tmp_path):
