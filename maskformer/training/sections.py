@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -175,6 +176,16 @@ class EvaluationConfig:
         number("evaluation.min_improvement", self.min_improvement, "a number of at least 0", 0.0, math.inf)
         if self.patience is not None:
             require(self.every > 0, "evaluation.every", self.every, "at least 1 when evaluation.patience is set")
+
+    @property
+    def criterion(self) -> str:
+        """What "best" means, in words that are equal where two evaluations can be compared.
+
+        >>> EvaluationConfig(metric="accuracy", mode="max", objective={"rate": 0.4}).criterion
+        'max validation/accuracy of {"rate": 0.4}'
+        """
+        objective = f" of {json.dumps(dict(self.objective), sort_keys=True)}" if self.objective else ""
+        return f"{self.mode} {self.split}/{self.metric}{objective}"
 
 
 @dataclasses.dataclass(frozen=True)
