@@ -24,10 +24,11 @@ from maskformer.training.state import TrainState
 from maskformer.training.workdir import (
     CHECKPOINTS,
     check_same_run,
-    checkpoint_steps,
+    check_sources,
     prepare_workdir,
     write_config,
 )
+from maskformer.training.writers import check_writers
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ def train_and_evaluate(
     checkpoint = program.experiment.checkpoint
     workdir = prepare_workdir(workdir)
     check_same_run(plain(config), workdir)
+    check_sources(train, workdir)
+    check_writers(program.experiment.writers)
     program.prepare_data()
 
     # On the devices.
@@ -132,10 +135,7 @@ def starting_state(placed: Placed, checkpoints: Checkpoints) -> tuple[TrainState
     train = placed.program.experiment.train
     restored = checkpoints.restore_latest(placed.state)
     if restored is None and train.resume is not None:
-        theirs = pathlib.Path(train.resume).resolve() / CHECKPOINTS
-        if not checkpoint_steps(theirs):
-            raise ValueError(f"train.resume={train.resume!r}: no checkpoint in {theirs}")
-        restored = restore_newest(theirs, placed.state)
+        restored = restore_newest(pathlib.Path(train.resume).resolve() / CHECKPOINTS, placed.state)
     if restored is not None:
         return restored
     state = placed.init()

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from maskformer.checks import choose, integer, number, require, typed_fields
+from maskformer.checks import choose, integer, number, require, shown, typed_fields, why_no_folder
 from maskformer.data.data_config import SPLITS
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
@@ -130,6 +130,8 @@ class TrainConfig:
         for field in ("init_from", "resume"):
             value = getattr(self, field)
             require(value is None or value.strip(), f"train.{field}", value, "the workdir of a run, or None")
+            if value is not None and (why := why_no_folder(value)) is not None:
+                raise ValueError(f"train.{field}={shown(value)}: {why}")
         require(
             self.init_from is None or self.resume is None, "train.init_from", self.init_from,
             "None beside train.resume, which already brings the parameters",

@@ -10,8 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from maskformer.checks import shown
+from maskformer.checks import printable, shown, why_no_folder
 from maskformer.objectives.schedules import in_steps
+from maskformer.training.sections import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +44,8 @@ def prepare_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
       ValueError: one line; not a folder on this machine's file systems, or it cannot be written to.
     """
     text = os.fspath(workdir)
-    if not text:
-        raise ValueError("workdir='': expected a folder for the run; '.' is the current one")
-    # One slash, since a Path has merged the two.
-    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text):
-        raise ValueError(
-            f"workdir={shown(text)}: {scheme[1]}:// addresses are not supported; expected a local or mounted folder"
-        )
+    if (why := why_no_folder(text)) is not None:
+        raise ValueError(f"workdir={shown(text)}: {why}")
     path = pathlib.Path(text).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -126,6 +122,24 @@ def check_same_run(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
             f"{section}={shown(ours)}: the run in {workdir} has {shown(theirs)}; use a new --workdir "
             "(train.init_from takes over its parameters)"
         )
+
+
+def check_sources(train: TrainConfig, workdir: pathlib.Path) -> None:
+    """Refuse a run in `workdir` that is to begin with another one's checkpoint where there is none.
+
+    Raises:
+      ValueError: names `train.resume` or `train.init_from`, and the folder.
+    """
+    if _numbered(workdir / CHECKPOINTS):
+        return
+    for field in ("resume", "init_from"):
+        source = getattr(train, field)
+        # What is no folder counts here: who reads it says what is wrong with it.
+        if source is not None and not _numbered(pathlib.Path(source) / CHECKPOINTS):
+            raise ValueError(
+                f"train.{field}={shown(source)}: no checkpoint in {printable(os.path.join(source, CHECKPOINTS))}; "
+                "expected the workdir of a run that has one"
+            )
 
 
 def _in_their_steps(objective: Any, steps: Any, path: pathlib.Path) -> Any:

@@ -74,6 +74,8 @@ def test_every_default_is_valid_and_survives_json():
         ("--config.evaluation.objective=causal", ["evaluation.objective='causal'"]),
         ("--config.train=1.0", ["config.train=1.0", "a section"]),
         ("--config.train.init_from= ", ["train.init_from=' '", "workdir"]),
+        ("--config.train.init_from=s3://bucket/run", ["train.init_from='s3://bucket/run'", "s3:// addresses are not"]),
+        ("--config.train.resume=gs://bucket/run", ["train.resume='gs://bucket/run'", "gs:// addresses are not"]),
         ("--config.objective.rate=0", ["objective.rate=0", "above 0", "nothing is hidden or predicted"]),
         ("--confg.train.steps=3", ["confg", "no such flag"]),
     ],

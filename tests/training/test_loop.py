@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 import signal
+import sys
 
 import jax
 import numpy as np
@@ -355,6 +356,27 @@ def test_bad_workdirs_and_batches_are_one_line_errors(corpus, devices, tmp_path)
     devices(8)
     with pytest.raises(ValueError, match="batch_size=12: does not divide over mesh data x fsdp = 8"):
         train_and_evaluate(tiny_config(corpus, train__batch_size=12, mesh__data=8), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(train__resume="/no/such/run"), "train.resume='/no/such/run': no checkpoint in"),
+        (dict(train__init_from="/no/such/run"), "train.init_from='/no/such/run': no checkpoint in"),
+        (dict(writers__wandb_project="mine"), "writers.wandb_project='mine': wandb is not installed"),
+    ],
+)
+def test_what_a_run_needs_and_is_not_there_is_missed_before_data_and_devices(
+    changes, said, corpus, tmp_path, monkeypatch
+):
+    def late(*_):
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(program.Program, "prepare_data", late)
+    monkeypatch.setattr(program.Program, "on", late)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=said):
+        train_and_evaluate(tiny_config(corpus, **changes), tmp_path)
 
 
 def test_the_record_survives_json():

@@ -10,6 +10,7 @@ import pytest
 
 from maskformer.training import default_config, workdir
 from maskformer.training.experiment import plain
+from maskformer.training.sections import TrainConfig
 
 CONFIG = plain(default_config())
 LINES = [{"step": step, "train/loss": 1.0 / step} for step in (1, 2, 3, 4)]
@@ -18,7 +19,7 @@ LINES = [{"step": step, "train/loss": 1.0 / step} for step in (1, 2, 3, 4)]
 @pytest.mark.parametrize(
     "name, said",
     [
-        ("", "workdir='': expected a folder for the run; '.' is the current one"),
+        ("", "workdir='': expected a folder; '.' is the current one"),
         ("gs://bucket/run", "workdir='gs://bucket/run': gs:// addresses are not supported; expected a local"),
         (pathlib.Path("s3://bucket/run"), "s3:// addresses are not supported"),
         ("two\nlines\0", r"workdir='two\\nlines\\x00': cannot be written to \(embedded null byte\)"),
@@ -63,6 +64,21 @@ def run(tmp_path):
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     workdir.write_config(tmp_path, CONFIG)
     return tmp_path
+
+
+@pytest.mark.parametrize("field", ["resume", "init_from"])
+def test_a_run_that_is_to_begin_with_another_needs_its_checkpoint(field, run, tmp_path_factory):
+    nothing = tmp_path_factory.mktemp("nothing")
+    (nothing / "file").write_text("")
+    for source in (nothing / "absent", nothing / "file", nothing, "two\nlines\0"):
+        train = TrainConfig(**{field: str(source)})
+        with pytest.raises(ValueError, match=rf"train.{field}='.*': no checkpoint in ") as refusal:
+            workdir.check_sources(train, nothing)
+        assert "\n" not in str(refusal.value)
+        # A run of its own goes on from there, wherever it once began.
+        workdir.check_sources(train, run)
+    workdir.check_sources(TrainConfig(**{field: str(run)}), nothing)
+    workdir.check_sources(TrainConfig(), nothing)
 
 
 def changed(key, value):
