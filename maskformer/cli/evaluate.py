@@ -52,6 +52,11 @@ def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     compared = comparison.compare(
         arguments.workdir, columns, arguments.split, overrides=config_flags, checkpoint=arguments.checkpoint
     )
+    import jax
+
+    if jax.process_index() != 0:
+        # All have measured together, and one says it.
+        return 0
     results = compared.to_dict()
     if len(arguments.workdir) > 1 or any(column.spread for column in columns.values()):
         print(compared.table())

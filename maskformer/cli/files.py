@@ -10,10 +10,9 @@ import argparse
 import contextlib
 import os
 import pathlib
-import re
 from collections.abc import Iterator
 
-from maskformer.checks import require, shown
+from maskformer.checks import require, shown, why_no_folder
 
 
 def folder(text: str) -> str:
@@ -24,11 +23,8 @@ def folder(text: str) -> str:
         ...
     argparse.ArgumentTypeError: 'gs://bucket/run': gs:// addresses are not supported; expected a local or mounted folder
     """
-    if not text:
-        raise argparse.ArgumentTypeError("'': expected a folder; '.' is the current one")
-    if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
-        said = f"{scheme[0]} addresses are not supported; expected a local or mounted folder"
-        raise argparse.ArgumentTypeError(f"{shown(text)}: {said}")
+    if (why := why_no_folder(text)) is not None:
+        raise argparse.ArgumentTypeError(f"{shown(text)}: {why}")
     return text
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import filelock
 
+from maskformer.checks import why_no_folder
 from maskformer.textfiles import DataError, is_text, printable
 
 _BUILDING = ".building."
@@ -25,11 +26,13 @@ def cache_dir() -> Path:
     """`$MASKFORMER_CACHE`, or `~/.cache/maskformer`; created if missing.
 
     Raises:
-      DataError: it cannot be written, or its name is no text, which TFDS needs.
+      DataError: it cannot be written, it is no folder of this machine, or its name is no text, which TFDS needs.
     """
     chosen = os.environ.get("MASKFORMER_CACHE")
     folder = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "maskformer"
     fix = "set MASKFORMER_CACHE to a folder that you can write"
+    if chosen and (why := why_no_folder(chosen)) is not None:
+        raise DataError(f"cache folder {printable(chosen)}: {why}; {fix}")
     if not is_text(folder):
         raise DataError(f"cache folder {printable(folder)}: its name is not UTF-8; {fix}")
     try:

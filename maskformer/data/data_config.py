@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maskformer.checks import nearest, shown
-from maskformer.textfiles import DataError
+from maskformer.textfiles import DataError, suffix
 
 SEGMENT_BY = ("sentence", "chunk", "document")
 TRAINED_TOKENIZERS = ("wordpiece", "bpe", "unigram")
@@ -115,7 +115,7 @@ class DataConfig:
                     f"data.vocabulary_size={self.vocabulary_size}: expected at least {least} for {self.tokenizer}"
                 )
             return
-        if not self.tokenizer.endswith((".json", ".txt")):
+        if suffix(Path(self.tokenizer)) not in (".json", ".txt"):
             raise DataError(
                 f"data.tokenizer={shown(self.tokenizer)}: expected {', '.join(TRAINED_TOKENIZERS)}, or the path of a"
                 " tokenizer.json or vocab.txt" + nearest(self.tokenizer, TRAINED_TOKENIZERS)

@@ -23,7 +23,7 @@ from maskformer.data.data_config import DataConfig, DataError
 from maskformer.data.reserved import unreachable
 from maskformer.data.sources import open_source
 from maskformer.objectives.vocabulary import Vocabulary
-from maskformer.textfiles import parse_json, printable, read_text
+from maskformer.textfiles import parse_json, printable, read_text, suffix
 
 DEFAULT_VOCABULARY_SIZE = 8192
 # Raise it when training changes, so that nothing made before is taken for current.
@@ -376,7 +376,7 @@ def _read(path: Path, lowercase: bool | None) -> Tokenizer:
         text = read_text(path)
     except DataError as error:
         raise DataError(f"data.tokenizer: {error}") from None
-    definition = _checked_definition(text, where) if path.suffix == ".json" else _wordpiece(text, where, lowercase)
+    definition = _checked_definition(text, where) if suffix(path) == ".json" else _wordpiece(text, where, lowercase)
     try:
         return Tokenizer(definition)
     except ValueError as error:  # special ids that contradict each other

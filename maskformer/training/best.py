@@ -43,8 +43,11 @@ def continue_record(record: RunRecord, steps: int, config: EvaluationConfig) -> 
     """Make the record of a checkpoint (or a fresh one) that of a run of `steps` steps.
 
     A run that had stopped early and is now to be longer than it was gets its patience anew; the same command again
-    leaves it stopped.
+    leaves it stopped. What was the best by another metric says nothing under this one: best and patience begin anew.
     """
+    if record.criterion not in (None, config.criterion):
+        record.best, record.evaluations_since_best = None, 0
+    record.criterion = config.criterion
     if out_of_patience(record, config) and steps > record.steps:
         record.evaluations_since_best = 0
     record.steps = steps

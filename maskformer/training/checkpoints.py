@@ -21,6 +21,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from maskformer.checks import shown
 from maskformer.training.checksums import CHECKSUMS, FIX, DamageError, verify, write_checksums
+from maskformer.training.precision import widened_shapes
 from maskformer.training.record import RunRecord, read_record
 from maskformer.training.sections import CheckpointConfig, EvaluationConfig
 from maskformer.training.workdir import (
@@ -60,6 +61,7 @@ class Checkpoints:
         self.directory = workdir.resolve() / CHECKPOINTS
         self._keep = config.keep
         self._sign = 1.0 if evaluation.mode == "max" else -1.0
+        self._criterion = evaluation.criterion
         self._saving = 0
         self._failed = False
         self._bytes = 0
@@ -90,7 +92,9 @@ class Checkpoints:
                     record=ocp.args.JsonSave({"step": step, **dataclasses.asdict(record)}),
                 ),
                 # Empty rather than None, which Orbax would warn of at every save between two evaluations.
-                metrics={"score": self._sign * metric} if metric is not None and scored else {},
+                metrics={"score": self._sign * metric, "criterion": self._criterion}
+                if metric is not None and scored
+                else {},
                 force=True,
             )
 
@@ -145,20 +149,25 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         self._on_leader(self._tidy, "tidy checkpoints")
-        best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
+        best = policies.BestN(get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False)
         return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
                 # What is kept is the policy's to say; but without this Orbax writes no metrics, and after a resume
                 # neither the policy nor `best_step` would know the scores of what is there.
-                best_fn=_score,
+                best_fn=self._score,
                 # What a killed run was writing is of no use to anyone.
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=lambda: self._write_checksums(self._saving)),
             ),
         )
+
+    def _score(self, metrics: Mapping[str, Any]) -> float:
+        """As Orbax asks for it: what was not evaluated, or by another metric than that of now, is never the best."""
+        same = metrics.get("criterion", self._criterion) == self._criterion
+        return metrics.get("score", -math.inf) if same else -math.inf
 
     def _tidy(self) -> None:
         # Orbax reads these small files of all checkpoints at its start, and gives up at the first bad one.
@@ -316,8 +325,8 @@ def restore(directory: pathlib.Path, step: int, abstract_state: Any) -> tuple[An
 def restore_params(workdir: pathlib.Path, abstract_params: Any, which: str = "best") -> tuple[Any, int]:
     """Parameters of a finished or running run for evaluation or a new start, and the step they are from.
 
-    Averaged parameters (`ema`) are returned where the run kept them. Where the checkpoint asked for is damaged, a
-    warning says so and the next one is used: the next best, or the one before.
+    Averaged parameters (`ema`) are returned where the run kept them, in float32 (or wider) as they were kept. Where the
+    checkpoint asked for is damaged, a warning says so and the next one is used: the next best, or the one before.
 
     Args:
       workdir: the run's folder.
@@ -338,13 +347,14 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, which: str = "be
         folder = directory / str(step)
         _verify(folder, step)
         with ocp.PyTreeCheckpointer() as arrays:
-            name = "ema" if _tree(folder / "state").get("ema") is not None else "params"
-            _check_structure(folder / "state", {name: abstract_params}, only=(name,))
+            averaged = _tree(folder / "state").get("ema") is not None
+            name, wanted = ("ema", widened_shapes(abstract_params)) if averaged else ("params", abstract_params)
+            _check_structure(folder / "state", {name: wanted}, only=(name,))
             restored = arrays.restore(
                 folder / "state",
                 args=ocp.args.PyTreeRestore(
-                    item={name: abstract_params},
-                    restore_args=ocp.checkpoint_utils.construct_restore_args({name: abstract_params}),
+                    item={name: wanted},
+                    restore_args=ocp.checkpoint_utils.construct_restore_args({name: wanted}),
                     partial_restore=True,
                 ),
             )
@@ -368,12 +378,17 @@ def _newest_first(directory: pathlib.Path) -> list[int]:
 
 
 def _best_first(directory: pathlib.Path, steps: Sequence[int]) -> list[int]:
-    scores = {}
+    scores, criteria = dict.fromkeys(steps, -math.inf), {}
     for step in steps:
         try:
-            scores[step] = _read_score(directory / str(step))
+            scores[step], criteria[step] = _read_score(directory / str(step))
         except ValueError as error:
             logger.warning("checkpoint of step %d in %s counts as not evaluated: %s", step, directory, error)
+    # The metric may have changed on the way: the newest evaluation says which one counts.
+    evaluated = [step for step in steps if scores[step] > -math.inf]
+    criterion = criteria[max(evaluated)] if evaluated else None
+    for step in evaluated:
+        if criteria[step] not in (None, criterion):
             scores[step] = -math.inf
     return sorted(steps, key=lambda step: (scores[step], step), reverse=True)
 
@@ -430,19 +445,18 @@ def _from_all_processes(text: str) -> list[str]:
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
 
 
-def _read_score(folder: pathlib.Path) -> float:
-    """The score that a checkpoint was saved with; -inf when it was not evaluated."""
+def _read_score(folder: pathlib.Path) -> tuple[float, str | None]:
+    """The score that a checkpoint was saved with, -inf when it was not evaluated, and its criterion, if named."""
     path = folder / "metrics" / "metrics"
     if not path.exists():
-        return -math.inf
-    score = _score(read_object(path, FIX))
+        return -math.inf, None
+    metrics = read_object(path, FIX)
+    score, criterion = metrics.get("score", -math.inf), metrics.get("criterion")
     if type(score) not in (int, float):
         raise ValueError(f"{path}: score={shown(score)}, expected a number; {FIX}")
-    return score
-
-
-def _score(metrics: Mapping[str, float]) -> float:
-    return metrics.get("score", -math.inf)
+    if criterion is not None and type(criterion) is not str:
+        raise ValueError(f"{path}: criterion={shown(criterion)}, expected a string; {FIX}")
+    return score, criterion
 
 
 def _tree(folder: pathlib.Path) -> Any:

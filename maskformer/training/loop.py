@@ -24,10 +24,11 @@ from maskformer.training.state import TrainState
 from maskformer.training.workdir import (
     CHECKPOINTS,
     check_same_run,
-    checkpoint_steps,
+    check_sources,
     prepare_workdir,
     write_config,
 )
+from maskformer.training.writers import check_writers
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ def train_and_evaluate(
     checkpoint = program.experiment.checkpoint
     workdir = prepare_workdir(workdir)
     check_same_run(plain(config), workdir)
+    check_sources(train, workdir)
+    check_writers(program.experiment.writers)
     program.prepare_data()
 
     # On the devices.
@@ -102,6 +105,8 @@ def train_and_evaluate(
                 state = dataclasses.replace(state, window=placed.empty_window())
             # The step path waits for no metrics, unless something is about to be made of them.
             recorder.settle(wait=evaluates or saves or preempted)
+            if evaluates or saves:
+                recorder.pause(state)
             if evaluates:
                 results = placed.evaluate(state.evaluation_params)
                 recorder.evaluation(step, results, improved=update_best(record, results, evaluation))
@@ -130,15 +135,14 @@ def starting_state(placed: Placed, checkpoints: Checkpoints) -> tuple[TrainState
     train = placed.program.experiment.train
     restored = checkpoints.restore_latest(placed.state)
     if restored is None and train.resume is not None:
-        theirs = pathlib.Path(train.resume).resolve() / CHECKPOINTS
-        if not checkpoint_steps(theirs):
-            raise ValueError(f"train.resume={train.resume!r}: no checkpoint in {theirs}")
-        restored = restore_newest(theirs, placed.state)
+        restored = restore_newest(pathlib.Path(train.resume).resolve() / CHECKPOINTS, placed.state)
     if restored is not None:
         return restored
     state = placed.init()
     if train.init_from is not None:
         params, _ = restore_params(pathlib.Path(train.init_from), placed.params)
+        # An average is wider than the parameters that begin with it.
+        params = jax.tree.map(lambda array, wanted: array.astype(wanted.dtype), params, placed.params)
         # The optimizer's state and the average begin at these parameters: both may hold copies of them.
         ema = None if state.ema is None else average_start(params)
         state = dataclasses.replace(state, params=params, opt_state=placed.init_optimizer(params), ema=ema)

@@ -23,6 +23,11 @@ def widened(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(_wide(leaf.dtype)), tree)
 
 
+def widened_shapes(tree: Any) -> Any:
+    """What `widened` makes of arrays of these `jax.ShapeDtypeStruct`s, where they are."""
+    return jax.tree.map(lambda leaf: leaf.update(dtype=_wide(leaf.dtype)), tree)
+
+
 def average_start(params: Any) -> Any:
     """The moving average before the first update: a copy of `params` in float32, sharing no buffer with them."""
     return jax.tree.map(lambda leaf: jnp.array(_as_stored(leaf), copy=True), params)
@@ -58,6 +63,11 @@ class MasterState(NamedTuple):
 
     weights: Any
     inner: optax.OptState
+
+
+def trained_weights(params: Any, opt_state: optax.OptState) -> Any:
+    """The weights that are trained: the float32 copy where there is one, else the parameters themselves."""
+    return opt_state.weights if isinstance(opt_state, MasterState) else params
 
 
 def on_master_weights(inner: optax.GradientTransformation) -> optax.GradientTransformation:

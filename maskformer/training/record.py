@@ -19,7 +19,8 @@ class RunRecord:
       next_example: global index of the first example that no finished step has used. It names a place in the
         stream of epochs, independent of batch size and number of processes.
       tokens, predicted: seen and predicted so far, padding not counted.
-      best: best evaluation so far of `evaluation.metric`; None before the first.
+      best: best evaluation so far by `criterion`; None before the first.
+      criterion: `EvaluationConfig.criterion`; None in a record from before there was one.
       evaluations_since_best: for early stopping.
       steps: the length that the run was to have.
     """
@@ -28,6 +29,7 @@ class RunRecord:
     tokens: int = 0
     predicted: int = 0
     best: float | None = None
+    criterion: str | None = None
     evaluations_since_best: int = 0
     steps: int = 0
 
@@ -48,12 +50,16 @@ def read_record(path: pathlib.Path, step: int) -> RunRecord:
     best = values.get("best")
     if best is not None and type(best) not in (int, float):
         raise DamageError(f"{path}: best={shown(best)}, expected a number")
+    criterion = values.get("criterion")
+    if criterion is not None and type(criterion) is not str:
+        raise DamageError(f"{path}: criterion={shown(criterion)}, expected a string")
     counts = {}
     for field in dataclasses.fields(RunRecord):
-        if field.name != "best" and field.name in values:
+        if field.name not in ("best", "criterion") and field.name in values:
             value = values[field.name]
             if type(value) is not int or value < 0:
                 raise DamageError(f"{path}: {field.name}={shown(value)}, expected a whole number of at least 0")
             counts[field.name] = value
     # NaN is no value, and was written as one.
-    return RunRecord(best=best if best is not None and math.isfinite(best) else None, **counts)
+    finite = best if best is not None and math.isfinite(best) else None
+    return RunRecord(best=finite, criterion=criterion, **counts)

@@ -11,7 +11,7 @@ import jax
 from maskformer.training.checkpoints import Checkpoints, RunRecord
 from maskformer.training.program import Placed
 from maskformer.training.progress import Progress
-from maskformer.training.state import NEVER, Window
+from maskformer.training.state import NEVER, TrainState, Window
 from maskformer.training.throughput import Clock
 from maskformer.training.workdir import RunError
 from maskformer.training.writers import Writer, create_writers
@@ -127,8 +127,13 @@ class Recorder:
         for writer in self._writers:
             writer.flush()
 
+    def pause(self, state: TrainState) -> None:
+        """Training stops here for something else, when the steps up to `state` are done."""
+        jax.block_until_ready(state)
+        self._clock.pause()
+
     def resume(self) -> None:
-        """Training goes on: what was done since the last line does not count as its time."""
+        """Training goes on: what was done since `pause` does not count as its time."""
         self._clock.resume()
 
     def close(self) -> None:

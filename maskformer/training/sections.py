@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from maskformer.checks import choose, integer, number, require, typed_fields
+from maskformer.checks import choose, integer, number, require, shown, typed_fields, why_no_folder
 from maskformer.data.data_config import SPLITS
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
@@ -20,6 +21,9 @@ MODES = ("min", "max")
 MOST = 2**31 - 1
 # JAX makes a key from the low 32 bits of a seed: beyond them, two seeds would be one.
 LAST_SEED = 2**32 - 1
+# The float32 before 1: a decay that rounds to 1 divides by 0 where Adam corrects its bias, and forgets nothing.
+LAST_DECAY = 1.0 - 2.0**-24
+_FLOAT32 = f", at most {LAST_DECAY:.8f}, since float32 has none between that and 1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +77,8 @@ class OptimizerConfig:
         for field in ("final_fraction", "decay_fraction"):
             number(f"optimizer.{field}", getattr(self, field), "a share in [0, 1]", 0.0, 1.0, closed=True)
         for field in ("b1", "b2", "momentum"):
-            number(f"optimizer.{field}", getattr(self, field), "a decay in [0, 1)", 0.0, 1.0)
+            expected = f"a decay in [0, 1){_FLOAT32}"
+            number(f"optimizer.{field}", getattr(self, field), expected, 0.0, LAST_DECAY, closed=True)
         # Below the smallest float32 it is 0, and the update of a gradient of 0 is NaN.
         number("optimizer.epsilon", self.epsilon, "a number above 0, from 1e-30 to 1", 1e-30, 1.0, closed=True)
         if self.clip_norm is not None:
@@ -82,7 +87,8 @@ class OptimizerConfig:
                 0.0, 1e30, open_low=True,
             )
         if self.ema_decay is not None:
-            number("optimizer.ema_decay", self.ema_decay, "a decay in (0, 1), or None", 0.0, 1.0, open_low=True)
+            expected = f"a decay in (0, 1){_FLOAT32}, or None"
+            number("optimizer.ema_decay", self.ema_decay, expected, 0.0, LAST_DECAY, open_low=True, closed=True)
         if self.schedule == "inverse_sqrt":
             require(
                 self.warmup_steps > 0, "optimizer.warmup_steps", self.warmup_steps,
@@ -124,6 +130,8 @@ class TrainConfig:
         for field in ("init_from", "resume"):
             value = getattr(self, field)
             require(value is None or value.strip(), f"train.{field}", value, "the workdir of a run, or None")
+            if value is not None and (why := why_no_folder(value)) is not None:
+                raise ValueError(f"train.{field}={shown(value)}: {why}")
         require(
             self.init_from is None or self.resume is None, "train.init_from", self.init_from,
             "None beside train.resume, which already brings the parameters",
@@ -170,6 +178,16 @@ class EvaluationConfig:
         number("evaluation.min_improvement", self.min_improvement, "a number of at least 0", 0.0, math.inf)
         if self.patience is not None:
             require(self.every > 0, "evaluation.every", self.every, "at least 1 when evaluation.patience is set")
+
+    @property
+    def criterion(self) -> str:
+        """What "best" means, in words that are equal where two evaluations can be compared.
+
+        >>> EvaluationConfig(metric="accuracy", mode="max", objective={"rate": 0.4}).criterion
+        'max validation/accuracy of {"rate": 0.4}'
+        """
+        objective = f" of {json.dumps(dict(self.objective), sort_keys=True)}" if self.objective else ""
+        return f"{self.mode} {self.split}/{self.metric}{objective}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,9 +275,9 @@ def check_warmup(optimizer: OptimizerConfig, steps: int) -> None:
 
 
 def check_master_weights(optimizer: OptimizerConfig, param_dtype: str) -> None:
-    """Raise the one-line `ValueError` of a float32 copy of parameters that are float32 already."""
-    if optimizer.master_weights and param_dtype == "float32":
+    """Raise the one-line `ValueError` of a float32 copy of parameters that are no narrower."""
+    if optimizer.master_weights and param_dtype in ("float32", "float64"):
         raise ValueError(
-            "optimizer.master_weights=True: expected False with model.param_dtype='float32', of which a float32 copy "
-            "changes nothing; set --config.model.param_dtype=bfloat16, or leave master_weights alone"
+            f"optimizer.master_weights=True: expected False with model.param_dtype={param_dtype!r}, of which a float32 "
+            "copy gains nothing; set --config.model.param_dtype=bfloat16, or leave master_weights alone"
         )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maskformer.training.precision import average, norm, widened
+from maskformer.training.precision import average, norm, trained_weights, widened
 from maskformer.training.state import TrainState
 from maskformer.training.tasks import Batch, Sums, Task
 
@@ -96,7 +96,7 @@ def create_train_step(
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema_decay is not None:
-            ema = average(state.ema, params, ema_decay)
+            ema = average(state.ema, trained_weights(params, opt_state), ema_decay)
         one = jnp.ones(())
         window = state.window.add(
             state.step,

@@ -29,7 +29,7 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 class Clock:
-    """Turns counts per window into rates; `resume` leaves out what went before, such as an evaluation."""
+    """Turns counts per window into rates; the time from `pause` to `resume`, such as an evaluation's, is left out."""
 
     def __init__(self, flops_per_token: float, devices: list[jax.Device]):
         self._flops_per_token = flops_per_token
@@ -37,6 +37,7 @@ class Clock:
         self._peak = sum(peak for peak in peaks if peak is not None) if None not in peaks else None
         # The first window includes compilation: it has no rate worth telling.
         self._since: float | None = None
+        self._paused: float | None = None
 
     def rates(self, tokens: int) -> dict[str, float]:
         """Rates since the last call; empty for the first window, which holds the compilation."""
@@ -55,6 +56,13 @@ class Clock:
             rates["mfu"] = flops_per_second / self._peak
         return rates
 
+    def pause(self) -> None:
+        """Training stops now, with nothing queued on the device."""
+        self._paused = time.perf_counter()
+
     def resume(self) -> None:
-        """Training goes on now, with nothing queued on the device."""
-        self._since = time.perf_counter()
+        """Training goes on now, and the window with it."""
+        # The window's beginning moves with the pause: the tokens that were seen before it keep their time.
+        if self._since is not None and self._paused is not None:
+            self._since += time.perf_counter() - self._paused
+        self._paused = None

@@ -11,8 +11,9 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from maskformer.checks import shown
+from maskformer.checks import printable, shown, why_no_folder
 from maskformer.objectives.schedules import in_steps
+from maskformer.training.sections import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +45,8 @@ def prepare_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
       ValueError: one line; not a folder on this machine's file systems, or it cannot be written to.
     """
     text = os.fspath(workdir)
-    if not text:
-        raise ValueError("workdir='': expected a folder for the run; '.' is the current one")
-    # One slash, since a Path has merged the two.
-    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text):
-        raise ValueError(
-            f"workdir={shown(text)}: {scheme[1]}:// addresses are not supported; expected a local or mounted folder"
-        )
+    if (why := why_no_folder(text)) is not None:
+        raise ValueError(f"workdir={shown(text)}: {why}")
     path = pathlib.Path(text).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -93,7 +89,7 @@ def check_same_run(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
     """Refuse to continue the run in `workdir` as another one.
 
     Its length, optimizer, evaluation and mesh may change, and what says only how it is computed (`FREE_KEYS`); its
-    model, data, objective and seed may not: the record would then tell of a run that never was.
+    model, data, task, objective and seed may not: the record would then tell of a run that never was.
 
     Raises:
       ValueError: names the first key that differs, or what is wrong with `config.json`.
@@ -101,8 +97,10 @@ def check_same_run(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
     if not os.path.lexists(workdir / CONFIG) or not checkpoint_steps(workdir / CHECKPOINTS):
         return
     before = read_config(workdir, sections=("data", "objective", "model", "train"))
-    for section in ("seed", "data", "objective", "model"):
-        ours, theirs = config[section], before.get(section)
+    for section in ("seed", "data", "task", "objective", "model"):
+        # There is no section of a task in a config from before there were tasks.
+        absent = {} if section == "task" else None
+        ours, theirs = config.get(section, absent), before.get(section, absent)
         if section == "objective":
             # A share of the run is another step in a run of another length.
             ours = in_steps(ours, config["train"]["steps"])
@@ -126,6 +124,24 @@ def check_same_run(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
             f"{section}={shown(ours)}: the run in {workdir} has {shown(theirs)}; use a new --workdir "
             "(train.init_from takes over its parameters)"
         )
+
+
+def check_sources(train: TrainConfig, workdir: pathlib.Path) -> None:
+    """Refuse a run in `workdir` that is to begin with another one's checkpoint where there is none.
+
+    Raises:
+      ValueError: names `train.resume` or `train.init_from`, and the folder.
+    """
+    if _numbered(workdir / CHECKPOINTS):
+        return
+    for field in ("resume", "init_from"):
+        source = getattr(train, field)
+        # What is no folder counts here: who reads it says what is wrong with it.
+        if source is not None and not _numbered(pathlib.Path(source) / CHECKPOINTS):
+            raise ValueError(
+                f"train.{field}={shown(source)}: no checkpoint in {printable(os.path.join(source, CHECKPOINTS))}; "
+                "expected the workdir of a run that has one"
+            )
 
 
 def _in_their_steps(objective: Any, steps: Any, path: pathlib.Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -108,12 +109,8 @@ class WandbWriter:
     """Weights & Biases; the run id is kept in the workdir, so that a resumed run continues its curves."""
 
     def __init__(self, workdir: pathlib.Path, project: str, config: Mapping[str, Any]):
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError(
-                f"writers.wandb_project={project!r}: wandb is not installed; pip install 'maskformer[wandb]'"
-            ) from error
+        import wandb
+
         self._run = wandb.init(
             project=project, id=wandb_id(workdir), resume="allow", dir=str(workdir), config=dict(config)
         )
@@ -147,6 +144,15 @@ def wandb_id(workdir: pathlib.Path) -> str:
             "shows, or delete the file to begin new curves"
         )
     return text
+
+
+def check_writers(config: WriterConfig) -> None:
+    """Raise the one-line `ValueError` of a writer whose library is not installed."""
+    if config.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"writers.wandb_project={shown(config.wandb_project)}: wandb is not installed; "
+            "pip install 'maskformer[wandb]', or set it to None"
+        )
 
 
 def create_writers(

@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 
+import jax
 import pytest
 
 from maskformer import cli, report
@@ -101,6 +102,22 @@ def test_an_option_that_is_a_flag_of_evaluate_itself_is_refused(name, tmp_path, 
         assert code == 2 and f"measure 'mine': --{name} is a flag of evaluate itself" in err and err.count("\n") == 1
     finally:
         del measures.MEASURES["mine"]
+
+
+@pytest.mark.parametrize("workdirs", [["a"], ["a", "b"]])
+def test_of_several_processes_one_prints_and_writes(workdirs, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "results.json"
+
+    def compared(names, columns, split, **_):
+        each = {name: {column: {"loss": 1.0} for column in columns} for name in names}
+        return comparison.Comparison(split, dict.fromkeys(names, 4), dict.fromkeys(names, (8, 8)), columns, each)
+
+    monkeypatch.setattr(comparison, "compare", compared)
+    for process in (1, 0):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        code, out, _ = run(capsys, "--workdir", *workdirs, f"--json={file}")
+        assert code == 0 and bool(out) == file.exists() == (process == 0)
+    assert json.loads(file.read_text())
 
 
 def test_special_tokens_are_left_out_by_flag(folders, load, capsys, quick_compilation):

@@ -111,6 +111,14 @@ def test_an_unwritable_cache_names_the_variable_that_moves_it(tmp_path, monkeypa
         cache_dir()
 
 
+def test_a_cache_at_an_address_is_refused_and_no_folder_of_that_name_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MASKFORMER_CACHE", "gs://bucket/cache")
+    with pytest.raises(DataError, match="cache folder gs://bucket/cache: gs:// addresses are not supported; .*; set M"):
+        cache_dir()
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_that_are_no_text_are_refused_where_a_library_needs_text(tmp_path, monkeypatch):
     name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
     with pytest.raises(DataError, match=r"data.data_dir='.*caf\\udce9': TFDS needs a name in UTF-8"):

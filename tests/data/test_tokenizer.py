@@ -1,5 +1,6 @@
 """Tokenizers are reproducible, reversible, mark words, and tell special tokens from text that spells them."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -138,6 +139,18 @@ def test_a_saved_tokenizer_loads_as_the_same(trained, kind, tmp_path):
     trained[kind].save(tmp_path / "tokenizer.json")
     again = load_tokenizer(DataConfig(tokenizer=str(tmp_path / "tokenizer.json")))
     assert again.fingerprint == trained[kind].fingerprint and again.vocabulary == trained[kind].vocabulary
+
+
+@pytest.mark.parametrize("name", ["tokenizer.JSON", "tokenizer.json.gz", "tokenizer.Json.GZ", "vocab.TXT.gz"])
+def test_what_a_tokenizer_file_holds_is_told_by_its_suffix_in_any_case_and_through_gzip(trained, name, tmp_path):
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[MASK]\nshe\n##s\n")
+    trained["wordpiece"].save(tmp_path / "tokenizer.json")
+    plain = tmp_path / ("vocab.txt" if name.startswith("vocab") else "tokenizer.json")
+    opened = gzip.open if name.lower().endswith(".gz") else open
+    with opened(tmp_path / name, "wb") as file:
+        file.write(plain.read_bytes())
+    read, expected = (load_tokenizer(DataConfig(tokenizer=str(path))) for path in (tmp_path / name, plain))
+    assert read.fingerprint == expected.fingerprint and read.vocabulary == expected.vocabulary
 
 
 def test_a_vocab_txt_is_read_as_bert_reads_it(tmp_path):

@@ -1,5 +1,7 @@
 """The best evaluation and the patience with those that are not."""
 
+import dataclasses
+import json
 import math
 
 import pytest
@@ -68,3 +70,42 @@ def test_a_longer_run_that_had_not_stopped_keeps_what_it_has_waited():
     record = RunRecord(best=1.0, evaluations_since_best=1, steps=12)
     continue_record(record, 24, EvaluationConfig(patience=2))
     assert record.evaluations_since_best == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(metric="accuracy", mode="max"),
+        dict(metric="perplexity"),
+        dict(mode="max"),
+        dict(split="test"),
+        dict(objective={"rate": 0.4}),
+    ],
+)
+def test_the_best_by_another_measure_is_none_and_patience_begins_anew(changes):
+    before, now = EvaluationConfig(patience=2), EvaluationConfig(patience=2, **changes)
+    record = RunRecord()
+    continue_record(record, 12, before)
+    for _ in range(3):
+        update_best(record, {"loss": 3.0}, before)
+    assert out_of_patience(record, before)
+    record = RunRecord(**json.loads(json.dumps(dataclasses.asdict(record))))
+    continue_record(record, 12, now)
+    assert record.best is None and not out_of_patience(record, now)
+    assert update_best(record, {now.metric: 0.5}, now) and record.best == 0.5
+
+
+@pytest.mark.parametrize("changes", [{}, dict(patience=9, every=7), dict(objective={"rate": 0.4, "words": (1, 2)})])
+def test_the_best_by_the_same_measure_stays(changes):
+    config = EvaluationConfig(**changes)
+    record = RunRecord()
+    continue_record(record, 12, config)
+    update_best(record, {"loss": 3.0}, config)
+    continue_record(record, 12, EvaluationConfig(**json.loads(json.dumps(changes))))
+    assert record.best == 3.0 and not update_best(record, {"loss": 3.5}, config)
+
+
+def test_the_best_of_a_record_from_before_it_named_its_measure_stays():
+    record = RunRecord(best=1.0, steps=12)
+    continue_record(record, 12, EvaluationConfig())
+    assert record.best == 1.0

@@ -31,8 +31,8 @@ ABSTRACT = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype
 
 
 @contextlib.contextmanager
-def opened(workdir, keep=3):
-    made = Checkpoints(workdir, CheckpointConfig(keep=keep), EvaluationConfig())
+def opened(workdir, keep=3, **evaluation):
+    made = Checkpoints(workdir, CheckpointConfig(keep=keep), EvaluationConfig(**evaluation))
     try:
         yield made
     finally:
@@ -203,6 +203,45 @@ def test_the_next_best_is_evaluated_where_the_best_is_damaged(run, caplog):
     largest(run / "checkpoints" / "2").write_bytes(b"")
     assert evaluate(run, "best") == 3
     assert "step 2" in caplog.text and "using that of step 3 instead" in caplog.text
+
+
+def test_an_average_is_returned_as_wide_as_it_was_kept(tmp_path):
+    narrow = jax.numpy.ones((4, 4), jax.numpy.bfloat16)
+    mean = jax.numpy.linspace(1.0, 1.01, 16).reshape(4, 4)
+    state = {"params": {"weight": narrow, "count": jax.numpy.arange(3)}}
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=PLACE), state["params"])
+    for name, extra, expected in (("without", {}, narrow), ("with", {"ema": state["params"] | {"weight": mean}}, mean)):
+        with opened(tmp_path / name) as made:
+            made.save(1, state | extra, RunRecord(), None)
+        params, _ = restore_params(tmp_path / name, abstract)
+        assert params["weight"].dtype == expected.dtype and params["count"].dtype == state["params"]["count"].dtype
+        np.testing.assert_array_equal(params["weight"], expected)
+
+
+def test_a_score_by_another_metric_keeps_no_checkpoint_and_is_not_the_best(tmp_path):
+    with opened(tmp_path, keep=1) as made:
+        for step, loss in ((1, 0.1), (2, 3.0)):
+            made.save(step, state_of(step), RunRecord(), loss)
+    assert checkpoint_steps(tmp_path / "checkpoints") == [1, 2]
+    with opened(tmp_path, metric="negative", mode="max", keep=1) as made:
+        # Until the new metric has a score, the best by the old one is the best that is known.
+        assert evaluate(tmp_path, "best") == 1
+        for step, value in ((3, -5.0), (4, -7.0), (5, None)):
+            made.save(step, state_of(step), RunRecord(), value)
+    assert checkpoint_steps(tmp_path / "checkpoints") == [3, 5] and evaluate(tmp_path, "best") == 3
+    with opened(tmp_path, keep=1, metric="accuracy", mode="max") as made:
+        made.save(6, state_of(6), RunRecord(), 0.5)
+    assert checkpoint_steps(tmp_path / "checkpoints") == [6]
+
+
+def test_a_score_from_before_it_named_its_metric_counts(run):
+    for step in (1, 2, 3):
+        path = run / "checkpoints" / str(step) / "metrics" / "metrics"
+        path.write_text(json.dumps({"score": json.loads(path.read_text())["score"]}))
+        (run / "checkpoints" / str(step) / "checksums.json").unlink()
+    with opened(run, keep=1) as made:
+        made.save(4, state_of(4), RunRecord(), 2.5)
+    assert checkpoint_steps(run / "checkpoints") == [2, 4] and evaluate(run, "best") == 2
 
 
 def test_another_runs_newest_checkpoint_is_got_round_and_left_alone(run, caplog):

@@ -1,9 +1,11 @@
 """Whole runs: equal on other devices and after interruption, clean on the step path, loud when something is wrong."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import signal
+import sys
 
 import jax
 import numpy as np
@@ -14,6 +16,7 @@ from maskformer.training import NonFiniteError, Preempted, program, train_and_ev
 from maskformer.training.checkpoints import Checkpoints, RunRecord, best_step, checkpoint_steps, restore_params
 from maskformer.training.experiment import plain
 from maskformer.training.lock import Lock, LockError
+from maskformer.training.loop import starting_state
 from maskformer.training.sections import CheckpointConfig, EvaluationConfig
 from maskformer.training.workdir import check_same_run
 from tests.training.tiny import metric_lines, tiny_config
@@ -291,6 +294,23 @@ def test_init_from_takes_the_parameters_and_resume_takes_everything(reference, c
     assert metric_lines(tmp_path / "further")[0]["step"] == 13
 
 
+def test_parameters_that_begin_with_an_average_are_its_rounding(corpus, devices, tmp_path, quick_compilation):
+    narrow = dict(model__param_dtype="bfloat16", optimizer__ema_decay=0.9)
+    config = tiny_config(corpus, train__init_from=str(tmp_path), **narrow)
+    placed = program.Program.of(config).on()
+    mean = jax.tree.map(lambda leaf: jax.numpy.full(leaf.shape, 1.003), placed.params)
+    with contextlib.closing(Checkpoints(tmp_path, CheckpointConfig(), EvaluationConfig())) as kept:
+        kept.save(1, {"params": mean, "ema": mean}, RunRecord(), None)
+        kept.wait()
+        np.testing.assert_array_equal(jax.tree.leaves(restore_params(tmp_path, placed.params)[0])[0], np.float32(1.003))
+    state, _ = starting_state(placed, Checkpoints(tmp_path / "new", CheckpointConfig(), EvaluationConfig()))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.ema)} == {"float32"}
+    for mean, param in zip(*map(jax.tree.leaves, (state.ema, state.params)), strict=True):
+        np.testing.assert_array_equal(mean, param.astype("float32"))
+    assert float(mean.max()) == 1.0
+
+
 def test_the_moving_average_is_evaluated_and_survives_a_restart(corpus, devices, tmp_path):
     averaged = dict(optimizer__ema_decay=0.9)
     train_and_evaluate(tiny_config(corpus, train__steps=8, **averaged), tmp_path / "a")
@@ -336,6 +356,27 @@ def test_bad_workdirs_and_batches_are_one_line_errors(corpus, devices, tmp_path)
     devices(8)
     with pytest.raises(ValueError, match="batch_size=12: does not divide over mesh data x fsdp = 8"):
         train_and_evaluate(tiny_config(corpus, train__batch_size=12, mesh__data=8), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(train__resume="/no/such/run"), "train.resume='/no/such/run': no checkpoint in"),
+        (dict(train__init_from="/no/such/run"), "train.init_from='/no/such/run': no checkpoint in"),
+        (dict(writers__wandb_project="mine"), "writers.wandb_project='mine': wandb is not installed"),
+    ],
+)
+def test_what_a_run_needs_and_is_not_there_is_missed_before_data_and_devices(
+    changes, said, corpus, tmp_path, monkeypatch
+):
+    def late(*_):
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(program.Program, "prepare_data", late)
+    monkeypatch.setattr(program.Program, "on", late)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=said):
+        train_and_evaluate(tiny_config(corpus, **changes), tmp_path)
 
 
 def test_the_record_survives_json():

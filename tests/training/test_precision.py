@@ -9,7 +9,7 @@ import pytest
 
 from maskformer.training import default_config, precision, resolve
 from maskformer.training.optimizer import create_optimizer
-from maskformer.training.sections import OPTIMIZERS, OptimizerConfig
+from maskformer.training.sections import OPTIMIZERS, OptimizerConfig, check_master_weights
 
 AXES = {"table": ("vocab", "embed"), "query": ("layers", "embed", "heads", "head_dim"), "norm": ("layers", "norm")}
 SHAPES = {"table": (130, 128), "query": (2, 128, 4, 32), "norm": (2, 128)}
@@ -161,6 +161,23 @@ def test_the_average_of_float32_parameters_is_optax_to_the_bit_and_starts_as_a_c
         expected = optax.incremental_update({"x": value}, mean, 1.0 - 0.99)
         mean = precision.average(mean, {"x": value}, 0.99)
         np.testing.assert_array_equal(mean["x"], expected["x"])
+
+
+def test_the_largest_decays_that_are_accepted_move_parameters_and_averages():
+    params, gradients = {"x": jnp.ones((2, 2))}, {"x": jnp.ones((1, 2, 2))}
+    largest = dict(b1=0.99999994, b2=0.99999994, momentum=0.99999994)
+    for name in OPTIMIZERS:
+        after, _ = train(optimizer_of(name, weight_decay=0.0, **largest), params, gradients)
+        assert np.isfinite(after["x"]).all() and (after["x"] < 1.0).all(), name
+    mean = precision.average({"x": jnp.zeros(())}, {"x": jnp.ones(())}, 0.99999994)
+    assert 0.0 < float(mean["x"]) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_master_weights_of_parameters_that_are_no_narrower_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"expected False with model.param_dtype='{dtype}'"):
+        check_master_weights(OptimizerConfig(master_weights=True), dtype)
+    check_master_weights(OptimizerConfig(master_weights=False), dtype)
 
 
 def test_master_weights_of_float32_parameters_are_refused():

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from maskformer import models, objectives
-from maskformer.training import tasks
+from maskformer.training import precision, tasks
 from maskformer.training.state import Window, create_state
 from maskformer.training.step import create_train_step
 from tests.objectives.examples import make_batch, make_vocabulary
@@ -56,8 +56,8 @@ def test_a_mean_of_weight_zero_is_no_score_and_small_weights_are_divided_by(task
     assert task.describe({"loss": 0.5, "grad_norm": 1.0}) == "loss 0.5000"
 
 
-def step_of(task, **options):
-    optimizer = optax.sgd(1.0)
+def step_of(task, optimizer=None, **options):
+    optimizer = optimizer or optax.sgd(1.0)
     state = jax.jit(lambda key: create_state(key, task, optimizer, ema="ema_decay" in options))(jax.random.key(0))
     return state, jax.jit(create_train_step(task, optimizer, lambda step: 1.0, seed=0, **options))
 
@@ -109,3 +109,16 @@ def test_the_average_of_bfloat16_parameters_is_kept_in_float32():
         assert np.abs(np.asarray(ours, np.float64) - exact).max() <= bound
         moved.append(np.abs(exact - start).max() / bound)
     assert max(moved) > 100
+
+
+def test_the_average_of_master_weights_is_theirs_and_not_of_their_roundings():
+    master = precision.on_master_weights(optax.sgd(1e-3))
+    state, step = step_of(task_of(param_dtype="bfloat16"), master, ema_decay=0.9)
+    expected = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state.opt_state.weights)
+    for _ in range(5):
+        state = step(state, BATCH)
+        expected = jax.tree.map(
+            lambda e, w: 0.9 * e + 0.1 * np.asarray(w, np.float64), expected, state.opt_state.weights
+        )
+    for ours, exact in zip(*map(jax.tree.leaves, (state.ema, expected)), strict=True):
+        assert np.abs(np.asarray(ours, np.float64) - exact).max() <= 15 * 2.0**-24 * np.abs(exact).max()

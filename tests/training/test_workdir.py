@@ -10,6 +10,7 @@ import pytest
 
 from maskformer.training import default_config, workdir
 from maskformer.training.experiment import plain
+from maskformer.training.sections import TrainConfig
 
 CONFIG = plain(default_config())
 LINES = [{"step": step, "train/loss": 1.0 / step} for step in (1, 2, 3, 4)]
@@ -18,7 +19,7 @@ LINES = [{"step": step, "train/loss": 1.0 / step} for step in (1, 2, 3, 4)]
 @pytest.mark.parametrize(
     "name, said",
     [
-        ("", "workdir='': expected a folder for the run; '.' is the current one"),
+        ("", "workdir='': expected a folder; '.' is the current one"),
         ("gs://bucket/run", "workdir='gs://bucket/run': gs:// addresses are not supported; expected a local"),
         (pathlib.Path("s3://bucket/run"), "s3:// addresses are not supported"),
         ("two\nlines\0", r"workdir='two\\nlines\\x00': cannot be written to \(embedded null byte\)"),
@@ -78,6 +79,21 @@ def run(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("field", ["resume", "init_from"])
+def test_a_run_that_is_to_begin_with_another_needs_its_checkpoint(field, run, tmp_path_factory):
+    nothing = tmp_path_factory.mktemp("nothing")
+    (nothing / "file").write_text("")
+    for source in (nothing / "absent", nothing / "file", nothing, "two\nlines\0"):
+        train = TrainConfig(**{field: str(source)})
+        with pytest.raises(ValueError, match=rf"train.{field}='.*': no checkpoint in ") as refusal:
+            workdir.check_sources(train, nothing)
+        assert "\n" not in str(refusal.value)
+        # A run of its own goes on from there, wherever it once began.
+        workdir.check_sources(train, run)
+    workdir.check_sources(TrainConfig(**{field: str(run)}), nothing)
+    workdir.check_sources(TrainConfig(), nothing)
+
+
 def changed(key, value):
     config = json.loads(json.dumps(CONFIG))
     section, _, leaf = key.rpartition(".")
@@ -111,11 +127,27 @@ def test_a_run_goes_on_when_only_how_it_is_computed_changes(run, key, value):
         ("model.compute_dtype", "bfloat16"),
         ("model.hidden_dropout", 0.5),
         ("objective.rate", 0.5),
+        ("task.name", "other"),
+        ("task.weight", 0.5),
     ],
 )
 def test_a_run_does_not_go_on_as_another(run, key, value):
     with pytest.raises(ValueError, match=f"{key}={value!r}: the run in .* has .*; use a new --workdir"):
         workdir.check_same_run(changed(key, value), run)
+
+
+@pytest.mark.parametrize("before", [None, {}, {"name": None}])
+@pytest.mark.parametrize("now", [None, {}, {"name": None}])
+def test_no_task_of_its_own_is_the_objectives_however_it_is_written(run, before, now):
+    """A config from before there were tasks has no such section."""
+    old, new = ({**CONFIG, "task": task} for task in (before, now))
+    for config in (old, new):
+        if config["task"] is None:
+            del config["task"]
+    workdir.write_config(run, old)
+    workdir.check_same_run(new, run)
+    with pytest.raises(ValueError, match="task.name='other': the run in .* has None; use a new --workdir"):
+        workdir.check_same_run({**CONFIG, "task": {"name": "other"}}, run)
 
 
 HALF = {"rate": {"schedule": "linear", "start": 0.1, "end": 0.2, "steps": "50%"}}
