@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from maskformer.checks import shown
+from maskformer.checks import printable, shown
 from maskformer.training.tables import markdown_table
 from maskformer.training.workdir import METRICS, read_config, read_metrics, reason
 
@@ -97,15 +97,6 @@ def draw_curves(workdirs: Sequence[str | pathlib.Path], output: str | pathlib.Pa
         raise ValueError(said) from error
     finally:
         pyplot.close(figure)
-
-
-def printable(text: str | pathlib.Path) -> str:
-    r"""A folder's name, or a value, as it can be printed: on one line, without escape sequences, whatever its bytes.
-
-    >>> printable("runs/größe"), printable("two\nlines"), printable(os.fsdecode(b"\xff"))
-    ('runs/größe', 'two\\nlines', '\\udcff')
-    """
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
 
 
 def _label(workdir: str | pathlib.Path) -> str:

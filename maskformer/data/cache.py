@@ -15,7 +15,8 @@ from typing import Any
 
 import filelock
 
-from maskformer.textfiles import DataError, is_text, printable
+from maskformer.checks import printable
+from maskformer.textfiles import DataError, is_text
 
 _BUILDING = ".building."
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
