@@ -30,8 +30,8 @@ def test_a_recipe_resolves_at_every_size(recipe):
 )
 def test_gpt_has_the_parameters_of_gpt_2(size, parameters):
     experiment = resolve(load_config([f"--config=configs/gpt.py:{size},seq=1024,vocab=50257"])[0])
-    vocabulary = objectives.Vocabulary(size=50257, pad=0)
-    assert models.create(experiment.create_model_config(vocabulary)).num_params() == parameters
+    objective = experiment.create_objective(objectives.Vocabulary(size=50257, pad=0))
+    assert models.create(experiment.create_model_config(objective)).num_params() == parameters
 
 
 def test_no_recipe_starts_a_device_before_it_trains():
