@@ -143,7 +143,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
                 # What is kept is the policy's to say; but without this Orbax writes no metrics, and after a resume
-                # neither the policy nor `best_step` would know the scores of what is there.
+                # neither the policy nor `restore_params` would know the scores of what is there.
                 best_fn=_score,
                 # What a killed run was writing is of no use to anyone.
                 cleanup_tmp_directories=True,
@@ -336,14 +336,6 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, which: str = "be
 
     restored, _ = _first_usable(directory, steps, read)
     return restored
-
-
-def best_step(directory: pathlib.Path, steps: list[int]) -> int:
-    """The step with the highest score (the evaluation metric, negated where lower is better), or the newest.
-
-    Only checkpoints saved at a step that was evaluated have a score.
-    """
-    return _best_first(directory, steps)[0]
 
 
 def _newest_first(directory: pathlib.Path) -> list[int]:
