@@ -63,6 +63,15 @@ def printable(text: str | os.PathLike[str]) -> str:
     return "".join(character if character.isprintable() else _written_out(character) for character in os.fspath(text))
 
 
+def first_line(error: BaseException) -> str:
+    r"""What an error of another library says: the first line of it, or its kind where it says nothing.
+
+    >>> first_line(KeyError()), first_line(RuntimeError("\nno such array\nTraceback ..."))
+    ('KeyError', 'no such array')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _written_out(character: str) -> str:
     # Python keeps a byte that is no UTF-8 as half of a surrogate pair.
     is_byte = "\udc80" <= character <= "\udcff"

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from maskformer.checks import shown
+from maskformer.checks import first_line, shown
 from maskformer.training.checksums import CHECKSUMS, FIX, DamageError, verify, write_checksums
 from maskformer.training.record import RunRecord, read_record
 from maskformer.training.sections import CheckpointConfig, EvaluationConfig
@@ -221,7 +221,7 @@ class Checkpoints:
         good = self.latest_step()
         # TensorStore says it in several lines, with the names of its own temporary files.
         full = "RESOURCE_EXHAUSTED" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
-        why = "the disk is full" if full else _first_line(error)
+        why = "the disk is full" if full else _said(error)
         try:
             room = f"{_size(shutil.disk_usage(self.directory.parent).free)} are free"
         except OSError as gone:
@@ -366,7 +366,7 @@ def _first_usable(directory: pathlib.Path, steps: Sequence[int], use: Callable[[
             # Not damage: this config describes another model, and the other checkpoints would fail alike.
             raise
         except Exception as error:
-            damage[step] = _first_line(error)
+            damage[step] = _said(error)
             continue
         for bad, why in damage.items():
             logger.warning(
@@ -462,11 +462,11 @@ def _leaves(tree: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    return lines[0][:300] if isinstance(error, DamageError | OSError) else f"{type(error).__name__}: {lines[0][:200]}"
+def _said(error: Exception) -> str:
+    line = first_line(error)
+    if isinstance(error, DamageError | OSError) or line == type(error).__name__:
+        return line[:300]
+    return f"{type(error).__name__}: {line[:200]}"
 
 
 def _size(count: float) -> str:
