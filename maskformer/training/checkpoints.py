@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from maskformer.checks import shown
+from maskformer.checks import first_line, shown
 from maskformer.training.checksums import CHECKSUMS, FIX, DamageError, verify, write_checksums
 from maskformer.training.precision import widened_shapes
 from maskformer.training.record import RunRecord, read_record
@@ -155,7 +155,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
                 # What is kept is the policy's to say; but without this Orbax writes no metrics, and after a resume
-                # neither the policy nor `best_step` would know the scores of what is there.
+                # neither the policy nor `restore_params` would know the scores of what is there.
                 best_fn=self._score,
                 # What a killed run was writing is of no use to anyone.
                 cleanup_tmp_directories=True,
@@ -245,7 +245,7 @@ class Checkpoints:
         good = self.latest_step()
         # TensorStore says it in several lines, with the names of its own temporary files.
         full = "RESOURCE_EXHAUSTED" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
-        why = "the disk is full" if full else _first_line(error)
+        why = "the disk is full" if full else _said(error)
         try:
             place = self.directory.resolve() if self.directory.exists() else self.directory.parent
             room = f"{_size(shutil.disk_usage(place).free)} are free"
@@ -364,14 +364,6 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, which: str = "be
     return restored
 
 
-def best_step(directory: pathlib.Path, steps: list[int]) -> int:
-    """The step with the highest score (the evaluation metric, negated where lower is better), or the newest.
-
-    Only checkpoints saved at a step that was evaluated have a score.
-    """
-    return _best_first(directory, steps)[0]
-
-
 def _newest_first(directory: pathlib.Path) -> list[int]:
     # With those that are no folder, so that they are named and not passed over.
     return sorted(checkpoint_steps(directory) + stray_steps(directory), reverse=True)
@@ -405,7 +397,7 @@ def _first_usable(directory: pathlib.Path, steps: Sequence[int], use: Callable[[
             # Not damage: this config describes another model, and the other checkpoints would fail alike.
             raise
         except Exception as error:
-            damage[step] = _first_line(error)
+            damage[step] = _said(error)
             continue
         for bad, why in damage.items():
             logger.warning(
@@ -500,11 +492,11 @@ def _leaves(tree: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    return lines[0][:300] if isinstance(error, DamageError | OSError) else f"{type(error).__name__}: {lines[0][:200]}"
+def _said(error: Exception) -> str:
+    line = first_line(error)
+    if isinstance(error, DamageError | OSError) or line == type(error).__name__:
+        return line[:300]
+    return f"{type(error).__name__}: {line[:200]}"
 
 
 def _size(count: float) -> str:

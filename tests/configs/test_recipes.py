@@ -1,5 +1,6 @@
 """Every recipe in configs/: it resolves at every size, leaks nothing, and trains."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from configs import shapes
 from maskformer import inspection, models, objectives
-from maskformer.training import load_config, objectives_section, resolve, runs, train_and_evaluate
+from maskformer.training import load_config, objectives_section, recipes, resolve, runs, sweeps, train_and_evaluate
 from tests.training.tiny import metric_lines, tiny_config, write_corpus
 
 RECIPES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py") if path.stem not in ("__init__", "shapes"))
@@ -21,6 +22,17 @@ RECIPES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py") if p
 def test_a_recipe_resolves_at_every_size(recipe):
     for size in shapes.GPT if recipe == "gpt" else shapes.BERT:
         resolve(load_config([f"--config=configs/{recipe}.py:{size}"])[0])
+
+
+@pytest.mark.parametrize("recipe, sweep, count", [
+    ("bert", "sweep", 9), ("bert", "seeds", 5), ("electra", "sweep", 4), ("electra", "questions", 2),
+])  # fmt: skip
+def test_the_runs_of_a_sweep_resolve_and_differ(recipe, sweep, count):
+    config, module = recipes.load_config([f"--config=configs/{recipe}.py:mini"])
+    runs = [sweeps.apply(config, overrides).to_json() for overrides in recipes.load_sweep(module, sweep)]
+    assert len(set(runs)) == len(runs) == count
+    for run in runs:
+        resolve(json.loads(run))
 
 
 # Radford et al. 2019, table 2, as the released weights count them: 124, 355, 774 and 1558 million.
