@@ -14,6 +14,7 @@ import numpy as np
 from maskformer import masks
 from maskformer.data import Tokenizer
 from maskformer.evaluation.measure import Measurable
+from maskformer.evaluation.predictions import check_predicts_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ def fill_text(run: Fillable, text: str, top: int = 5) -> list[list[Guess]]:
     Raises:
       ValueError: the model never saw [MASK]; or as `fill_masks`.
     """
+    check_predicts_tokens(run, "fill")
     if not run.objective.shows_mask:
         raise ValueError(
             f"fill: this run's objective is {run.objective.name!r}, which never saw [MASK]; fill works after mlm and "

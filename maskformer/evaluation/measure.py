@@ -42,6 +42,10 @@ class Measurable(Protocol):
     def objective(self) -> Objective:
         """What the run was trained on."""
 
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether its model gives logits over the vocabulary."""
+
     def evaluated(self, changes: Mapping[str, Any] | None = None) -> Objective:
         """What it is evaluated on: its objective with those changes, of which `name` makes it another one."""
 

@@ -26,8 +26,15 @@ def predictions(model: Any, objective: Objective) -> Predict:
     return functools.partial(predict, model, objective)
 
 
+def check_predicts_tokens(run: Measurable, measure: str) -> None:
+    """ValueError where the run's model answers something else than tokens, as that of a recipe's own task may."""
+    if not run.predicts_tokens:
+        raise ValueError(f"{measure}: this run's task is one of its recipe, whose model predicts no tokens")
+
+
 def objective_with_masks(run: Measurable, measure: str) -> Objective:
     """The run's objective, if training under it showed the model [MASK] in place of what it had to predict."""
+    check_predicts_tokens(run, measure)
     if not run.objective.shows_mask:
         raise ValueError(
             f"{measure}: this run's objective is {run.objective.name!r}, whose model never saw [MASK]; it is defined "

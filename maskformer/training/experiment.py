@@ -194,8 +194,10 @@ def _check_task(experiment: ExperimentConfig, objective: Any, evaluated: Any, mo
     task = experiment.create_task(objective, model)
     if evaluated is not objective:
         experiment.create_task(evaluated, model, trained=objective)
+    # Ours are whole and measure the loss; to find out more takes a moment.
     ours = type(task).__module__.startswith("maskformer.")
-    # Ours measure the loss; to find out what else is measured takes a moment.
+    if not ours:
+        _check_own_task(experiment, objective)
     if evaluation.every and not (ours and evaluation.metric == "loss"):
         names = metric_names(experiment, objective, evaluated)
         hint = nearest(evaluation.metric, names)
@@ -203,16 +205,35 @@ def _check_task(experiment: ExperimentConfig, objective: Any, evaluated: Any, mo
         require(evaluation.metric in names, "evaluation.metric", evaluation.metric, expected)
 
 
+def _check_own_task(experiment: ExperimentConfig, objective: Any) -> None:
+    """That the parts of a recipe's own task are there and fit together."""
+    task = experiment.create_task(objective, _traceable(experiment, objective))
+    try:
+        with platform.assume("cpu"):
+            task.check(_batch_shapes(experiment))
+            if experiment.evaluation.every:
+                task.measured(_batch_shapes(experiment))
+    except NotImplementedError as error:
+        raise ValueError(f"task.name={shown(experiment.task.get('name'))}: {error}") from error
+
+
 def metric_names(experiment: ExperimentConfig, trained: Any, evaluated: Any) -> tuple[str, ...]:
     """What an evaluation measures, and so what `evaluation.metric` may name."""
-    # As the reference would compute it on a CPU, without a look at the devices: the names are the same for all.
-    shape = {**experiment.model, "attention_implementation": "reference"}
-    model = dataclasses.replace(experiment, model=shape).create_model_config(trained)
     unigram = np.zeros(evaluated.vocabulary.size, np.float32)
-    task = experiment.create_task(evaluated, model, trained=trained, unigram=unigram)
-    layout = batch_layout(experiment.evaluation.batch_size, experiment.data.length)
+    task = experiment.create_task(evaluated, _traceable(experiment, trained), trained=trained, unigram=unigram)
     with platform.assume("cpu"):
-        return task.measured({name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in layout.items()})
+        return task.measured(_batch_shapes(experiment))
+
+
+def _traceable(experiment: ExperimentConfig, objective: Any) -> Any:
+    """The model's shape, to be traced as the reference would compute it on a CPU: without a look at the devices."""
+    shape = {**experiment.model, "attention_implementation": "reference"}
+    return dataclasses.replace(experiment, model=shape).create_model_config(objective)
+
+
+def _batch_shapes(experiment: ExperimentConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    layout = batch_layout(experiment.evaluation.batch_size, experiment.data.length)
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in layout.items()}
 
 
 def plain(config: Any) -> Any:

@@ -82,6 +82,11 @@ class Run:
         """What the run was trained on."""
         return self._program.objective
 
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether the run's task trains a model of tokens, whose likelihood and guesses can be asked for."""
+        return self._program.task.predicts_tokens
+
     def evaluated(self, changes: Mapping[str, Any] | None = None) -> Objective:
         """What the run is evaluated on; see `Program.evaluation_objective`."""
         return self._program.evaluation_objective(changes)

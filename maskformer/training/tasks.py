@@ -56,10 +56,12 @@ class Task:
       objective: what is asked. model: what answers.
       factors: term of the loss -> its factor in what is minimised. One term, "loss", unless a class says otherwise.
       means: names of what `sums` records beside the terms.
+      predicts_tokens: its model gives logits over the vocabulary, so that its likelihood and guesses can be asked for.
     """
 
     factors: Mapping[str, float] = {"loss": 1.0}
     means: tuple[str, ...] = ()
+    predicts_tokens = False
 
     def __init__(self, objective: Objective, model: Any):
         self.objective, self.model = objective, model
@@ -106,6 +108,23 @@ class Task:
         names = jax.eval_shape(sums, self.model.param_shapes(), batch)
         return tuple(self.finish(dict.fromkeys(names, np.ones(2))))
 
+    def check(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+        """ValueError where its parts do not fit together, on batches of these shapes; computes nothing."""
+
+        def parts(params: Any, batch: Batch) -> tuple[Any, Any]:
+            example = self.corrupt(jax.random.key(0), batch, 0, self.initial_state())
+            return self.weights(example), self.sums(params, example, jax.random.key(0))
+
+        weights, sums = jax.eval_shape(parts, self.model.param_shapes(), batch)
+        for name, keys, kind, expected in (
+            ("weights()", weights, "factors", self.factors),
+            ("sums().terms", sums.terms, "factors", self.factors),
+            ("sums().means", sums.means, "means", self.means),
+        ):
+            if set(keys) != set(expected):
+                found, wanted = (", ".join(sorted(names)) or "none" for names in (keys, expected))
+                raise ValueError(f"task {type(self).__name__}: {name} has {found}; expected those of {kind}: {wanted}")
+
     def predicted(self, example: Any) -> jax.Array:
         """int32: how many predictions the example asks for. Here: one for each row."""
         return jnp.int32(jax.tree.leaves(example)[0].shape[0])
@@ -140,6 +159,7 @@ class Tokens(Task):
     """
 
     means: tuple[str, ...] = ("accuracy",)
+    predicts_tokens = True
 
     def __init__(
         self,

@@ -3,7 +3,8 @@
 import orbax.checkpoint as ocp
 import pytest
 
-from maskformer.training import resolve, tasks, train_and_evaluate
+from maskformer import evaluation
+from maskformer.training import resolve, runs, tasks, train_and_evaluate
 from maskformer.training.sweeps import apply
 from tests.training import token_counts
 from tests.training.tiny import metric_lines
@@ -81,3 +82,29 @@ def test_the_name_of_one_of_ours_is_taken():
     with pytest.raises(ValueError, match="task 'tokens' is there already"):
         tasks.builder()(tokens)
     assert tasks.BUILDERS["tokens"] is tasks.Tokens
+
+
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        (dict(evaluate=tasks.Task.evaluate), "task.name='token_counts': TokenCounts does not define evaluate"),
+        (dict(sums=tasks.Task.sums), "task.name='token_counts': TokenCounts does not define sums"),
+        (dict(weights=lambda self, example: {"los": 1.0}), r"weights\(\) has los; expected those of factors: loss"),
+        (dict(means=("accuracy",)), r"sums\(\).means has none; expected those of means: accuracy"),
+    ],
+)
+def test_a_task_that_lacks_a_part_is_refused_before_a_step(corpus, monkeypatch, broken, message):
+    for name, part in broken.items():
+        monkeypatch.setattr(token_counts.TokenCounts, name, part)
+    with pytest.raises(ValueError, match=message):
+        resolve(token_counts.get_config(corpus))
+
+
+def test_a_run_whose_model_predicts_no_tokens_says_so(reference, devices):
+    run = runs.load(reference[2])
+    assert run.measure("loss")["loss"] > 0
+    for measure in ("nll", "nll_bound", "pseudo_perplexity"):
+        with pytest.raises(ValueError, match=f"{measure}: .* predicts no tokens"):
+            run.measure(measure)
+    with pytest.raises(ValueError, match="fill: .* predicts no tokens"):
+        evaluation.fill_text(run, "the [MASK]")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from maskformer.evaluation.likelihood import create_nll_step, finish_nll
 from maskformer.evaluation.measure import Measurable, Results, builder
-from maskformer.evaluation.predictions import predictions
+from maskformer.evaluation.predictions import check_predicts_tokens, predictions
 from maskformer.evaluation.text_bytes import split_bytes
 
 
@@ -29,6 +29,7 @@ def nll(
     Raises:
       ValueError: the model never predicted the next token.
     """
+    check_predicts_tokens(run, "nll")
     objective = run.objective.as_causal()
     if objective is None:
         raise ValueError(
