@@ -7,12 +7,13 @@ A card of one's own is a folder with `card.py` and `README.md`; `maskformer card
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from matplotlib.figure import Figure
@@ -24,8 +25,11 @@ from experiments.plots import curves_plot, default_plot, panels
 from experiments.results import Results, Value
 from experiments.tables import arm_table, default_table, spread
 from experiments.trained import Trained
-from maskformer.checks import require
-from maskformer.training import EX_TEMPFAIL, Preempted, resolve, sweeps
+from maskformer.checks import printable, require
+from maskformer.training import Preempted, resolve, sweeps
+from maskformer.training.checkpoints import CheckpointError
+from maskformer.training.preemption import PreemptionGuard
+from maskformer.training.workdir import RunError
 
 __all__ = [
     "Card",
@@ -134,17 +138,28 @@ class Card:
             running.refuse_another(plan[arm, seed], workdir / self.folder(arm, seed))
         return plan
 
-    def run(self, workdir: pathlib.Path, plan: Mapping[tuple[str, int], ConfigDict]) -> Results:
-        """Train what is not trained yet, then measure it all."""
+    def train(self, workdir: pathlib.Path, plan: Mapping[tuple[str, int], ConfigDict]) -> None:
+        """Train what is not trained yet."""
         if jax.config.jax_compilation_cache_dir is None:
             # Runs that differ in their seed only share their programs.
             jax.config.update("jax_compilation_cache_dir", str((workdir / "xla").absolute()))
         for run, config in plan.items():
             running.train(config, workdir / self.folder(*run))
+
+    def results(
+        self, workdir: pathlib.Path, plan: Mapping[tuple[str, int], ConfigDict], guard: PreemptionGuard
+    ) -> Results:
+        """Measure all of it.
+
+        Raises:
+          Preempted: the guard says so, after the measurement of the run at hand.
+        """
         measured: dict[str, dict[str, list[Any]]] = {}
         names: list[str] | None = None
         for (arm, seed), config in plan.items():
             values = self.measure(Trained(workdir / self.folder(arm, seed), arm, seed, config))
+            if guard.requested(config.train.steps):
+                raise Preempted(config.train.steps, guard.exit_code)
             names = list(values) if names is None else names
             require(list(values) == names, f"measure: names of arm {arm!r}, seed {seed}", list(values), f"{names}")
             for name, value in values.items():
@@ -220,14 +235,35 @@ class Card:
         except ValueError as error:
             parser.error(str(error))
         if not arguments.write:
-            try:
-                results = self.run(workdir, plan)
-            except Preempted as stop:
-                print(stop, file=sys.stderr)
-                raise SystemExit(EX_TEMPFAIL) from stop
+            with _exit_codes(), PreemptionGuard(ends_process=argv is None) as guard:
+                try:
+                    self.train(workdir, plan)
+                except ValueError as error:
+                    _refuse(error)
+                results = self.results(workdir, plan, guard)
             output.mkdir(parents=True, exist_ok=True)
             results.save(stored)
         print(self.write(results, output))
+
+
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Those of `maskformer train`, with one line on stderr. A `measure` that fails shows its author where."""
+    try:
+        yield
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(stop.exit_code) from stop
+    except RunError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        raise SystemExit(1) from error
+    except CheckpointError as error:
+        _refuse(error)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    print(f"error: {printable(str(error))}", file=sys.stderr)
+    raise SystemExit(2) from error
 
 
 def replace_block(readme: pathlib.Path, text: str) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy import stats
 
-from experiments.tables import markdown
 from maskformer.checks import require
+from maskformer.training.tables import markdown_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,4 +100,4 @@ class Claim:
 def claims_table(claims: Iterable[Claim]) -> str:
     """The verdicts as a Markdown table."""
     header = ["claim", "mean over seeds [95% interval]", "needed", "verdict"]
-    return markdown(header, [claim.cells() for claim in claims])
+    return markdown_table(header, [claim.cells() for claim in claims], aligned=False)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from maskformer.checks import require
 from maskformer.training import train_and_evaluate
 from maskformer.training.checkpoints import checkpoint_steps
 from maskformer.training.experiment import plain
+from maskformer.training.workdir import CONFIG, read_config
 
 # What a run may not have been begun with otherwise: half of it at another learning rate is another run.
-FIXED_SECTIONS = ("train", "optimizer")
+FIXED_SECTIONS = ("train", "optimizer", "task")
 
 
 def quiet(config: ConfigDict) -> ConfigDict:
@@ -39,7 +42,7 @@ def train(config: ConfigDict, folder: pathlib.Path) -> None:
     """Train a run in its folder, or resume it; a complete run is not repeated.
 
     Raises:
-      ValueError: the folder holds checkpoints of a run of another length or another optimizer.
+      ValueError: the folder holds checkpoints of a run of another length, optimizer or task; or its record is damaged.
     """
     if is_complete(config, folder):
         print(f"== {folder}: complete", flush=True)
@@ -57,24 +60,26 @@ def is_complete(config: ConfigDict, folder: pathlib.Path) -> bool:
     record, steps = _record(folder), checkpoint_steps(folder / "checkpoints")
     if record is None or not steps or steps[-1] != config.train.steps:
         return False
-    return _agrees(record, _stored(config))
+    ours = _stored(config)
+    # What a task is given, it was given when there was that task.
+    return _agrees(record, ours) and record["task"] == ours["task"]
 
 
 def refuse_another(config: ConfigDict, folder: pathlib.Path) -> None:
-    """Raise if resuming in `folder` would go on from a run of another length or another optimizer.
+    """Raise if resuming in `folder` would go on from a run of another length, optimizer or task.
 
     Such a change is allowed when one resumes by hand. Between the arms of a card it would be in the results, unseen.
 
     Raises:
-      ValueError: names the folder and the first key that differs.
+      ValueError: names the folder and the first key that differs, or what is wrong with its record.
     """
     record, ours = _record(folder), _stored(config)
     if record is None or not checkpoint_steps(folder / "checkpoints"):
         return
     for section in FIXED_SECTIONS:
-        before = record.get(section, {})
-        for key, value in before.items():
-            now = ours[section].get(key)
+        before = record[section]
+        for key in [*before, *(sorted(ours[section].keys() - before.keys()) if section == "task" else ())]:
+            value, now = before.get(key), ours[section].get(key)
             if not _agrees(value, now):
                 raise ValueError(
                     f"{folder}: holds a run with {section}.{key}={value!r}, and the card's has {now!r}; "
@@ -83,12 +88,20 @@ def refuse_another(config: ConfigDict, folder: pathlib.Path) -> None:
 
 
 def _record(folder: pathlib.Path) -> dict[str, Any] | None:
-    path = folder / "config.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not os.path.lexists(folder / CONFIG):
+        return None
+    record = {"task": {}, **read_config(folder, sections=("train", "optimizer"))}
+    require(isinstance(record["task"], Mapping), f"{folder / CONFIG}: task", record["task"], "a section")
+    return _with_task(record)
 
 
 def _stored(config: ConfigDict) -> dict[str, Any]:
-    return json.loads(json.dumps(plain(config)))
+    return _with_task(json.loads(json.dumps(plain(config))))
+
+
+def _with_task(config: dict[str, Any]) -> dict[str, Any]:
+    # A run from before there were tasks has the objective's own, as has one that names none.
+    return {**config, "task": {key: value for key, value in config.get("task", {}).items() if value is not None}}
 
 
 def _agrees(record: Any, ours: Any) -> bool:

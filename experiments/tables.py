@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from experiments.results import Results
+from maskformer.training.tables import markdown_table
 
 
 def arm_table(results: Results, head: str, columns: Mapping[str, Callable[[str], str]]) -> str:
     """A line for each arm: its name below `head`, and under each column's name what the column says of the arm."""
     rows = [[arm, *(cell(arm) for cell in columns.values())] for arm in results.arms]
-    return markdown([head, *columns], rows)
+    return markdown_table([head, *columns], rows, aligned=False)
 
 
 def default_table(results: Results) -> str:
@@ -35,15 +36,3 @@ def spread(values: np.ndarray) -> str:
     ('±1.000', '')
     """
     return f"±{np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    r"""A table in as few characters as possible, so that a changed number changes one line.
-
-    >>> print(markdown(["arm", "loss"], [["causal | window", "3.2"]]))
-    | arm | loss |
-    |---|---|
-    | causal \| window | 3.2 |
-    """
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, *rows)]
-    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])

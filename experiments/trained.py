@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from maskformer.training import runs
-from maskformer.training.writers import read_metrics
+from maskformer.training.workdir import METRICS, read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Trained:
           ValueError: the run never wrote it.
         """
         # A run that was interrupted may have written a step twice; the later line is the one it went on from.
-        points = {line["step"]: line[name] for line in read_metrics(self.folder / "metrics.jsonl") if name in line}
+        points = {line["step"]: line[name] for line in read_metrics(self.folder / METRICS) if name in line}
         if not points:
             raise ValueError(f"{self.folder}: metrics.jsonl has no {name!r}; evaluation.every decides how often")
         steps = sorted(points)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import numbers
+import os
 import re
 import sys
 import types
@@ -53,13 +54,41 @@ def shown(value: Any) -> str:
     return one_line(text, LONGEST_SHOWN)
 
 
-def printable(text: str) -> str:
-    r"""`text` as one line that a terminal only shows: what it would obey, such as an escape sequence, is written out.
+def printable(text: str | os.PathLike[str]) -> str:
+    r"""A text or a path as one line that a terminal only shows: what it would obey, such as an escape sequence, is
+    written out, and so is a byte of a name that is no UTF-8.
 
-    >>> print(printable("a\x1b[31mred\n"), printable("naïve ◌́"))
-    a\x1b[31mred\n naïve ◌́
+    >>> print(printable("a\x1b[31mred\n"), printable("naïve ◌́"), printable(os.fsdecode(b"caf\xe9.txt")))
+    a\x1b[31mred\n naïve ◌́ caf\xe9.txt
     """
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    return "".join(character if character.isprintable() else _written_out(character) for character in os.fspath(text))
+
+
+def first_line(error: BaseException) -> str:
+    r"""What an error of another library says: the first line of it, or its kind where it says nothing.
+
+    >>> first_line(KeyError()), first_line(RuntimeError("\nno such array\nTraceback ..."))
+    ('KeyError', 'no such array')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _written_out(character: str) -> str:
+    # Python keeps a byte that is no UTF-8 as half of a surrogate pair.
+    is_byte = "\udc80" <= character <= "\udcff"
+    return f"\\x{ord(character) & 0xFF:02x}" if is_byte else repr(character)[1:-1]
+
+
+def closest(word: Any, known: Iterable[Any], cutoff: float = 0.6) -> str | None:
+    """The one of `known` that was probably meant, or None.
+
+    >>> closest("windw", ["window", "causal"]), closest("x", ["window", "causal"])
+    ('window', None)
+    """
+    # Beyond some length nothing is near, and the comparison would take seconds.
+    text = str(word)
+    close = difflib.get_close_matches(text, [str(name) for name in known], 1, cutoff) if len(text) < 200 else []
+    return close[0] if close else None
 
 
 def nearest(word: Any, known: Iterable[Any], cutoff: float = 0.6) -> str:
@@ -70,10 +99,8 @@ def nearest(word: Any, known: Iterable[Any], cutoff: float = 0.6) -> str:
     >>> nearest("x", ["window", "causal"])
     ''
     """
-    # Beyond some length nothing is near, and the comparison would take seconds.
-    text = str(word)
-    close = difflib.get_close_matches(text, [str(name) for name in known], 1, cutoff) if len(text) < 200 else []
-    return f"; did you mean {close[0]!r}?" if close else ""
+    close = closest(word, known, cutoff)
+    return "" if close is None else f"; did you mean {close!r}?"
 
 
 def require(ok: bool, field: str, value: Any, expected: str) -> None:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from maskformer.checks import printable
+
 # UTF-32's little-endian mark begins with UTF-16's.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -32,16 +34,6 @@ _CONVERT = "convert it: iconv -f {} -t UTF-8"
 
 class DataError(ValueError):
     """The data cannot be read as configured; the message is one line and says what to do."""
-
-
-def printable(path: str | os.PathLike) -> str:
-    r"""The path for a message: one line that any terminal prints, whatever bytes the name is made of.
-
-    >>> printable("a\nb/\udce9.txt")
-    'a\\nb/\\xe9.txt'
-    """
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def is_text(path: str | os.PathLike) -> bool:

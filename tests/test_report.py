@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import warnings
 
 import pytest
@@ -38,8 +39,62 @@ def test_folders_of_any_name_have_their_rows_and_their_curves(make_run, tmp_path
         report.draw_curves(runs, tmp_path / "report.svg")
     # Letters become shapes in the picture, and the comment before them is the text.
     text = (tmp_path / "report.svg").read_text()
-    for label in (r"$\badmath$", "$", "./_hidden", r"two\nlines", r"\x1b[31mred", r"\udcff\udcfe", "a|b"):
+    for label in (r"$\badmath$", "$", "./_hidden", r"two\nlines", r"\x1b[31mred", r"\xff\xfe", "a|b"):
         assert f"<!-- {label} -->" in text
+
+
+def write_metrics(run, *lines):
+    with open(f"{run}/metrics.jsonl", "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def labels(picture):
+    """The words of an SVG, which are the comments before its letters' shapes."""
+    return re.findall("<!-- (.*?) -->", picture.read_text())
+
+
+def test_the_metrics_of_a_task_of_ones_own_have_their_columns_and_panels(make_run, tmp_path):
+    tokens, own = make_run("tokens"), make_run("own")
+    write_metrics(
+        own,
+        {"step": 1, "train/mse": 3.0, "train/grad_norm": 1.0, "train/mfu": 0.5, "test/mse": 2.5, "test/r2": 0.125},
+        {"step": 2, "train/mse": 1.0, "train/joint": 9.0, "test/mse": 1.5},
+        {"step": 3, "train/mse": 0.5, "train/learning_rate": 0.1},
+    )
+    header, _, *rows = report.table([tokens, own]).splitlines()
+    assert header.split() == "| run | step | tokens | loss | mse | r2 |".split()
+    assert [row.split() for row in rows] == [
+        "| tokens | 2 | 0 | 1.5000 | - | - |".split(), "| own | 3 | 0 | - | 1.5000 | - |".split()
+    ]
+    report.draw_curves([tokens, own], tmp_path / "report.svg")
+    kinds = ("training", "held-out", "learning")
+    assert [label for label in labels(tmp_path / "report.svg") if label.startswith(kinds)] == [
+        "training loss (nats)", "held-out loss (nats)", "learning rate", "training mse", "held-out mse", "held-out r2",
+        "training joint",
+    ]
+    header, *_ = report.table([own]).splitlines()
+    assert header.split() == "| run | step | tokens | mse | r2 |".split(), "no column that no run has"
+
+
+def test_the_discriminator_stands_beside_its_generator_and_details_of_known_metrics_are_left_out(make_run, tmp_path):
+    run = make_run()
+    names = "replaced discriminator_loss accuracy_mask loss_keep unigram_loss predicted accuracy loss".split()
+    write_metrics(run, {"step": 1, "train/tokens_seen": 5} | {f"test/{name}": 0.5 for name in names})
+    header, _, row = report.table([run]).splitlines()
+    assert header.split() == "| run | step | tokens | loss | accuracy | replaced | discriminator_loss |".split()
+    assert row.split() == "| run | 1 | 5 | 0.5000 | 50.00% | 0.5000 | 0.5000 |".split()
+    report.draw_curves([run], tmp_path / "report.svg")
+    assert [label for label in labels(tmp_path / "report.svg") if "held-out" in label] == [
+        "held-out loss (nats)", "held-out accuracy", "held-out replaced", "held-out discriminator_loss"
+    ]
+
+
+def test_runs_that_have_said_nothing_yet_are_shown_empty(make_run, tmp_path):
+    run = make_run()
+    write_metrics(run)
+    assert report.table([run]).splitlines()[2].split() == "| run | 0 | 0 |".split()
+    report.draw_curves([run], tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 1000
 
 
 DAMAGE = (b"\xff\xfe\n", b"\0" * 100 + b"\n", b"[1]\n", b"7\n", b'{"step": 2, "tr\n', b"{}\n")
@@ -83,4 +138,4 @@ def test_a_run_in_a_folder_that_is_not_utf_8_is_reported_by_the_command(make_run
     assert cli.main(["report", run]) == 0
     out = capsys.readouterr().out
     out.encode()
-    assert r"curves: \udcff\udcfe/report.png" in out
+    assert r"curves: \xff\xfe/report.png" in out

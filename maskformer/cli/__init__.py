@@ -24,11 +24,13 @@ import importlib
 import logging
 import pkgutil
 import sys
+import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
 from maskformer.checks import printable
 from maskformer.cli.parser import Parser, UsageError, hint
+from maskformer.training.preemption import EX_INTERRUPTED, EX_TEMPFAIL, end_failed
 
 __all__ = ["EX_USAGE", "commands", "create_parser", "main"]
 
@@ -96,12 +98,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.verbose:
         logging.getLogger("absl").setLevel(logging.ERROR)
     arguments.owns_process = owns_process
+    code = 1
     try:
-        return arguments.run(arguments, rest)
-    except _mistakes() as error:
-        if arguments.verbose:
+        code = arguments.run(arguments, rest)
+    except Exception as error:
+        if isinstance(error, _mistakes()) and not arguments.verbose:
+            code = _refuse(error)
+        elif owns_process:
+            traceback.print_exception(error)
+        else:
             raise
-        return _refuse(error)
+    if owns_process and code not in (0, EX_TEMPFAIL, EX_INTERRUPTED):
+        end_failed(code)
+    return code
 
 
 def _mistakes() -> tuple[type[Exception], ...]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from maskformer.checks import nearest, shown
+from maskformer.checks import closest, nearest, shown
 
 CONFIG_HELP = "--config=RECIPE.py[:ARG] and --config.KEY=VALUE change any key; `maskformer config` prints them all"
 REGISTERS_HELP = "--config=RECIPE.py makes known what the run's recipe registers"
@@ -52,9 +51,9 @@ class Parser(argparse.ArgumentParser):
 def hint(parser: Parser, argv: Sequence[str]) -> str:
     """The flag that was probably meant by one that the parser does not know."""
     for flag in (argument.partition("=")[0] for argument in argv if argument.startswith("--")):
-        close = difflib.get_close_matches(flag, parser.flags, n=1) if len(flag) < 200 else []
-        if flag not in parser.flags and not flag.startswith("--config") and close:
-            return f"; instead of {flag}, did you mean {close[0]}?"
+        close = closest(flag, parser.flags)
+        if close is not None and flag not in parser.flags and not flag.startswith("--config"):
+            return f"; instead of {flag}, did you mean {close}?"
     return "" if parser.prog == "maskformer" else f"; see {parser.prog} --help"
 
 

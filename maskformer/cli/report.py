@@ -6,6 +6,7 @@ import argparse
 import pathlib
 from collections.abc import Sequence
 
+from maskformer.checks import printable
 from maskformer.cli.files import check_writable, folder, writing
 from maskformer.cli.parser import Parser, no_config
 
@@ -24,5 +25,5 @@ def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     print(report.table(arguments.workdirs))
     with writing("--output", output):
         report.draw_curves(arguments.workdirs, output)
-    print(f"curves: {report.printable(output)}")
+    print(f"curves: {printable(output)}")
     return 0

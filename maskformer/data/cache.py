@@ -15,8 +15,8 @@ from typing import Any
 
 import filelock
 
-from maskformer.checks import why_no_folder
-from maskformer.textfiles import DataError, is_text, printable
+from maskformer.checks import printable, why_no_folder
+from maskformer.textfiles import DataError, is_text
 
 _BUILDING = ".building."
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

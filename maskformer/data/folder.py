@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from maskformer.checks import shown
+from maskformer.checks import printable, shown
 from maskformer.data.cache import content_key
 from maskformer.data.data_config import SPLITS
-from maskformer.textfiles import DataError, lines, parse_json, printable, suffix, walk
+from maskformer.textfiles import DataError, lines, parse_json, suffix, walk
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,11 @@ import argparse
 import sys
 from dataclasses import fields
 
+from maskformer.checks import first_line
 from maskformer.data.cache import out_of_space
 from maskformer.data.data_config import SPLITS, DataConfig, DataError
 from maskformer.data.dataset import load_dataset
-from maskformer.data.sources import first_line, tfds_builder
+from maskformer.data.sources import tfds_builder
 from maskformer.data.tokenizer import load_tokenizer
 
 

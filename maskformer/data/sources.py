@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from maskformer.checks import nearest, shown
+from maskformer.checks import first_line, nearest, shown
 from maskformer.data.cache import build_once, cache_dir, content_key
 from maskformer.data.data_config import DataConfig
 from maskformer.data.folder import Folder, say_once
@@ -190,11 +190,6 @@ def _not_found(config: DataConfig) -> str:
     if base in known:
         return f"TFDS has {base!r}, but not as {config.tfds_name!r}; write tfds:{base}, /configuration, :1.2.3 after it"
     return f"TFDS knows no such dataset; see tfds.list_builders(){nearest(base, known, cutoff=0.8)}"
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _open_tfds(config: DataConfig, split: str) -> Source:

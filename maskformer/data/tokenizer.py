@@ -17,13 +17,13 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from maskformer.checks import shown
+from maskformer.checks import printable, shown
 from maskformer.data.cache import build_once, cache_dir, content_key
 from maskformer.data.data_config import DataConfig, DataError
 from maskformer.data.reserved import unreachable
 from maskformer.data.sources import open_source
 from maskformer.objectives.vocabulary import Vocabulary
-from maskformer.textfiles import parse_json, printable, read_text, suffix
+from maskformer.textfiles import parse_json, read_text, suffix
 
 DEFAULT_VOCABULARY_SIZE = 8192
 # Raise it when training changes, so that nothing made before is taken for current.

@@ -9,7 +9,7 @@ import jax
 
 from maskformer.evaluation.bound import Predict
 from maskformer.evaluation.measure import Measurable
-from maskformer.objectives import Corrupted, Objective, Vocabulary
+from maskformer.objectives import Corrupted, Objective
 
 
 def predict(
@@ -34,8 +34,3 @@ def objective_with_masks(run: Measurable, measure: str) -> Objective:
             "after mlm and its relatives, and after diffusion"
         )
     return run.objective
-
-
-def markers_of(vocabulary: Vocabulary) -> tuple[int, ...]:
-    """Ids that stand for no text. An unknown word is text."""
-    return vocabulary.ids(("pad", "mask", "cls", "sep", "bos", "eos", "sentinels", "special"))

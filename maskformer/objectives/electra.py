@@ -175,7 +175,7 @@ def electra(
         "electra", vocabulary, length, count.largest(), rate, static_copies,
         description=f"electra: rate {rate:g}, (mask, random, keep) {policy}, asks about {discriminate_at} tokens",
         count=count, replace=Replace(policy, vocabulary.mask, vocabulary.size),
-        avoid=vocabulary.ids(("pad", "mask", "cls", "sep", "bos", "eos", "sentinels", "special")),
+        avoid=vocabulary.marker_ids,
         discriminator_weight=float(discriminator_weight),
         discriminate_at=discriminate_at,
         replacement=policy,

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskformer.checks import shown
+from maskformer.checks import printable, shown
 from maskformer.objectives import randomness
 from maskformer.objectives.counting import Count
 from maskformer.objectives.rows import Row, Selection
 from maskformer.objectives.select import ORDER
 from maskformer.objectives.units import spread, take_in_random_order, units_from_starts
 from maskformer.objectives.vocabulary import is_any_of
-from maskformer.textfiles import lines, printable
+from maskformer.textfiles import lines
 
 
 def pmi_ngrams(

@@ -76,6 +76,12 @@ class Mixture(Objective):
         return any(part.shows_mask for part in self.parts)
 
     @property
+    def never_hidden(self) -> tuple[int, ...]:
+        """What none of the parts hides, of those that hide tokens behind [MASK]."""
+        hiding = [set(part.never_hidden) for part in self.parts if part.shows_mask]
+        return tuple(sorted(set.intersection(*hiding))) if hiding else super().never_hidden
+
+    @property
     def takes_label_smoothing(self) -> bool:  # type: ignore[override]
         return all(part.takes_label_smoothing for part in self.parts)
 

@@ -37,8 +37,6 @@ from maskformer.objectives.select_spans import (
 from maskformer.objectives.select_weighted import WEIGHT_SOURCES, Bernoulli, Weighted, check_table
 from maskformer.objectives.vocabulary import Vocabulary
 
-# Never hidden by the BERT convention. [UNK] is text there, as in the reference implementation.
-_MARKERS = ("pad", "mask", "cls", "sep", "bos", "eos", "sentinels", "special")
 CONVENTIONS = ("bert", "roberta", "hf")
 
 
@@ -61,7 +59,7 @@ def _check_common(name, vocabulary, length, rate, replacement, max_predictions, 
         vocabulary.require("mask", name)
     check_slots(max_predictions, length)
     check_copies(static_copies)
-    return _Common(length, rate, schedules.maximum(rate), policy, vocabulary.ids(_MARKERS))
+    return _Common(length, rate, schedules.maximum(rate), policy, vocabulary.marker_ids)
 
 
 def _assemble(name, vocabulary, common, select, replace, predict_rate, static_copies, what) -> Masking:

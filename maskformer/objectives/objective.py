@@ -124,8 +124,8 @@ class Objective:
 
     @property
     def never_hidden(self) -> tuple[int, ...]:
-        """Ids that it never hides: those that stand for no text. An unknown word is text."""
-        return self.vocabulary.ids(("pad", "mask", "cls", "sep", "bos", "eos", "sentinels", "special"))
+        """Ids that it never hides: those that stand for no text."""
+        return self.vocabulary.marker_ids
 
     def row(self, key: jax.Array, row: Row, rate, token_weights) -> Corrupted:
         """Corrupts one row; every field of the result lacks the batch axis."""

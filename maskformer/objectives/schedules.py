@@ -222,3 +222,8 @@ def from_mapping(name: str, params: Mapping[str, Any]) -> Schedule:
 
 def maximum(rate: float | Schedule) -> float:
     return rate.maximum if isinstance(rate, Schedule) else rate
+
+
+def starts_at_zero(rate: float | Schedule) -> bool:
+    """Whether a rate that changes with the step begins at 0."""
+    return isinstance(rate, Schedule) and rate.start == 0.0

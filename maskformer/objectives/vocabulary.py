@@ -101,6 +101,15 @@ class Vocabulary:
         ids = {getattr(self, name) for name in _NAMED} | set(self.sentinels) | set(self.special)
         return tuple(sorted(ids - {None}))
 
+    @property
+    def marker_ids(self) -> tuple[int, ...]:
+        """Ids that stand for no text, ascending, each once. By the convention of BERT an unknown word is text.
+
+        >>> Vocabulary(size=100, pad=0, unk=1, cls=2, sep=3, mask=4, sentinels=(99,)).marker_ids
+        (0, 2, 3, 4, 99)
+        """
+        return self.ids(("pad", "mask", "cls", "sep", "bos", "eos", "sentinels", "special"))
+
     def ids(self, names: Iterable[str]) -> tuple[int, ...]:
         """Ids of the named special tokens that exist, ascending, each once; `sentinels`, `special` allowed."""
         found: set[int] = set()

@@ -19,12 +19,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from maskformer.checks import shown
+from maskformer.checks import first_line, shown
 from maskformer.training.checksums import CHECKSUMS, FIX, DamageError, verify, write_checksums
 from maskformer.training.precision import widened_shapes
 from maskformer.training.record import RunRecord, read_record
 from maskformer.training.sections import CheckpointConfig, EvaluationConfig
-from maskformer.training.workdir import CHECKPOINTS, RunError, checkpoint_steps, read_object, reason, stray_steps
+from maskformer.training.workdir import (
+    CHECKPOINTS,
+    RunError,
+    cannot_write,
+    checkpoint_steps,
+    read_object,
+    reason,
+    stray_steps,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +155,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
                 # What is kept is the policy's to say; but without this Orbax writes no metrics, and after a resume
-                # neither the policy nor `best_step` would know the scores of what is there.
+                # neither the policy nor `restore_params` would know the scores of what is there.
                 best_fn=self._score,
                 # What a killed run was writing is of no use to anyone.
                 cleanup_tmp_directories=True,
@@ -194,12 +202,19 @@ class Checkpoints:
     def _set_aside(self, steps: list[int]) -> None:
         # Kept for whoever wants to look, and out of the way: the run will come to these steps again.
         for step in steps:
-            target = self.directory.parent / f"damaged-{step}"
+            # On the disk where it is: beside the folder, or in it where that is a link to another disk.
+            folder = self.directory.resolve()
+            elsewhere = folder.stat().st_dev != self.directory.parent.stat().st_dev
+            place = folder if elsewhere else self.directory.parent
+            target = place / f"damaged-{step}"
             number = 0
             while os.path.lexists(target):
                 number += 1
-                target = self.directory.parent / f"damaged-{step}-{number}"
-            (self.directory / str(step)).rename(target)
+                target = place / f"damaged-{step}-{number}"
+            try:
+                (folder / str(step)).rename(target)
+            except OSError as error:
+                raise cannot_write(target, error) from error
             logger.warning("set aside: %s", target)
 
     @staticmethod
@@ -215,7 +230,7 @@ class Checkpoints:
     def _check_space(self) -> None:
         # Where even half the size does not fit, nothing is begun. (Compression gains a few percent of trained arrays;
         # the processes of a run would have to agree, and learn of a full disk from the save itself.)
-        if jax.process_count() == 1 and shutil.disk_usage(self.directory.parent).free < self._bytes / 2:
+        if jax.process_count() == 1 and shutil.disk_usage(self.directory.resolve()).free < self._bytes / 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     @contextlib.contextmanager
@@ -230,9 +245,10 @@ class Checkpoints:
         good = self.latest_step()
         # TensorStore says it in several lines, with the names of its own temporary files.
         full = "RESOURCE_EXHAUSTED" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
-        why = "the disk is full" if full else _first_line(error)
+        why = "the disk is full" if full else _said(error)
         try:
-            room = f"{_size(shutil.disk_usage(self.directory.parent).free)} are free"
+            place = self.directory.resolve() if self.directory.exists() else self.directory.parent
+            room = f"{_size(shutil.disk_usage(place).free)} are free"
         except OSError as gone:
             room = f"its folder cannot be reached ({reason(gone)})"
         return SaveError(
@@ -348,14 +364,6 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, which: str = "be
     return restored
 
 
-def best_step(directory: pathlib.Path, steps: list[int]) -> int:
-    """The step with the highest score (the evaluation metric, negated where lower is better), or the newest.
-
-    Only checkpoints saved at a step that was evaluated have a score.
-    """
-    return _best_first(directory, steps)[0]
-
-
 def _newest_first(directory: pathlib.Path) -> list[int]:
     # With those that are no folder, so that they are named and not passed over.
     return sorted(checkpoint_steps(directory) + stray_steps(directory), reverse=True)
@@ -389,7 +397,7 @@ def _first_usable(directory: pathlib.Path, steps: Sequence[int], use: Callable[[
             # Not damage: this config describes another model, and the other checkpoints would fail alike.
             raise
         except Exception as error:
-            damage[step] = _first_line(error)
+            damage[step] = _said(error)
             continue
         for bad, why in damage.items():
             logger.warning(
@@ -484,11 +492,11 @@ def _leaves(tree: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    return lines[0][:300] if isinstance(error, DamageError | OSError) else f"{type(error).__name__}: {lines[0][:200]}"
+def _said(error: Exception) -> str:
+    line = first_line(error)
+    if isinstance(error, DamageError | OSError) or line == type(error).__name__:
+        return line[:300]
+    return f"{type(error).__name__}: {line[:200]}"
 
 
 def _size(count: float) -> str:

@@ -64,14 +64,31 @@ class ExperimentConfig:
         """The training objective over rows of `data.length` tokens, with some parameters changed, or another one."""
         return _create_objective(self, vocabulary, changes, "objective")
 
-    def create_model_config(self, vocabulary: objectives.Vocabulary) -> Any:
-        """The model's shape; its vocabulary comes from the tokenizer and its positions from the row length."""
+    def create_model_config(self, objective: objectives.Objective) -> Any:
+        """The shape of a model for `objective`, whose vocabulary and longest row decide the rest of it."""
+        vocabulary = objective.vocabulary
         # Mode tokens and the like make a row longer than the text it came from.
-        longest = max(self.data.length, self.create_objective(vocabulary).output_length)
+        longest = max(self.data.length, objective.output_length)
         fields = {key: _tuples(value) for key, value in self.model.items() if key != "generator"}
         encoder = EncoderConfig(vocab_size=vocabulary.size, max_length=longest, **fields)
         generator = self.model.get("generator")
         return with_generator(encoder, GeneratorConfig(**generator)) if generator else encoder
+
+    def create_task(
+        self,
+        objective: objectives.Objective,
+        config: Any,
+        *,
+        trained: objectives.Objective | None = None,
+        unigram: np.ndarray | None = None,
+    ) -> tasks.Task:
+        """The task that trains a model of `config` on `objective`, or evaluates under it one that was `trained` on
+        another: by the same task, unless the objective asks for a task of its own.
+        """
+        if trained is None:
+            return tasks.create(self.task, objective, config, label_smoothing=self.train.label_smoothing)
+        section = self.task if objective.task == trained.task else {}
+        return tasks.create(section, objective, config, unigram=unigram)
 
 
 # The sections that are a dataclass as they stand. `objective` is a call of a builder, and of the model's fields some
@@ -118,7 +135,7 @@ def resolve(config: Mapping[str, Any]) -> ExperimentConfig:
 
 
 def _check_objectives(experiment: ExperimentConfig) -> tuple[Any, Any]:
-    """The objectives of training and of evaluation, which a single stack can serve."""
+    """The objectives of training and of evaluation."""
     section, changes = experiment.objective, experiment.evaluation.objective
     require(isinstance(section.get("name"), str), "objective.name", section.get("name"), "a name, such as 'mlm'")
     _check_schedules("objective", section, experiment.train.steps)
@@ -127,7 +144,7 @@ def _check_objectives(experiment: ExperimentConfig) -> tuple[Any, Any]:
     evaluated = objective
     if changes:
         evaluated = _create_objective(experiment, vocabulary, changes, "evaluation.objective")
-    if experiment.evaluation.every and getattr(evaluated.rate, "start", None) == 0.0:
+    if experiment.evaluation.every and objectives.schedules.starts_at_zero(evaluated.rate):
         raise ValueError(
             f"objective.rate: {evaluated.rate.description} is 0 at its start, at which it is evaluated, so nothing "
             "would be predicted; set --config.evaluation.objective.rate to the rate to evaluate at"
@@ -161,34 +178,38 @@ def _check_model(experiment: ExperimentConfig, objective: Any) -> Any:
                 f"model.{field}='float16': expected another for training: gradients and Adam's epsilon underflow in "
                 "it, and nothing scales the loss; use 'bfloat16', which has the range of float32"
             )
-    model_config = experiment.create_model_config(vocabulary_to_be(experiment.data))
+    model_config = experiment.create_model_config(objective)
     check_master_weights(experiment.optimizer, model.get("param_dtype", EncoderConfig.param_dtype))
     return model_config
 
 
 def _check_task(experiment: ExperimentConfig, objective: Any, evaluated: Any, model: Any) -> None:
     """That the task can be made, and measures what says which evaluation is the best."""
-    section, smoothing, evaluation = experiment.task, experiment.train.label_smoothing, experiment.evaluation
-    typed("task.name", section.get("name"), str | None)
+    smoothing, evaluation = experiment.train.label_smoothing, experiment.evaluation
+    typed("task.name", experiment.task.get("name"), str | None)
     try:
         objective.check_label_smoothing(smoothing)
     except ValueError as error:
         raise ValueError(f"train.{error}") from error
-    task = tasks.create(section, objective, model, label_smoothing=smoothing)
-    # The loss is always measured, and what else is takes a moment to find out.
-    if evaluation.every and evaluation.metric not in task.factors:
-        names = metric_names(experiment, evaluated)
-        expected = f"what objective.name={evaluated.name!r} measures, one of {', '.join(names)}"
+    task = experiment.create_task(objective, model)
+    if evaluated is not objective:
+        experiment.create_task(evaluated, model, trained=objective)
+    ours = type(task).__module__.startswith("maskformer.")
+    # Ours measure the loss; to find out what else is measured takes a moment.
+    if evaluation.every and not (ours and evaluation.metric == "loss"):
+        names = metric_names(experiment, objective, evaluated)
         hint = nearest(evaluation.metric, names)
-        require(evaluation.metric in names, "evaluation.metric", evaluation.metric, expected + hint)
+        expected = f"what objective.name={evaluated.name!r} measures, one of {', '.join(names)}{hint}"
+        require(evaluation.metric in names, "evaluation.metric", evaluation.metric, expected)
 
 
-def metric_names(experiment: ExperimentConfig, objective: Any) -> tuple[str, ...]:
-    """What an evaluation under `objective` measures, and so what `evaluation.metric` may name."""
+def metric_names(experiment: ExperimentConfig, trained: Any, evaluated: Any) -> tuple[str, ...]:
+    """What an evaluation measures, and so what `evaluation.metric` may name."""
     # As the reference would compute it on a CPU, without a look at the devices: the names are the same for all.
     shape = {**experiment.model, "attention_implementation": "reference"}
-    model = dataclasses.replace(experiment, model=shape).create_model_config(objective.vocabulary)
-    task = tasks.create(experiment.task, objective, model, unigram=np.zeros(objective.vocabulary.size, np.float32))
+    model = dataclasses.replace(experiment, model=shape).create_model_config(trained)
+    unigram = np.zeros(evaluated.vocabulary.size, np.float32)
+    task = experiment.create_task(evaluated, model, trained=trained, unigram=unigram)
     layout = batch_layout(experiment.evaluation.batch_size, experiment.data.length)
     with platform.assume("cpu"):
         return task.measured({name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in layout.items()})
@@ -253,7 +274,7 @@ def _create_objective(
     try:
         changed = change_objective(experiment.objective, changes)
         values = {key: _tuples(v) for key, v in objectives.schedules.in_steps(changed, experiment.train.steps).items()}
-        objective = objectives.create(values.pop("name"), vocabulary, data.length, **values)
+        return objectives.create(values.pop("name"), vocabulary, data.length, **values)
     except objectives.VocabularyError as error:
         problem = _under(section, error.problem)
         if data.trains_tokenizer:
@@ -263,13 +284,6 @@ def _create_objective(
         raise ValueError(f"{problem}; {fix}") from error
     except ValueError as error:
         raise ValueError(_under(section, one_line(str(error)))) from error
-    if objective.makes_pairs:
-        raise ValueError(
-            f"objective.name={objective.name!r}: makes pairs for an encoder and a decoder, and maskformer trains "
-            "single stacks; set objective.layout='prefix' where it has one, or use one such as 'mlm', 'prefix_lm' or "
-            "'diffusion'"
-        )
-    return objective
 
 
 def _under(section: str, message: str) -> str:

@@ -37,8 +37,9 @@ class Lock:
     """Holds `lock.json` in a workdir for as long as the `with` block runs; on the leader of a run only.
 
     The file names host, process and start, and its modification time is the last sign of life. What a killed process
-    left behind is recognised: at once on the same machine, where the process is gone, and on another one once no sign
-    of life has come for `STALE_AFTER` seconds. They are waited for, so that a run requeued elsewhere needs no help.
+    left behind is recognised: at once on the same machine, where the process is gone, and on another one (or another
+    boot: two machines may have one name) once no sign of life has come for `STALE_AFTER` seconds. They are waited for,
+    so that a run requeued elsewhere needs no help.
 
     Args:
       workdir: an existing folder.
@@ -58,7 +59,12 @@ class Lock:
 
     def __enter__(self) -> Lock:
         self._mine = {**_machine(), "started": time.time(), "token": uuid.uuid4().hex}
-        self._acquire()
+        try:
+            self._acquire()
+        except OSError as error:
+            raise LockError(
+                f"{self.path}: cannot be written ({reason(error)}); free some space, or choose another --workdir"
+            ) from error
         self._thread = threading.Thread(target=self._beat, name="workdir_lock", daemon=True)
         self._thread.start()
         return self
@@ -69,9 +75,13 @@ class Lock:
         self._done.set()
         if self._thread is not None:
             self._thread.join()
-        held = _read(self.path)
-        if held is not None and held[0].get("token") == self._mine["token"]:
-            self.path.unlink(missing_ok=True)
+        try:
+            held = _read(self.path)
+            if held is not None and held[0].get("token") == self._mine["token"]:
+                self.path.unlink(missing_ok=True)
+        except OSError as failed:
+            # The run has ended, well or with an error of its own; the next one finds that nobody is alive.
+            logger.warning("%s: cannot be removed (%s)", self.path, reason(failed))
 
     def check(self) -> None:
         """Raise when another training has taken the workdir over; reads no file.
@@ -81,8 +91,8 @@ class Lock:
         """
         if self._lost is not None:
             raise LockLostError(
-                f"workdir {self.path.parent}: was taken over by {self._lost}; this run has stopped, and saved nothing "
-                "since"
+                f"workdir {self.path.parent}: was taken over by {self._lost}; this run has stopped, and may have saved "
+                f"in the {HEARTBEAT:.0f} s before it knew"
             )
 
     def _acquire(self) -> None:
@@ -108,10 +118,12 @@ class Lock:
             descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
-        except OSError as error:
-            raise LockError(f"{self.path}: cannot be written ({reason(error)}); choose another --workdir") from error
-        with open(descriptor, "w", encoding="utf-8") as file:
-            json.dump(self._mine, file)
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                json.dump(self._mine, file)
+        except OSError:
+            self.path.unlink(missing_ok=True)  # an empty lock would be one of an unknown process
+            raise
         return True
 
     def _take_over(self, holder: Mapping[str, Any]) -> bool:
@@ -133,19 +145,21 @@ class Lock:
                 "workdir %s: taken over from %s", self.path.parent, _named(holder, time.time() - _modified(self.path))
             )
             partial = self.path.with_name(f"{LOCK}.{self._mine['token']}")
-            partial.write_text(json.dumps(self._mine), encoding="utf-8")
-            partial.replace(self.path)
+            try:
+                partial.write_text(json.dumps(self._mine), encoding="utf-8")
+                partial.replace(self.path)
+            except OSError:
+                partial.unlink(missing_ok=True)
+                raise
             return True
         finally:
             guard.unlink(missing_ok=True)
 
     def _dead(self, holder: Mapping[str, Any]) -> bool:
         """Whether the holder is gone for certain, or has shown no life for so long that it counts as gone."""
-        if holder.get("host") == self._mine["host"]:
-            if holder.get("boot") != self._mine["boot"]:
-                return True
-            if holder.get("namespace") == self._mine["namespace"]:
-                return not _alive(holder)
+        # Of another boot is this machine before, or another one by the same name, as two that are named localhost.
+        if all(holder.get(name) == self._mine[name] for name in ("host", "boot", "namespace")):
+            return not _alive(holder)
         # Clocks of two hosts may differ; that the file changes within a time of ours says enough.
         seen = _modified(self.path)
         deadline = time.monotonic() + STALE_AFTER
@@ -179,7 +193,7 @@ class Lock:
                 if held is None and not self._create():
                     continue  # somebody was faster; the next look says who
                 os.utime(self.path)
-            except (OSError, LockError) as error:
+            except OSError as error:
                 # A file system that does not answer for a moment is no reason to stop a run.
                 logger.debug("%s: no sign of life given: %s", self.path, error)
 
@@ -197,9 +211,15 @@ def _machine() -> dict[str, Any]:
 
 def _born(pid: int) -> str:
     """When a process started, in ticks since boot; empty where that is not known."""
+    return _status(pid, 19)
+
+
+def _status(pid: int, field: int) -> str:
+    """A field of what Linux tells of a process after its name, from the state on; empty where it tells nothing."""
     try:
-        # The name in brackets may hold anything, brackets too.
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        # The name in brackets may hold anything, brackets too, in any encoding.
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        return stat.rpartition(")")[2].split()[field]
     except (OSError, IndexError):
         return ""
 
@@ -214,6 +234,9 @@ def _alive(holder: Mapping[str, Any]) -> bool:
         return False
     except PermissionError:
         pass
+    # One that has ended keeps its number until its parent asks for it.
+    if _status(pid, 0) in ("Z", "X"):
+        return False
     # Another process may have been given the number since.
     return _born(pid) == holder.get("born")
 

@@ -10,6 +10,7 @@ seconds in which a signal may come too.
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import os
 import signal
@@ -25,6 +26,8 @@ _INTERRUPTED_KEYS = "maskformer/interrupted/"
 _barriers = itertools.count()
 # How long the slowest process may compile after the fastest. One that died ends the wait by itself.
 _SLOWEST_START_MS = 3_600_000
+# How long the first process that fails waits for the others to fail too.
+_FAIL_TOGETHER_MS = 2_000
 
 
 class Preempted(Exception):
@@ -185,6 +188,23 @@ class PreemptionGuard:
             show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # the progress bar hides it
             _say(show_cursor + line)
             os._exit(self.exit_code)
+
+
+def end_failed(code: int) -> None:
+    """End this process with `code` at once where others of its run may wait for it; return where it has none.
+
+    Python's own end would wait in JAX's shutdown for the others, and they wait in a step for this one: no launcher
+    would see the exit code and stop them. Those that fail together meet here first, and end in the usual way.
+    """
+    if "jax._src.distributed" not in sys.modules or _client() is None:
+        return
+    try:
+        _client().wait_at_barrier("maskformer/failed", _FAIL_TOGETHER_MS)
+    except Exception:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+                stream.flush()
+        os._exit(code)
 
 
 _active: PreemptionGuard | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -60,16 +61,11 @@ class Program:
 
     @functools.cached_property
     def model_config(self) -> Any:
-        return self.experiment.create_model_config(self.vocabulary)
+        return self.experiment.create_model_config(self.objective)
 
     @functools.cached_property
     def task(self) -> tasks.Task:
-        return tasks.create(
-            self.experiment.task,
-            self.objective,
-            self.model_config,
-            label_smoothing=self.experiment.train.label_smoothing,
-        )
+        return self.experiment.create_task(self.objective, self.model_config)
 
     @property
     def model(self) -> Any:
@@ -96,10 +92,9 @@ class Program:
 
     def evaluation_task(self, changes: Mapping[str, Any] | None = None) -> tasks.Task:
         """The task of `evaluation_objective`, beside the context-free baseline."""
-        objective = self.evaluation_objective(changes)
-        # Another objective than the run's own is evaluated by the task that it asks for itself.
-        section = self.experiment.task if objective.task == self.objective.task else {}
-        return tasks.create(section, objective, self.model_config, unigram=self.unigram)
+        return self.experiment.create_task(
+            self.evaluation_objective(changes), self.model_config, trained=self.objective, unigram=self.unigram
+        )
 
     @functools.cached_property
     def _datasets(self) -> dict[str, data.PackedDataset]:
@@ -266,17 +261,35 @@ class Placed:
         return (sharding.to_global(batch, placement) for batch in batches)
 
     @functools.cached_property
-    def evaluation_task(self) -> tasks.Task:
-        return self.program.evaluation_task()
+    def _evaluations(self) -> dict[str, tuple[tasks.Task, Callable[[Any, Any], Any]]]:
+        return {}
 
-    @functools.cached_property
-    def _eval_step(self) -> Callable[[Any, Any], Any]:
-        return self.summing(create_eval_step(self.evaluation_task, seed=self.program.experiment.evaluation.seed))
+    def evaluation(self, changes: Mapping[str, Any] | None = None) -> tuple[tasks.Task, Callable[[Any, Any], Any]]:
+        """`Program.evaluation_task(changes)` and its compiled step `params, batch -> sums`, each made once."""
+        key = json.dumps(changes or {}, sort_keys=True)
+        if key not in self._evaluations:
+            task = self.program.evaluation_task(changes)
+            step = create_eval_step(task, seed=self.program.experiment.evaluation.seed)
+            self._evaluations[key] = task, self.summing(step)
+        return self._evaluations[key]
 
-    def evaluate(self, params: Any) -> dict[str, float]:
-        """Metrics of `params` over the evaluation split, each example once, whatever the number of processes."""
-        totals = self.totals(self._eval_step, params, self.program.experiment.evaluation.split)
-        return self.evaluation_task.finish(totals)
+    def evaluate(
+        self,
+        params: Any,
+        split: str | None = None,
+        changes: Mapping[str, Any] | None = None,
+        max_batches: int | None = None,
+    ) -> dict[str, float]:
+        """Metrics of `params` over a split, each example once, whatever the number of processes.
+
+        Args:
+          split: None for `evaluation.split`.
+          changes: to the evaluated objective, see `Program.evaluation_objective`.
+          max_batches: see `totals`.
+        """
+        task, step = self.evaluation(changes)
+        split = self.program.experiment.evaluation.split if split is None else split
+        return task.finish(self.totals(step, params, split, max_batches))
 
     def summing(self, step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         """`step(params, batch) -> sums`, compiled for this mesh."""

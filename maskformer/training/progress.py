@@ -17,7 +17,8 @@ class Progress:
     """
 
     def __init__(self, steps: int, start: int, live: bool):
-        self._console = rich.console.Console(stderr=False, highlight=False, soft_wrap=True)
+        # A run's folder may be named `[lr=1]`, or `:x:`: no markup, and no emoji.
+        self._console = rich.console.Console(stderr=False, highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._live = live and self._console.is_terminal
         self._steps = steps
         # Where the time left is counted from: the first line, as the steps before it hold the compilation.
@@ -26,7 +27,7 @@ class Progress:
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("step {task.completed}/{task.total}"),
                 rich.progress.BarColumn(bar_width=None, table_column=rich.table.Column(ratio=1)),
-                rich.progress.TextColumn("{task.fields[metrics]}"),
+                rich.progress.TextColumn("{task.fields[metrics]}", markup=False),
                 rich.progress.TextColumn("eta"),
                 rich.progress.TimeRemainingColumn(),
                 console=self._console,

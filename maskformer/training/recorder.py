@@ -48,7 +48,7 @@ class Recorder:
     ):
         program, experiment = placed.program, placed.program.experiment
         self._task, self._record, self._checkpoints = program.task, record, checkpoints
-        self._evaluation_task = placed.evaluation_task if experiment.evaluation.every else program.task
+        self._evaluation_task = placed.evaluation()[0] if experiment.evaluation.every else program.task
         self._split = experiment.evaluation.split
         self._flops_per_token = program.task.flops_per_token
         self._clock = Clock(self._flops_per_token, list(placed.mesh.devices.flat))

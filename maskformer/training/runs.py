@@ -18,7 +18,6 @@ from maskformer.training import recipes
 from maskformer.training.checkpoints import restore_params
 from maskformer.training.experiment import ExperimentConfig, resolve
 from maskformer.training.program import Placed, Program
-from maskformer.training.step import create_eval_step
 from maskformer.training.workdir import read_config
 
 
@@ -89,8 +88,7 @@ class Run:
 
     def metrics(self, split: str, changes: Mapping[str, Any] | None = None) -> evaluation.Results:
         """The metrics of the task that trains on `evaluated(changes)`."""
-        task = self._program.evaluation_task(changes)
-        return task.finish(self.sums(create_eval_step(task, seed=self.seed), split))
+        return self.placed.evaluate(self.params, split, changes, self.max_batches)
 
     def dataset(self, split: str) -> PackedDataset:
         return self._program.dataset(split)

@@ -149,6 +149,11 @@ class Tokens(Task):
         label_smoothing: float = 0.0,
         unigram: np.ndarray | None = None,
     ):
+        if objective.makes_pairs:
+            raise ValueError(
+                f"objective.name={objective.name!r}: makes pairs for an encoder and a decoder, and this task trains a "
+                "single stack; set objective.layout='prefix' where it has one, or use one such as 'mlm' or 'prefix_lm'"
+            )
         super().__init__(objective, models.create(config))
         objective.check_label_smoothing(label_smoothing)
         self.label_smoothing = label_smoothing
@@ -199,6 +204,9 @@ class Tokens(Task):
         if "loss" not in metrics:
             return "nothing predicted"
         text = f"loss {metrics['loss']:.4f}"
+        # A loss over all tokens is there where nothing was predicted, and its accuracy is not.
+        if "accuracy" not in metrics:
+            return text
         if "accuracy_top5" not in metrics:  # a log line, which shares eighty columns with the progress bar
             return f"{text} acc {metrics['accuracy']:.2%}"
         if "perplexity" in metrics:  # not every loss has one, see `evaluation.objective_sums`

@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,9 +50,10 @@ def prepare_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
     path = pathlib.Path(text).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write_test_{os.getpid()}"
+        # The processes of a run on several hosts may have one number.
+        probe = path / f".write_test_{uuid.uuid4().hex}"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise ValueError(
             f"workdir={shown(text)}: cannot be written to ({reason(error)}); choose another --workdir"

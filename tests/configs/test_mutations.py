@@ -46,7 +46,7 @@ def build_network(experiment: ExperimentConfig) -> None:
     changes, steps = experiment.evaluation.objective, experiment.train.steps
     if not is_new(vars(vocabulary), length, experiment.objective, changes, steps, experiment.model):
         return
-    model = models.create(experiment.create_model_config(vocabulary))
+    model = models.create(experiment.create_model_config(experiment.create_objective(vocabulary)))
     key = jax.random.key(0)
     params = jax.eval_shape(model.init, key)
     rows, one = jax.ShapeDtypeStruct((2, length), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)

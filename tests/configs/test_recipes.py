@@ -1,5 +1,6 @@
 """Every recipe in configs/: it resolves at every size, leaks nothing, and trains."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from configs import shapes
 from maskformer import inspection, models, objectives
-from maskformer.training import load_config, objectives_section, resolve, runs, train_and_evaluate
+from maskformer.training import load_config, objectives_section, recipes, resolve, runs, sweeps, train_and_evaluate
 from tests.training.tiny import metric_lines, tiny_config, write_corpus
 
 RECIPES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py") if path.stem not in ("__init__", "shapes"))
@@ -23,6 +24,17 @@ def test_a_recipe_resolves_at_every_size(recipe):
         resolve(load_config([f"--config=configs/{recipe}.py:{size}"])[0])
 
 
+@pytest.mark.parametrize("recipe, sweep, count", [
+    ("bert", "sweep", 9), ("bert", "seeds", 5), ("electra", "sweep", 4), ("electra", "questions", 2),
+])  # fmt: skip
+def test_the_runs_of_a_sweep_resolve_and_differ(recipe, sweep, count):
+    config, module = recipes.load_config([f"--config=configs/{recipe}.py:mini"])
+    runs = [sweeps.apply(config, overrides).to_json() for overrides in recipes.load_sweep(module, sweep)]
+    assert len(set(runs)) == len(runs) == count
+    for run in runs:
+        resolve(json.loads(run))
+
+
 # Radford et al. 2019, table 2, as the released weights count them: 124, 355, 774 and 1558 million.
 @pytest.mark.parametrize(
     "size, parameters",
@@ -30,8 +42,8 @@ def test_a_recipe_resolves_at_every_size(recipe):
 )
 def test_gpt_has_the_parameters_of_gpt_2(size, parameters):
     experiment = resolve(load_config([f"--config=configs/gpt.py:{size},seq=1024,vocab=50257"])[0])
-    vocabulary = objectives.Vocabulary(size=50257, pad=0)
-    assert models.create(experiment.create_model_config(vocabulary)).num_params() == parameters
+    objective = experiment.create_objective(objectives.Vocabulary(size=50257, pad=0))
+    assert models.create(experiment.create_model_config(objective)).num_params() == parameters
 
 
 def test_no_recipe_starts_a_device_before_it_trains():

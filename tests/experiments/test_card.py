@@ -3,25 +3,31 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import pathlib
 import re
 import shutil
+import signal
 
 import jax
 import numpy as np
 import pytest
 
 from experiments import card as cards
-from experiments import running
+from experiments import running, trained
 from experiments.card import Card, Claim, Results, Trained
 from experiments.corruption_prediction.card import CARD as CORRUPTION_PREDICTION
 from experiments.mask_rate.card import CARD as MASK_RATE
 from experiments.repeated_data.card import CARD as REPEATED_DATA
 from maskformer import cli
 from maskformer.training import Preempted, recipes
+from maskformer.training.checkpoints import CheckpointError
+from maskformer.training.lock import LockError
+from maskformer.training.workdir import RunError
 from tests.training.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
+SAVED = "the checkpoint is saved, run the same command to resume"
 DOCUMENT = (ROOT / "docs" / "experiments.md").read_text()
 
 
@@ -153,16 +159,59 @@ def test_a_trial_is_not_continued_as_the_card(skeleton, trainings, capsys):
     assert len(trainings) == 2
 
 
-def test_a_card_told_to_stop_asks_to_be_run_again(skeleton, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (Preempted(7), 75, f"stopped by SIGTERM at step 7; {SAVED}"),
+        (Preempted(7, 130), 130, f"stopped by SIGINT at step 7; {SAVED}"),
+        (RunError("no space"), 1, "error: no space"),
+        (LockError("it is another's"), 2, "error: it is another's"),
+        (CheckpointError("none is whole"), 2, "error: none is whole"),
+        (ValueError("data.name='x': none"), 2, "error: data.name='x': none"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_card_that_cannot_train_ends_as_maskformer_train_does(skeleton, monkeypatch, capsys, error, code, said):
     def stop(config, folder):
-        raise Preempted(7)
+        raise error
 
     monkeypatch.setattr(running, "train_and_evaluate", stop)
     monkeypatch.setattr(jax.config, "update", lambda name, value: None)
     with pytest.raises(SystemExit) as exit:
         skeleton.main([])
-    assert exit.value.code == 75 and "at step 7; the checkpoint is saved" in capsys.readouterr().err
+    assert (exit.value.code, capsys.readouterr().err) == (code, f"{said}\n")
     assert not (skeleton.home / "results.json").exists()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_card_told_to_stop_while_it_measures_ends_after_the_run_at_hand(skeleton, trainings, capsys, number, code):
+    measured = []
+
+    def measure(run):
+        measured.append(run.arm)
+        os.kill(os.getpid(), number)
+        return skeleton.measure(run)
+
+    with pytest.raises(SystemExit) as exit:
+        dataclasses.replace(skeleton, measure=measure).main([])
+    assert exit.value.code == code and len(measured) == 1 and len(trainings) == 10
+    assert f"stopped by {number.name}" in capsys.readouterr().err
+    assert not (skeleton.home / "results.json").exists()
+
+
+def test_a_checkpoint_that_cannot_be_measured_is_one_line(skeleton, trainings, monkeypatch, capsys):
+    def load(folder, checkpoint):
+        raise CheckpointError("none is whole")
+
+    monkeypatch.setattr(trained.runs, "load", load)
+    assert refusal(capsys, skeleton) == "none is whole"
+
+
+def test_a_damaged_record_of_a_run_is_one_line(skeleton, trainings, capsys):
+    run(skeleton)
+    pathlib.Path("runs/objective.rate=0.4,seed=3/config.json").write_text("{")
+    said = refusal(capsys, skeleton, "--workdir=runs")
+    assert said.startswith("runs/objective.rate=0.4,seed=3/config.json: line 1 column 2 is not JSON")
 
 
 def test_runs_are_checked_before_the_first_is_trained(skeleton, trainings, capsys):

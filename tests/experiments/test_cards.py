@@ -70,6 +70,24 @@ def test_a_run_counts_as_complete_only_as_the_run_it_was(tmp_path, monkeypatch):
     assert not running.is_complete(apply(config, {"train.steps": 20}), tmp_path), "unfinished"
 
 
+def test_a_run_of_another_task_is_neither_complete_nor_resumed(tmp_path):
+    config = tiny_config(tmp_path)
+    (tmp_path / "checkpoints" / "12").mkdir(parents=True)
+    record = {key: value for key, value in json.loads(json.dumps(config.to_dict())).items() if key != "task"}
+    theirs = apply(config, {"task.name": "theirs"})
+    for before in ({}, {"task": {}}, {"task": {"name": None}}):
+        (tmp_path / "config.json").write_text(json.dumps({**record, **before}))
+        assert running.is_complete(config, tmp_path)
+        running.refuse_another(config, tmp_path)
+        assert not running.is_complete(theirs, tmp_path)
+        with pytest.raises(ValueError, match="holds a run with task.name=None, and the card's has 'theirs'"):
+            running.refuse_another(theirs, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**record, "task": {"name": "theirs"}}))
+    assert running.is_complete(theirs, tmp_path) and not running.is_complete(config, tmp_path)
+    with pytest.raises(ValueError, match="holds a run with task.name='theirs', and the card's has None"):
+        running.refuse_another(config, tmp_path)
+
+
 def test_corruption_and_prediction_arms_are_paired_token_by_token():
     length = 60
     tokens = np.random.default_rng(0).integers(5, 64, (6, length)).astype(np.int32)

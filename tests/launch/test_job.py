@@ -1,3 +1,5 @@
+import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -17,12 +19,25 @@ def test_a_launcher_is_one_file(tmp_path):
         command = [sys.executable, str(tmp_path / "hosts.py"), *flags]
         return subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
 
-    done = run("--hosts", "a,b", "--", "train", "--x=1 2")
+    # Like ssh, which joins its arguments and has the shell of the host read them.
+    (tmp_path / "ssh").write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/to_"$1"\nshift\nexec /bin/sh -c "$*"\n')
+    (tmp_path / "ssh").chmod(0o755)
+    told = "json.dumps([os.environ['JAX_COORDINATOR_ADDRESS'], os.environ['JAX_NUM_PROCESSES'], sys.argv[1:]])"
+    command = f"""
+import json, os, pathlib, sys
+index = os.environ["JAX_PROCESS_ID"]
+pathlib.Path({str(tmp_path)!r}, index).write_text({told})
+sys.exit([0, 75, 3][int(index)])
+"""
+    words = ["", "--x=1 2", "$HOME", "it's", 'say "so"', "two\nlines", "*", "a;b"]
+    done = run("--hosts", "a,b,c", "--", sys.executable, "-c", command, *words)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == [
-        f"ssh {host} JAX_COORDINATOR_ADDRESS=a:8476 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID={index} train '--x=1 2' &"
-        for index, host in enumerate("ab")
-    ]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "pids": "1"}
+    script = subprocess.run(["sh", "-c", done.stdout], capture_output=True, text=True, env=environment, timeout=60)
+    assert (script.returncode, script.stderr) == (75, ""), "the worst of 0, 75 and 3, once all have ended"
+    for index, host in enumerate("abc"):
+        assert json.loads((tmp_path / str(index)).read_text()) == ["a:8476", "3", words]
+        assert (tmp_path / f"to_{host}").exists()
     done = run("--hosts", "a", "--nodes=2", "--", "train")
     assert (done.returncode, done.stderr) == (2, "error: unrecognized arguments: --nodes=2\n")
     done = run("--hosts", "a,b")

@@ -348,3 +348,10 @@ def test_static_copies_repeat_after_their_number_of_epochs():
 def test_an_objective_is_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         objectives.create("mlm", VOCABULARY, LENGTH).budget = 3
+
+
+def test_a_mixture_never_hides_only_what_none_of_its_parts_hides():
+    mlm, diffusion, causal = (objectives.create(name, VOCABULARY, 16) for name in ("mlm", "diffusion", "causal_lm"))
+    assert objectives.mixture([diffusion, causal]).never_hidden == tuple(sorted(diffusion.never_hidden))
+    both = set(mlm.never_hidden) & set(diffusion.never_hidden)
+    assert set(objectives.mixture([mlm, diffusion]).never_hidden) == both

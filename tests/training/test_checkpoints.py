@@ -5,8 +5,10 @@ import errno
 import json
 import logging
 import os
+import pathlib
 import shutil
 import subprocess
+import tempfile
 
 import jax
 import numpy as np
@@ -283,6 +285,57 @@ def test_a_save_that_finds_too_little_room_is_one_line_and_nothing_is_begun(tmp_
         with pytest.raises(SaveError, match="needs about 4 kB, and 1 kB are free; the last good .* is of step 1"):
             made.save(2, state_of(2), RunRecord(), None)
     assert issubclass(SaveError, RunError) and resume(tmp_path) == 1
+
+
+def test_the_room_for_checkpoints_is_that_of_the_disk_they_are_linked_to(tmp_path, monkeypatch):
+    workdir, elsewhere = tmp_path / "run", tmp_path / "larger"
+    workdir.mkdir()
+    elsewhere.mkdir()
+    (workdir / "checkpoints").symlink_to(elsewhere)
+    usage = shutil.disk_usage(tmp_path)
+    full, empty = usage._replace(free=1000), usage._replace(free=10**9)
+    with opened(workdir) as made:
+        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: empty if path == elsewhere else full)
+        made.save(1, state_of(1), RunRecord(next_example=8, tokens=100), None)
+        made.wait()
+        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: full if path == elsewhere else empty)
+        with pytest.raises(SaveError, match="the disk is full.* and 1 kB are free; the last good .* is of step 1"):
+            made.save(2, state_of(2), RunRecord(), None)
+    assert resume(workdir) == 1
+
+
+@pytest.fixture
+def other_disk(tmp_path):
+    memory = pathlib.Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no second file system here")
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield pathlib.Path(folder)
+
+
+def test_a_damaged_checkpoint_on_a_linked_disk_is_set_aside_there(run, other_disk, caplog):
+    shutil.move(run / "checkpoints", other_disk / "checkpoints")
+    (run / "checkpoints").symlink_to(other_disk / "checkpoints")
+    for number in (1, 2):
+        largest(run / "checkpoints" / "3" / "state").write_bytes(b"")
+        assert resume(run) == 2
+        with opened(run) as made:
+            made.save(3, state_of(3), RunRecord(next_example=24, tokens=300), 2.0)
+        assert resume(run) == 3 and evaluate(run, "best") == 2, number
+    aside = sorted(path.name for path in (run / "checkpoints").glob("damaged-*"))
+    assert aside == ["damaged-3", "damaged-3-1"] and caplog.text.count("set aside: ") == 2
+    assert not list(run.glob("damaged-*")) and not list(other_disk.glob("damaged-*"))
+
+
+def test_a_damaged_checkpoint_that_cannot_be_set_aside_is_one_line(run, monkeypatch):
+    largest(run / "checkpoints" / "3" / "state").write_bytes(b"")
+
+    def rename(path, target):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(pathlib.Path, "rename", rename)
+    with pytest.raises(RunError, match=r"damaged-3: cannot be written \(Permission denied\)"):
+        resume(run)
 
 
 def test_a_workdir_that_vanishes_is_one_line_too(tmp_path):

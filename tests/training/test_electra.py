@@ -106,3 +106,11 @@ def test_a_generator_that_is_missing_idle_or_misshapen_is_refused(section, value
         where[section] = values
     with pytest.raises(ValueError, match=message):
         resolve(config)
+
+
+def test_a_metric_of_another_task_than_the_one_that_evaluates_is_refused(tmp_path):
+    config = electra_config(tmp_path)
+    with config.unlocked():
+        config.evaluation.objective = {"name": "mlm"}
+    with pytest.raises(ValueError, match="evaluation.metric='discriminator_loss': expected what objective.name='mlm' "):
+        resolve(config)

@@ -209,7 +209,9 @@ def test_a_rate_may_be_a_schedule_and_a_number_again():
 
 def test_a_mask_may_be_a_pattern_over_the_layers():
     config, _ = load_config([f"--config={RECIPE}", "--config.model.mask=('causal & window(16)', 'causal')"])
-    assert resolve(config).create_model_config(VOCABULARY).mask_pattern == ("causal & window(16)", "causal")
+    experiment = resolve(config)
+    model = experiment.create_model_config(experiment.create_objective(VOCABULARY))
+    assert model.mask_pattern == ("causal & window(16)", "causal")
     assert "causl" in error_of("--config.model.mask=('causal', 'causl')")
 
 

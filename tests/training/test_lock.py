@@ -1,8 +1,11 @@
 """One training at a time in a workdir: refused in one line, recognised when dead, taken over when asked for."""
 
+import contextlib
+import errno
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -86,7 +89,6 @@ def test_what_a_killed_training_leaves_behind_does_not_stand_in_the_way(tmp_path
     [
         dict(pid="dead"),
         dict(born="1"),  # the number was given to another process since
-        dict(boot="the boot before", pid=1),
         dict(pid=-1),
         dict(pid=None),
     ],
@@ -101,7 +103,20 @@ def test_a_holder_on_this_machine_that_is_gone_is_recognised_at_once(tmp_path, c
         assert json.loads(ours.path.read_text())["pid"] == os.getpid()
 
 
-@pytest.mark.parametrize("elsewhere", [dict(host="node-7"), dict(namespace="pid:[1]")], ids=str)
+def test_a_holder_that_ended_and_that_nobody_has_waited_for_is_gone(tmp_path, monkeypatch):
+    child = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    held_by(tmp_path, pid=child.pid, born=lock._born(child.pid))
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: pytest.fail("waited"))
+    with Lock(tmp_path) as ours:
+        assert json.loads(ours.path.read_text())["pid"] == os.getpid()
+    child.wait()
+
+
+# Machines that are all named localhost differ in their boot alone; so does one machine before and after.
+@pytest.mark.parametrize(
+    "elsewhere", [dict(host="node-7"), dict(namespace="pid:[1]"), dict(boot="another"), dict(boot="")], ids=str
+)
 def test_a_silent_holder_elsewhere_is_waited_for_and_then_replaced(tmp_path, quick, elsewhere, caplog):
     # A pid of that machine says nothing here, even where this machine has one like it.
     held_by(tmp_path, **elsewhere)
@@ -153,6 +168,50 @@ def test_a_stolen_lock_stops_the_run_that_had_it_and_stays_with_the_thief(tmp_pa
             assert second.path.exists()
             second.check()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_lost_its_workdir_does_not_claim_to_have_saved_nothing(tmp_path):
+    lost = Lock(tmp_path)
+    lost._lost = "process 5 on node-7"
+    with pytest.raises(LockLostError) as error:
+        lost.check()
+    message = str(error.value)
+    assert "saved nothing" not in message and "\n" not in message
+    assert f"may have saved in the {lock.HEARTBEAT:.0f} s before" in message
+
+
+@contextlib.contextmanager
+def full_disk():
+    """No file may grow, as on a full disk: it can be made, and not written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("before", ["nobody", "a dead one"])
+def test_a_lock_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing_new(tmp_path, before):
+    if before == "a dead one":
+        held_by(tmp_path, pid=dead_pid())
+    left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(LockError, match=r"lock.json: cannot be written \(File too large\)") as error:
+        with full_disk(), Lock(tmp_path):
+            pass
+    assert "\n" not in str(error.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == left
+    with Lock(tmp_path):
+        pass
+
+
+def test_a_file_system_that_does_not_answer_at_the_end_hides_no_error(tmp_path, monkeypatch):
+    def unanswered(path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with pytest.raises(KeyError, match="ours"), Lock(tmp_path):
+        monkeypatch.setattr(lock, "_read", unanswered)
+        raise KeyError("ours")
 
 
 @pytest.mark.parametrize("text", ["", "garbage", "[1]", "7", "{}"])

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from maskformer import objectives
-from maskformer.training import NonFiniteError, Preempted, program, throughput, train_and_evaluate
-from maskformer.training.checkpoints import Checkpoints, RunRecord, best_step, checkpoint_steps, restore_params
+from maskformer.training import NonFiniteError, Preempted, program, runs, throughput, train_and_evaluate
+from maskformer.training.checkpoints import Checkpoints, RunRecord, checkpoint_steps, restore_params
 from maskformer.training.experiment import plain
 from maskformer.training.lock import Lock, LockError
 from maskformer.training.loop import starting_state
@@ -169,7 +169,7 @@ def test_the_best_checkpoint_outlives_a_resume_and_is_the_one_loaded(corpus, dev
         # Step 10 and 14 end the run and are evaluated for that; 6 and 12 are saved without an evaluation.
         assert checkpoint_steps(checkpoints) == [4, steps]
     losses = {line["step"]: line["validation/loss"] for line in metric_lines(tmp_path) if "validation/loss" in line}
-    assert max(losses, key=losses.get) == 4 == best_step(checkpoints, [4, 14])
+    assert max(losses, key=losses.get) == 4 == runs.load(tmp_path).step
 
 
 @pytest.mark.parametrize("mode, best", [("min", 3), ("max", 2)])

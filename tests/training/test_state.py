@@ -52,6 +52,8 @@ def test_a_mean_of_weight_zero_is_no_score_and_small_weights_are_divided_by(task
     host = jax.device_get(window.add(jnp.int32(0), means, {"tokens": 1, "predicted": 0}, 0.0))
     assert host.means() == {"loss": 2.0, "grad_norm": 1.0}
     assert task.describe({"grad_norm": 1.0}) == "nothing predicted"
+    # Diffusion divides by all tokens: it has a loss where nothing was hidden, and no accuracy.
+    assert task.describe({"loss": 0.5, "grad_norm": 1.0}) == "loss 0.5000"
 
 
 def step_of(task, optimizer=None, **options):

@@ -60,6 +60,21 @@ def test_a_line_that_is_not_on_a_terminal_counts_the_time_left_from_the_first_li
     assert second == first.replace("50/", "100/") + "  eta 0:20"
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("folder", ["runs/[/x]", "runs/[lr=1]", "runs/[red]a[/red]", "runs/:bug:", "runs/[link"])
+def test_a_name_is_shown_as_it_is_whatever_a_markup_would_make_of_it(folder, terminal, monkeypatch):
+    screen = io.StringIO()
+    make = rich.console.Console
+    fixed = dict(file=screen, force_terminal=terminal, width=80, color_system=None)
+    monkeypatch.setattr(progress_display.rich.console, "Console", lambda **options: make(**{**options, **fixed}))
+    progress = Progress(10, 0, live=True)
+    progress.line(f"from step 0 of 10 in {folder}")
+    progress.train(5, f"loss {folder} 1.0", {})
+    progress.close()
+    shown = screen.getvalue()
+    assert f"in {folder}" in shown and f"loss {folder} 1.0" in shown
+
+
 def events(folder):
     """(step, session start, {tag: value}) of each TensorBoard event, in the order of the files."""
     found = []

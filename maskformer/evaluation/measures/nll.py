@@ -6,7 +6,7 @@ from typing import Annotated
 
 from maskformer.evaluation.likelihood import create_nll_step, finish_nll
 from maskformer.evaluation.measure import Measurable, Results, builder
-from maskformer.evaluation.predictions import markers_of, predictions
+from maskformer.evaluation.predictions import predictions
 from maskformer.evaluation.text_bytes import split_bytes
 
 
@@ -39,7 +39,7 @@ def nll(
     step = create_nll_step(
         predictions(run.model, objective),
         objective,
-        ignored=() if markers else markers_of(objective.vocabulary),
+        ignored=() if markers else objective.vocabulary.marker_ids,
         token_bytes=counted.table,
     )
     return finish_nll(run.sums(step, split), counted)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from maskformer.evaluation.bound import create_bound_step, finish_bound
 from maskformer.evaluation.measure import Measurable, Results, builder
-from maskformer.evaluation.predictions import markers_of, objective_with_masks, predictions
+from maskformer.evaluation.predictions import objective_with_masks, predictions
 from maskformer.evaluation.text_bytes import split_bytes
 
 
@@ -41,7 +41,7 @@ def nll_bound(
     if markers is None:
         visible = objective.never_hidden
     else:
-        visible = vocabulary.ids(("pad",)) if markers else markers_of(vocabulary)
+        visible = vocabulary.ids(("pad",)) if markers else vocabulary.marker_ids
     counted = split_bytes(run.data, split, run.tokenizer)
     step = create_bound_step(
         predictions(run.model, objective),

@@ -8,7 +8,7 @@ import numpy as np
 
 from maskformer.data import PackedDataset
 from maskformer.evaluation.measure import Help, Measurable, Results, builder
-from maskformer.evaluation.predictions import markers_of, objective_with_masks, predictions
+from maskformer.evaluation.predictions import objective_with_masks, predictions
 from maskformer.evaluation.pseudo import create_pseudo_step, finish_pseudo
 from maskformer.evaluation.text_bytes import split_bytes
 
@@ -47,7 +47,7 @@ def pseudo_perplexity(
         mask_token=vocabulary.require("mask", objective.name),
         vocabulary_size=vocabulary.size,
         segments=_most_segments(run.dataset(split)),
-        visible=markers_of(vocabulary),
+        visible=vocabulary.marker_ids,
         within_word_l2r=within_word_l2r,
         every=every,
         token_bytes=counted.table,
