@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from maskformer import objectives
-from maskformer.training import NonFiniteError, Preempted, program, runs, train_and_evaluate
+from maskformer.training import NonFiniteError, Preempted, program, runs, throughput, train_and_evaluate
 from maskformer.training.checkpoints import Checkpoints, RunRecord, checkpoint_steps, restore_params
 from maskformer.training.experiment import plain
 from maskformer.training.lock import Lock, LockError
@@ -323,6 +323,24 @@ def test_the_moving_average_is_evaluated_and_survives_a_restart(corpus, devices,
 def test_one_run_compiles_its_step_once(corpus, devices, tmp_path, compiled_steps):
     train_and_evaluate(tiny_config(corpus), tmp_path)
     assert [step._cache_size() for step in compiled_steps] == [1]
+
+
+def test_evaluations_and_saves_are_no_part_of_a_windows_time(corpus, devices, tmp_path, monkeypatch, quick_compilation):
+    done = []
+
+    def note(owner, name):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *arguments: done.append(name) or original(*arguments))
+
+    for name in ("pause", "resume", "rates"):
+        note(throughput.Clock, name)
+    note(program.Placed, "evaluate")
+    note(Checkpoints, "save")
+    rhythm = dict(train__steps=4, train__log_every=2, evaluation__every=3, checkpoint__every=1)
+    train_and_evaluate(tiny_config(corpus, **rhythm), tmp_path)
+    saved = ["pause", "save", "resume"]
+    evaluated = ["pause", "evaluate", "save", "resume"]
+    assert done == [*saved, "rates", *saved, *evaluated, "rates", *evaluated]
 
 
 def test_nothing_is_read_back_from_the_device_between_log_lines(corpus, devices, tmp_path, monkeypatch):
