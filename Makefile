@@ -9,6 +9,8 @@ DEMO_DIR ?= runs/demo
 PYTEST_ARGS ?=
 SOAK_ARGS ?=
 export PYTHON
+# editable_mode=compat: found by its path. A clone is a folder of the same name, and would be taken for the package by
+# whoever works in the folder around it.
 # Tests of what is not installed (Slurm, libtpu) skip themselves.
 FAST := not slow
 
@@ -81,10 +83,10 @@ constraints: .venv/.dev  ## write the installed versions to constraints.txt
 
 .venv/.core: .venv/.python pyproject.toml constraints.txt
 	@echo "Installing maskformer into .venv (a minute or two the first time)"
-	@$(PIP) install --quiet --constraint constraints.txt -e .
+	@$(PIP) install --quiet --constraint constraints.txt --config-settings editable_mode=compat -e .
 	@touch $@
 
 .venv/.dev: .venv/.python pyproject.toml constraints.txt
 	@echo "Installing maskformer and its test tools into .venv (a minute or two the first time)"
-	@$(PIP) install --quiet --constraint constraints.txt -e '.[dev]'
+	@$(PIP) install --quiet --constraint constraints.txt --config-settings editable_mode=compat -e '.[dev]'
 	@touch .venv/.core $@

@@ -12,6 +12,8 @@ import numbers
 import os
 import re
 import sys
+import sysconfig
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sized
@@ -71,6 +73,28 @@ def first_line(error: BaseException) -> str:
     ('KeyError', 'no such array')
     """
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def origin(error: BaseException) -> str:
+    """`FILE:LINE: ` of the user's own code that raised `error` when we called it, or nothing where it was ours.
+
+    A recipe's mask, objective, task or measure runs inside of ours; its mistakes are to be found where it is written.
+    """
+    ours = os.path.dirname(os.path.abspath(__file__)) + os.sep
+    libraries = tuple(os.path.abspath(path) + os.sep for path in set(sysconfig.get_paths().values()))
+    seen_ours, found = False, ""
+    # An error that was given another name on the way, as of a key of the config, still has the one it began as.
+    frames = traceback.extract_tb(error.__traceback__)
+    cause = error.__cause__
+    while cause is not None:
+        frames, cause = [*frames, *traceback.extract_tb(cause.__traceback__)], cause.__cause__
+    for frame in frames:
+        file = os.path.abspath(frame.filename)
+        if file.startswith(ours):
+            seen_ours = True
+        elif seen_ours and not file.startswith(libraries) and not frame.filename.startswith("<"):
+            found = f"{os.path.relpath(file) if len(os.path.relpath(file)) < len(file) else file}:{frame.lineno}: "
+    return found
 
 
 def _written_out(character: str) -> str:

@@ -36,6 +36,10 @@ class DataError(ValueError):
     """The data cannot be read as configured; the message is one line and says what to do."""
 
 
+class DiskFullError(DataError):
+    """There is no room for what is made of the data: no mistake in the command, which may simply be run again."""
+
+
 def is_text(path: str | os.PathLike) -> bool:
     """Whether a path is UTF-8, as libraries in other languages need it."""
     try:

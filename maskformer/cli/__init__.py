@@ -28,8 +28,9 @@ import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
-from maskformer.checks import printable
+from maskformer.checks import origin, printable
 from maskformer.cli.parser import Parser, UsageError, hint
+from maskformer.textfiles import DiskFullError
 from maskformer.training.preemption import EX_INTERRUPTED, EX_TEMPFAIL, end_failed
 
 __all__ = ["EX_USAGE", "commands", "create_parser", "main"]
@@ -103,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = arguments.run(arguments, rest)
     except Exception as error:
         if isinstance(error, _mistakes()) and not arguments.verbose:
-            code = _refuse(error)
+            # Code of a recipe may fail by a ValueError too, and is then to be named.
+            code = _refuse(f"{origin(error)}{error}", 1 if isinstance(error, DiskFullError) else EX_USAGE)
         elif owns_process:
             traceback.print_exception(error)
         else:
@@ -121,6 +123,6 @@ def _mistakes() -> tuple[type[Exception], ...]:
     return ValueError, CheckpointError, JoinError
 
 
-def _refuse(error: object) -> int:
+def _refuse(error: object, code: int = EX_USAGE) -> int:
     print(f"error: {printable(str(error))}", file=sys.stderr)
-    return EX_USAGE
+    return code

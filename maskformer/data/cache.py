@@ -16,7 +16,7 @@ from typing import Any
 import filelock
 
 from maskformer.checks import printable, why_no_folder
-from maskformer.textfiles import DataError, is_text
+from maskformer.textfiles import DataError, DiskFullError, is_text
 
 _BUILDING = ".building."
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -93,13 +93,13 @@ def build_once(
                     if (full := out_of_space(error)) is None:
                         raise
                     least = max(_size(Path(unfinished)), needs() if needs else 0)
-                    raise DataError(f"cannot write {path}: {_too_little(full, path.parent, least)}") from error
+                    raise DiskFullError(f"cannot write {path}: {_too_little(full, path.parent, least)}") from error
                 os.replace(result, path)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not path.parent.exists():
             raise DataError(f"cache folder {path.parent} vanished while {path.name} was built; run again") from None
         if (full := out_of_space(error)) is not None:
-            raise DataError(
+            raise DiskFullError(
                 f"cannot write {path}: {_too_little(full, path.parent, needs() if needs else 0)}"
             ) from error
         raise DataError(

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from maskformer.checks import origin
 from maskformer.evaluation import Column, Results
 from maskformer.training import runs
 from maskformer.training.tables import markdown_table
@@ -87,7 +88,7 @@ def compare(
     steps: dict[str, int] = {}
     rows: dict[str, tuple[int, int]] = {}
     cells: dict[str, dict[str, Results | str]] = {}
-    reason = ""
+    undefined: ValueError | None = None
     for workdir in workdirs:
         name = os.fspath(workdir)
         try:
@@ -99,9 +100,10 @@ def compare(
             try:
                 cells[name][column] = way(run, split)
             except ValueError as error:
-                cells[name][column] = reason = str(error)
-    if all(isinstance(cell, str) for row in cells.values() for cell in row.values()):
-        raise ValueError(reason)
+                cells[name][column] = f"{origin(error)}{error}"
+                undefined = error
+    if undefined is not None and all(isinstance(cell, str) for row in cells.values() for cell in row.values()):
+        raise undefined
     return Comparison(split, steps, rows, dict(columns), cells)
 
 

@@ -136,9 +136,9 @@ def load(workdir: str | os.PathLike[str], overrides: Sequence[str] = (), checkpo
     try:
         experiment = resolve(recipes.override(config, changes))
     except ValueError as error:
-        if not registering and ("unknown mask" in str(error) or "is unknown" in str(error)):
+        if any(said in str(error) for said in ("unknown mask", "is unknown", "task.name=")):
             raise ValueError(
-                f"{error}; what a recipe registers needs --config=RECIPE.py (in Python: import the recipe first)"
+                f"{error}; what recipes register needs --config=RECIPE.py, once for each (in Python: import them first)"
             ) from error
         raise
     placed = Program(experiment).on()

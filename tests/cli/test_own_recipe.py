@@ -109,3 +109,25 @@ def test_a_recipe_that_imports_what_is_not_there_is_named(tmp_path, capsys):
 def test_a_picture_of_nothing_is_refused():
     with pytest.raises(ValueError, match="length=0, expected an int of at least 1"):
         masks.picture("causal", 0)
+
+
+def test_a_mistake_inside_of_what_a_recipe_registers_is_named_by_file_and_line(tmp_path, capsys, monkeypatch):
+    """A ValueError of JAX or NumPy in code that we call says nothing of where it was written."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from maskformer import objectives\n"
+        "from configs import bert\n"
+        "@objectives.builder\n"
+        "def broken_mlm(vocabulary, length):\n"
+        "    return int('x')\n"
+        "def get_config(arg=None):\n"
+        "    config = bert.get_config('tiny')\n"
+        "    with config.unlocked():\n"
+        "        config.objective = {'name': 'broken_mlm'}\n"
+        "    config.evaluation.objective = {}\n"
+        "    return config\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["check", "--config=mine.py"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: mine.py:5: ") and "invalid literal for int()" in said and said.count("\n") == 1
