@@ -19,10 +19,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from maskformer.checks import first_line, shown
-from maskformer.training.checksums import CHECKSUMS, FIX, DamageError, verify, write_checksums
+from maskformer.checks import first_line
+from maskformer.training.checksums import CHECKSUMS, DamageError, verify, write_checksums
 from maskformer.training.precision import widened_shapes
 from maskformer.training.record import RunRecord, read_record
+from maskformer.training.scores import best_first, read_score
 from maskformer.training.sections import CheckpointConfig, EvaluationConfig
 from maskformer.training.workdir import (
     CHECKPOINTS,
@@ -175,7 +176,7 @@ class Checkpoints:
             folder = self.directory / str(step)
             own = folder / "_CHECKPOINT_METADATA"
             try:
-                _read_score(folder)
+                read_score(folder)
             except ValueError as error:
                 logger.warning("checkpoint of step %d in %s is damaged (%s)", step, self.directory, error)
                 self._set_aside([step])
@@ -315,7 +316,7 @@ def restore(directory: pathlib.Path, step: int, abstract_state: Any) -> tuple[An
     """
     folder = directory.resolve() / str(step)
     _verify(folder, step)
-    _read_score(folder)
+    read_score(folder)
     _check_structure(folder / "state", abstract_state)
     with ocp.StandardCheckpointer() as arrays:
         state = arrays.restore(folder / "state", abstract_state)
@@ -341,7 +342,7 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, which: str = "be
     if not steps:
         raise CheckpointError(f"no checkpoint in {directory}: train first with --workdir={workdir}")
     if which == "best":
-        steps = _best_first(directory, steps)
+        steps = best_first(directory, steps)
 
     def read(step: int) -> tuple[Any, int]:
         folder = directory / str(step)
@@ -367,22 +368,6 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, which: str = "be
 def _newest_first(directory: pathlib.Path) -> list[int]:
     # With those that are no folder, so that they are named and not passed over.
     return sorted(checkpoint_steps(directory) + stray_steps(directory), reverse=True)
-
-
-def _best_first(directory: pathlib.Path, steps: Sequence[int]) -> list[int]:
-    scores, criteria = dict.fromkeys(steps, -math.inf), {}
-    for step in steps:
-        try:
-            scores[step], criteria[step] = _read_score(directory / str(step))
-        except ValueError as error:
-            logger.warning("checkpoint of step %d in %s counts as not evaluated: %s", step, directory, error)
-    # The metric may have changed on the way: the newest evaluation says which one counts.
-    evaluated = [step for step in steps if scores[step] > -math.inf]
-    criterion = criteria[max(evaluated)] if evaluated else None
-    for step in evaluated:
-        if criteria[step] not in (None, criterion):
-            scores[step] = -math.inf
-    return sorted(steps, key=lambda step: (scores[step], step), reverse=True)
 
 
 def _first_usable(directory: pathlib.Path, steps: Sequence[int], use: Callable[[int], Any]) -> tuple[Any, list[int]]:
@@ -435,20 +420,6 @@ def _from_all_processes(text: str) -> list[str]:
     said[: len(encoded)] = np.frombuffer(encoded, np.uint8)
     rows = multihost_utils.process_allgather(said)
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
-
-
-def _read_score(folder: pathlib.Path) -> tuple[float, str | None]:
-    """The score that a checkpoint was saved with, -inf when it was not evaluated, and its criterion, if named."""
-    path = folder / "metrics" / "metrics"
-    if not path.exists():
-        return -math.inf, None
-    metrics = read_object(path, FIX)
-    score, criterion = metrics.get("score", -math.inf), metrics.get("criterion")
-    if type(score) not in (int, float):
-        raise ValueError(f"{path}: score={shown(score)}, expected a number; {FIX}")
-    if criterion is not None and type(criterion) is not str:
-        raise ValueError(f"{path}: criterion={shown(criterion)}, expected a string; {FIX}")
-    return score, criterion
 
 
 def _tree(folder: pathlib.Path) -> Any:
