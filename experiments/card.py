@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import logging
 import pathlib
 import re
 import sys
@@ -234,6 +235,8 @@ class Card:
                 plan = self.plan(workdir, seeds, arguments.steps)
         except ValueError as error:
             parser.error(str(error))
+        # As of `maskformer`: what the libraries note of every restore says nothing to a reader.
+        logging.getLogger("absl").setLevel(logging.ERROR)
         if not arguments.write:
             with _exit_codes(), PreemptionGuard(ends_process=argv is None) as guard:
                 try:
@@ -244,6 +247,7 @@ class Card:
             output.mkdir(parents=True, exist_ok=True)
             results.save(stored)
         print(self.write(results, output))
+        print(f"results: {output}")
 
 
 @contextlib.contextmanager
