@@ -12,15 +12,11 @@ from maskformer.training.sections import EvaluationConfig
 def update_best(record: RunRecord, results: Mapping[str, float], config: EvaluationConfig) -> bool:
     """Note an evaluation in the record; True when it is the best so far.
 
-    A metric that is not a finite number is no value: it is never the best, and counts as an evaluation without
-    improvement.
-
-    Raises:
-      ValueError: `evaluation.metric` is not among the results.
+    A metric that is not a finite number, or is left out since nothing was asked for it (a precision where nothing was
+    said), is no value: it is never the best, and counts as an evaluation without improvement. That the name is one which
+    is measured at all is checked before the run, with the rest of its config.
     """
-    if config.metric not in results:
-        raise ValueError(f"evaluation.metric={config.metric!r}: expected one of {', '.join(results)}")
-    value = float(results[config.metric])
+    value = float(results.get(config.metric, math.nan))
     if not math.isfinite(value):
         improved = False
     elif record.best is None:

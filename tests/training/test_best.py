@@ -50,9 +50,12 @@ def test_a_change_below_the_least_improvement_is_none():
     assert record.best == 3.0 and stopped == 2
 
 
-def test_a_metric_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match="evaluation.metric='los': expected one of loss, accuracy"):
-        update_best(RunRecord(), {"loss": 1.0, "accuracy": 0.5}, EvaluationConfig(metric="los"))
+def test_a_metric_of_nothing_is_left_out_and_is_no_improvement():
+    """Precision before anything was said to be replaced; that the name is measured at all, the config has proved."""
+    record, config = RunRecord(), EvaluationConfig(metric="discriminator_precision", mode="max")
+    assert not update_best(record, {"loss": 1.0}, config) and record.best is None
+    assert update_best(record, {"loss": 1.0, "discriminator_precision": 0.1}, config) and record.best == 0.1
+    assert not update_best(record, {"loss": 1.0}, config) and record.evaluations_since_best == 1
 
 
 @pytest.mark.parametrize(
