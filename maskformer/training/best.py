@@ -13,7 +13,7 @@ def update_best(record: RunRecord, results: Mapping[str, float], config: Evaluat
     """Note an evaluation in the record; True when it is the best so far.
 
     A metric that is not a finite number, or is left out since nothing was asked for it (a precision where nothing was
-    said), is no value: it is never the best, and counts as an evaluation without improvement. That the name is one which
+    said), is no value: it is never the best, and counts as an evaluation without improvement. That the name is one that
     is measured at all is checked before the run, with the rest of its config.
     """
     value = float(results.get(config.metric, math.nan))
