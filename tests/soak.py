@@ -237,6 +237,9 @@ def attempt(
 
 
 def note(row: Row, run: Run, code: int | str, expected: tuple[int, ...], counted: bool = True) -> None:
+    # A process that SIGINT ends on its last way out, after the run; a shell and the launchers say 130 of it too.
+    if code == -signal.SIGINT:
+        code = 128 + signal.SIGINT
     if counted:
         row.codes[code] += 1
         row.most_lines = max(row.most_lines, run.errors.count("\n"))

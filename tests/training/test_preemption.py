@@ -39,8 +39,10 @@ def main(body):
 def run(source, *signals):
     """Runs the source, sends each signal after a "ready", returns the exit code and the lines of stderr."""
     script = PRELUDE + textwrap.dedent(source)
+    # Python 3.12 and newer warn of every fork beside a thread.
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", script]
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         for number in signals:
