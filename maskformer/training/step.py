@@ -124,23 +124,18 @@ def create_train_step(
     return train_step
 
 
-def create_eval_step(
-    task: Task, *, seed: int, placed: Placed = contextlib.nullcontext
-) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+def create_eval_step(task: Task, *, seed: int) -> Callable[[Any, Batch], dict[str, jax.Array]]:
     """Metric sums of one batch under masks that depend on `seed` and `example_id` only, without dropout.
 
     Args:
       task: as for training, of the objective at the rate to evaluate.
       seed: of the evaluation masks.
-      placed: as for training.
     """
     key = jax.random.key(seed)
 
     def eval_step(params: Any, batch: Batch) -> dict[str, jax.Array]:
         # A scheduled rate is evaluated at its start; a recipe pins the rate in `evaluation.objective`.
         batch = {**batch, "epoch": jnp.zeros_like(batch["epoch"])}
-        example = task.corrupt(key, batch, 0, None)
-        with placed():
-            return task.evaluate(params, example)
+        return task.evaluate(params, task.corrupt(key, batch, 0, None))
 
     return eval_step

@@ -4,10 +4,12 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
+import numpy as np
 
-from maskformer.training import Program
+from maskformer.training import Program, sharding
 from maskformer.training.step import masking_key
 from tests.training.tiny import tiny_config
 
@@ -53,3 +55,18 @@ def test_every_part_is_made_once(corpus):
     assert program.task is program.task and program.objective is program.task.objective
     assert program.model is program.task.model and program.dataset("train") is program.dataset("train")
     assert (masking_key(0) == program.masking_key).all()
+
+
+def test_an_evaluation_is_made_and_compiled_once_for_each_change_of_the_objective(corpus, devices):
+    placed = Program.of(tiny_config(corpus)).on()
+    assert placed.evaluation({"rate": 0.3}) is placed.evaluation({"rate": 0.3})
+    assert placed.evaluation() is placed.evaluation({}) and placed.evaluation() is not placed.evaluation({"rate": 0.3})
+
+
+def test_a_process_needs_the_rows_of_its_own_devices_wherever_they_stand(monkeypatch):
+    """Four shards of rows over two processes whose devices alternate along the wiring, two devices a shard."""
+    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: None)
+    devices = np.array([types.SimpleNamespace(process_index=p) for p in (0, 0, 1, 1, 0, 0, 0, 1)], object)
+    mesh = types.SimpleNamespace(shape={"data": 2, "fsdp": 2}, devices=devices.reshape(2, 2, 2, 1))
+    assert sharding.place_batch(mesh, 8, process=0).rows.tolist() == [0, 1, 4, 5, 6, 7]
+    assert sharding.place_batch(mesh, 8, process=1).rows.tolist() == [2, 3, 6, 7]

@@ -1,5 +1,7 @@
 """What a window of training adds up: exact counts of any size, means only of what there is, averages in float32."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,3 +124,15 @@ def test_the_average_of_master_weights_is_theirs_and_not_of_their_roundings():
         )
     for ours, exact in zip(*map(jax.tree.leaves, (state.ema, expected)), strict=True):
         assert np.abs(np.asarray(ours, np.float64) - exact).max() <= 15 * 2.0**-24 * np.abs(exact).max()
+
+
+def test_accuracy_in_training_is_of_the_logits_that_the_loss_is_of():
+    """Where [MASK] has the largest logit of all, diffusion's predictions are the largest of the others."""
+    task = task_of("diffusion")
+    example = task.corrupt(jax.random.key(3), BATCH, 0, None)
+    right = 5.0 * jax.nn.one_hot(example.target_tokens, VOCABULARY.size)
+    # A model that is its parameters: what it answers is given.
+    task.model = types.SimpleNamespace(apply=lambda params, **inputs: params)
+    sums = task.sums(right.at[..., VOCABULARY.mask].set(50.0), example, jax.random.key(0))
+    correct, asked = sums.means["accuracy"]
+    assert float(correct) == float(asked) > 0
