@@ -221,6 +221,38 @@ def param_shardings(mesh: Mesh, logical_axes: Any, rules: Rules) -> Any:
     )
 
 
+def split_over_data(mesh: Mesh, shapes: Any, shardings: Any) -> tuple[Any, list[str]]:
+    """Shardings that split each array over `data` too, and a line on what cannot be.
+
+    It is split where most of it is left on a device after `shardings`. What no dimension divides for stays as it was.
+
+    Args:
+      shapes: pytree of `jax.ShapeDtypeStruct`.
+      shardings: the same tree of `NamedSharding`s, none of which names `data`.
+    """
+    parts = mesh.shape["data"]
+    whole: list[int] = []
+
+    def split(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
+        spec = [*sharding.spec, *[None] * (len(shape.shape) - len(sharding.spec))]
+        named = [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec]
+        local = [size // math.prod(mesh.shape[axis] for axis in axes) for size, axes in zip(shape.shape, named)]
+        fitting = [(size, -dimension) for dimension, size in enumerate(local) if size % parts == 0]
+        if not fitting:
+            whole.append(math.prod(shape.shape))
+            return sharding
+        dimension = -max(fitting)[1]
+        spec[dimension] = (*named[dimension], "data")
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    divided = jax.tree.map(split, shapes, shardings)
+    said = (
+        f"mesh.shard_optimizer: arrays with {sum(whole):,} parameters in all do not divide over mesh.data={parts} "
+        "and are whole on every device along data"
+    )
+    return divided, [said] if whole else []
+
+
 def optimizer_shardings(
     mesh: Mesh, optimizer: optax.GradientTransformation, state_shapes: Any, shapes: Any, shardings: Any
 ) -> Any:

@@ -32,6 +32,7 @@ def create_train_step(
     accumulation_steps: int = 1,
     ema_decay: float | None = None,
     placed: Placed = contextlib.nullcontext,
+    gradients_at: Any = None,
 ) -> Callable[[TrainState, Batch], TrainState]:
     """The update `state, batch -> state`, to be jitted with the state donated.
 
@@ -47,6 +48,7 @@ def create_train_step(
       accumulation_steps: parts that the batch is run in.
       ema_decay: of the averaged parameters; None keeps no average.
       placed: by default the compiler decides where activations live.
+      gradients_at: shardings of the summed gradients; None leaves them to the compiler, which may keep each whole.
     """
     key, dropout_root = masking_key(seed), jax.random.fold_in(jax.random.key(seed), 1)
 
@@ -59,7 +61,10 @@ def create_train_step(
 
         with placed():
             (_, sums), gradients = jax.value_and_grad(scaled, has_aux=True)(params)
-        return widened(gradients), sums
+        gradients = widened(gradients)
+        if gradients_at is not None:
+            gradients = jax.lax.with_sharding_constraint(gradients, gradients_at)
+        return gradients, sums
 
     def accumulate(
         params: Any, example: Any, scales: Mapping[str, jax.Array], dropout_key: jax.Array
