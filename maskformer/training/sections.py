@@ -229,7 +229,7 @@ class MeshConfig:
       dcn: how many slices an axis spans, such as {"data": 2}; they multiply to the number of slices, and each divides
         its axis. Slices are those of a TPU pod; on GPU and CPU, where there are none, processes. Only `CROSSES_SLICES`
         may. A TPU pod of several slices with {} has `data` across all of them.
-      shard_optimizer: split the optimizer's state, the averaged parameters and the summed gradients over `data` as well,
+      shard_optimizer: split the optimizer's state, the averaged parameters and the summed gradients over `data` too,
         which otherwise repeats them (ZeRO, stages 1 and 2; Rajbhandari et al. 2020). A step then gathers the updates.
     """
 

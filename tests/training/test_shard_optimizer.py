@@ -70,7 +70,7 @@ def test_an_array_is_split_where_most_of_it_is_left():
     assert divided["wide"].spec == sharding.PartitionSpec(None, "fsdp", "data")
     assert divided["odd"].spec == sharding.PartitionSpec()
     assert said == [
-        "mesh.shard_optimizer: arrays with 18 parameters in all do not divide over mesh.data=4 and are whole on every device "
-        "along data"
+        "mesh.shard_optimizer: arrays with 18 parameters in all do not divide over mesh.data=4 and are whole on every "
+        "device along data"
     ]
 
