@@ -8,8 +8,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from maskformer.checks import choose, integer, number, require, shown, typed_fields, why_no_folder
+from maskformer.checks import choose, integer, number, require, shown, typed_fields
 from maskformer.data.data_config import SPLITS
+from maskformer.paths import why_no_folder
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")
