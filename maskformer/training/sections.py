@@ -208,29 +208,42 @@ class CheckpointConfig:
         integer("checkpoint.keep", self.keep, 1, MOST)
 
 
+# Axes whose traffic the network between slices can carry: gradients and activations once a step or a microbatch. The
+# others exchange activations several times a layer.
+CROSSES_SLICES = ("data", "stage", "fsdp")
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices per mesh axis; at most one may be -1, "all that remain".
 
     Attributes:
+      stage: parts of the layer stack, each on devices of its own (a pipeline).
       data: replicas of the parameters; each sees its own rows of the batch.
       fsdp: shards of the parameters; each also sees its own rows.
+      expert: shards of the experts of a mixture; each also sees its own rows.
       tensor: shards of the heads, the feed-forward width and the vocabulary.
       context: parts of the sequence, for rows too long for one device.
       context_method: how attention reaches the other parts: "all_gather" collects the keys and values, "ring" passes
         them around, with memory that falls with the axis.
+      dcn: how many slices an axis spans, such as {"data": 2}; they multiply to the number of slices, and each divides
+        its axis. Slices are those of a TPU pod; on GPU and CPU, where there are none, processes. Only `CROSSES_SLICES`
+        may. A TPU pod of several slices with {} has `data` across all of them.
     """
 
+    stage: int = 1
     data: int = -1
     fsdp: int = 1
+    expert: int = 1
     tensor: int = 1
     context: int = 1
     context_method: str = "all_gather"
+    dcn: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, int]:
         """Axis name -> devices, in the order of the mesh."""
-        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "context": self.context}
+        return {axis: getattr(self, axis) for axis in ("stage", "data", "fsdp", "expert", "tensor", "context")}
 
     def __post_init__(self) -> None:
         typed_fields(self, "mesh")
@@ -242,6 +255,14 @@ class MeshConfig:
         require(
             list(sizes.values()).count(-1) <= 1, "mesh", sizes, "at most one axis of -1, since only one can be inferred"
         )
+        for axis, across in self.dcn.items():
+            if axis in sizes and axis not in CROSSES_SLICES:
+                raise ValueError(
+                    f"mesh.dcn.{axis}={shown(across)}: {axis} exchanges activations in every layer, too much for the "
+                    f"network between slices; expected one of {', '.join(CROSSES_SLICES)}"
+                )
+            choose("mesh.dcn", axis, CROSSES_SLICES)
+            integer(f"mesh.dcn.{axis}", across, 1, MOST)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,9 @@ from maskformer import attention
 from maskformer.models.partitioning import Rules, logical_rules, partition_spec
 from maskformer.training.sections import MeshConfig
 
-# Rows of a batch are split over both: fsdp shards parameters, and each shard still sees rows of its own.
-BATCH_AXES = ("data", "fsdp")
+# Rows of a batch are split over all three: fsdp shards parameters and expert whole experts, and each shard still sees
+# rows of its own.
+BATCH_AXES = ("data", "fsdp", "expert")
 
 # Logical axis -> mesh axis or axes; None is never split. Every name of `models.partitioning` is here.
 RULES: Rules = {
@@ -39,7 +40,8 @@ RULES: Rules = {
     "norm": None,
     "positions": None,
     "token_types": None,
-    "layers": None,
+    "layers": "stage",
+    "experts": "expert",
     "batch": BATCH_AXES,
     "length": "context",
     "activation_embed": None,
@@ -53,30 +55,77 @@ RULES: Rules = {
 def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config` over `devices` (default: all devices of all processes).
 
+    Slices of a TPU pod, and without those (on GPU and CPU) processes, are what `config.dcn` spreads an axis over.
+
     Raises:
-      ValueError: the axes do not multiply to the number of devices.
+      ValueError: the axes do not multiply to the number of devices, or `dcn` not to the number of slices.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = _resolved_sizes(config, len(devices))
+    dcn = _resolved_dcn(config, sizes, devices)
+    inner = tuple(size // dcn.get(axis, 1) for axis, size in sizes.items())
+    # On TPU and GPU the order of devices decides how far collectives travel; jax knows the wiring. An axis may be a
+    # part of one of the torus's own, as tensor=2 on a side of 4.
+    if dcn:
+        array = mesh_utils.create_hybrid_device_mesh(
+            inner,
+            tuple(dcn.get(axis, 1) for axis in sizes),
+            devices,
+            process_is_granule=not _has_slices(devices),
+            allow_split_physical_axes=True,
+        )
+    elif len(devices) > 1:
+        array = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+    else:
+        array = np.array(devices)
+    return Mesh(array.reshape(tuple(sizes.values())), tuple(sizes))
+
+
+def _resolved_sizes(config: MeshConfig, count: int) -> dict[str, int]:
     sizes = config.sizes
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if -1 in sizes.values():
-        if len(devices) % fixed:
+        if count % fixed:
             raise ValueError(
-                f"mesh={sizes}: {len(devices)} devices do not divide into groups of {fixed}; "
+                f"mesh={sizes}: {count} devices do not divide into groups of {fixed}; "
                 "choose fixed axes whose product divides the number of devices"
             )
-        sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
-    elif fixed != len(devices):
-        raise ValueError(f"mesh={sizes}: multiplies to {fixed} of {len(devices)} devices; set one axis to -1")
-    shape = tuple(sizes.values())
-    # On TPU and GPU the order of devices decides how far collectives travel; jax knows the wiring. An axis may be a
-    # part of one of the torus's own, as tensor=2 on a side of 4.
-    array = (
-        mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        if len(devices) > 1
-        else np.array(devices)
-    )
-    return Mesh(array.reshape(shape), tuple(sizes))
+        return {axis: count // fixed if size == -1 else size for axis, size in sizes.items()}
+    if fixed != count:
+        raise ValueError(f"mesh={sizes}: multiplies to {fixed} of {count} devices; set one axis to -1")
+    return sizes
+
+
+def _has_slices(devices: Sequence[jax.Device]) -> bool:
+    # Absent where there is one slice, and on CPU.
+    return len({getattr(device, "slice_index", 0) for device in devices}) > 1
+
+
+def _parts(devices: Sequence[jax.Device]) -> int:
+    """How many groups of devices have a network of their own among them."""
+    attribute = "slice_index" if _has_slices(devices) else "process_index"
+    return len({getattr(device, attribute) for device in devices})
+
+
+def _resolved_dcn(config: MeshConfig, sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> dict[str, int]:
+    """Slices that each axis spans; empty where none is crossed, or where there is nothing to cross."""
+    dcn, parts = dict(config.dcn), _parts(devices)
+    if not dcn and _has_slices(devices) and devices[0].platform == "tpu":
+        if sizes["data"] % parts:
+            raise ValueError(
+                f"mesh.data={sizes['data']}: does not divide over the {parts} slices; expected a multiple, or mesh.dcn "
+                "with another axis across them"
+            )
+        return {"data": parts}
+    if dcn and (spanned := math.prod(dcn.values())) != parts:
+        raise ValueError(
+            f"mesh.dcn={dcn}: multiplies to {spanned}, and there are {parts} slices (or, without slices, processes); "
+            f"set --config.mesh.dcn.data={parts}"
+        )
+    for axis, across in dcn.items():
+        if sizes[axis] % across:
+            raise ValueError(f"mesh.dcn.{axis}={across}: expected a divisor of mesh.{axis}={sizes[axis]}")
+    return {axis: across for axis, across in dcn.items() if across > 1}
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -114,12 +163,14 @@ def place_batch(mesh: Mesh, size: int, process: int | None = None) -> BatchPlace
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if size % shards:
         raise ValueError(
-            f"train.batch_size={size}: does not divide over mesh data x fsdp = {shards} shards; "
+            f"train.batch_size={size}: does not divide over mesh {' x '.join(BATCH_AXES)} = {shards} shards; "
             f"use a multiple of {shards}"
         )
     process = jax.process_index() if process is None else process
-    # The batch's axes lead the mesh's, so each row of this array is one shard of the batch.
-    holders = np.array([device.process_index for device in mesh.devices.flat]).reshape(shards, -1)
+    # Each row of this array has the processes of one shard of the batch.
+    processes = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+    at = [mesh.axis_names.index(axis) for axis in BATCH_AXES]
+    holders = np.moveaxis(processes, at, range(len(at))).reshape(shards, -1)
     mine = np.flatnonzero((holders == process).any(axis=1))
     each = size // shards
     return BatchPlacement(batch_sharding(mesh), size, (mine[:, None] * each + np.arange(each)).reshape(-1))
