@@ -175,6 +175,7 @@ class Placed:
         self._activations = functools.partial(
             sharding.activations, mesh, self.rules, experiment.mesh.context_method
         )
+        self._activations_of_a_slice = functools.partial(self._activations, batch=sharding.BATCH_AXES)
         self.params_at = sharding.param_shardings(mesh, program.model.logical_axes(), self.rules)
         # Where the optimizer has its state, and the gradients of a step are added up.
         self._optimizer_at = self.params_at
@@ -230,6 +231,7 @@ class Placed:
     def train_step(self) -> Callable[[TrainState, Any], TrainState]:
         """`state, batch -> state`, which takes the place of the state it is given."""
         program, experiment = self.program, self.program.experiment
+        slices = self.mesh.shape.get(sharding.SLICE_AXIS, 1)
         step = create_train_step(
             program.task,
             program.optimizer,
@@ -237,7 +239,8 @@ class Placed:
             seed=experiment.seed,
             accumulation_steps=experiment.train.accumulation_steps,
             ema_decay=experiment.optimizer.ema_decay,
-            placed=self._activations,
+            placed=self._activations if slices == 1 else self._activations_of_a_slice,
+            slices=slices,
             gradients_at=self._optimizer_at if experiment.mesh.shard_optimizer else None,
         )
         return jax.jit(

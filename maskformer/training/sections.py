@@ -232,6 +232,9 @@ class MeshConfig:
         may. A TPU pod of several slices with {} has `data` across all of them.
       shard_optimizer: split the optimizer's state, the averaged parameters and the summed gradients over `data` too,
         which otherwise repeats them (ZeRO, stages 1 and 2; Rajbhandari et al. 2020). A step then gathers the updates.
+      dcn_gradients: "bfloat16" sends gradients between slices in half the bytes and once a step, whatever
+        `train.accumulation_steps` is: each slice first adds up its own in float32. Needs dcn with `data`. None leaves
+        the sum over slices to the compiler. Dropout then draws for each slice by itself.
     """
 
     stage: int = 1
@@ -243,6 +246,7 @@ class MeshConfig:
     context_method: str = "all_gather"
     dcn: Mapping[str, int] = dataclasses.field(default_factory=dict)
     shard_optimizer: bool = False
+    dcn_gradients: str | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -267,6 +271,11 @@ class MeshConfig:
                 )
             choose("mesh.dcn", axis, CROSSES_SLICES)
             integer(f"mesh.dcn.{axis}", across, 1, MOST)
+        choose("mesh.dcn_gradients", self.dcn_gradients, (None, "bfloat16"))
+        require(
+            self.dcn_gradients is None or self.dcn.get("data", 1) > 1, "mesh.dcn_gradients", self.dcn_gradients,
+            "None, or mesh.dcn with `data` over several slices, such as --config.mesh.dcn.data=2",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
