@@ -1,5 +1,7 @@
 import json
 import pathlib
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -64,6 +66,22 @@ def test_a_mistake_is_one_line_and_exit_code_2(flags, message, capsys):
     out, err = capsys.readouterr()
     assert code == 2 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def commands_of_the_documents():
+    pages = [ROOT / "docs" / "gke.md", *(ROOT / "docs" / "recipes").glob("*.md")]
+    for page in pages:
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.startswith("python -m launch.gke"):
+                    yield pytest.param(shlex.split(line)[3:], id=page.stem)
+
+
+@pytest.mark.parametrize("words", list(commands_of_the_documents()))
+def test_the_commands_of_the_documents_are_read(words, capsys):
+    assert gke.main([word for word in words if word != "--submit"]) == 0
+    (document,) = yaml.safe_load_all(capsys.readouterr().out)
+    assert document["metadata"]["name"] == "bert"
 
 
 def test_the_launcher_needs_neither_jax_nor_a_package():
@@ -152,6 +170,15 @@ def test_a_name_that_is_taken_is_one_line(server, capsys):
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert '"bert" already exists (kubectl delete jobset NAME, or choose another --name)' in err
+
+
+def test_a_refusal_of_some_runs_of_a_sweep_names_those_that_were_created(server, capsys):
+    assert gke.main([*FLAGS, "--array", "1", "--submit", *COMMAND]) == 0
+    assert gke.main([*FLAGS, "--array", "0-2", "--submit", *COMMAND]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and '"bert-1" already exists' in err
+    assert err.endswith("; jobset.jobset.x-k8s.io/bert-0 created, jobset.jobset.x-k8s.io/bert-2 created\n")
+    assert list(server.cluster.objects) == ["bert-1", "bert-0", "bert-2"]
 
 
 def test_a_cluster_without_jobset_is_one_line(server, capsys):
