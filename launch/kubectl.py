@@ -74,10 +74,15 @@ class Kubectl:
             done = subprocess.run(command, input=text.encode(), capture_output=True)
         except FileNotFoundError:
             raise RuntimeError("kubectl was not found: is it installed, and on PATH?") from None
+        answer = done.stdout.decode(errors="replace").strip()
         if done.returncode:
             said = _one_line(done.stderr.decode(errors="replace"))
-            raise Unreachable(f"kubectl: {said}") if _AWAY.search(said) else RuntimeError(f"kubectl refused: {said}")
-        return done.stdout.decode(errors="replace").strip()
+            if _AWAY.search(said):
+                raise Unreachable(f"kubectl: {said}")
+            # Of a manifest with several JobSets kubectl creates those that it can.
+            made = f"; {', '.join(answer.splitlines())}" if answer else ""
+            raise RuntimeError(f"kubectl refused: {said}{made}")
+        return answer
 
 
 def _one_line(text: str) -> str:
