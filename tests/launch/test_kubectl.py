@@ -173,6 +173,20 @@ def test_a_launcher_that_starts_again_knows_the_size_and_the_failures_of_an_elas
     assert [(slices, left) for _, slices, left in cluster.made] == [(2, 4), (4, 3), (2, 3), (1, 3)]
 
 
+def test_what_the_cluster_added_to_a_jobset_does_not_make_it_another_one():
+    cluster = Cluster()
+    cluster.create(runs_of()[0].make(1, 0))
+    spec = cluster.objects["bert"]["spec"]
+    # JobSet's webhook and Kueue, which admits it to a flavor of its own.
+    spec |= {"network": {"enableDNSHostnames": True}, "successPolicy": {"operator": "All"}, "managedBy": "kueue"}
+    template = spec["replicatedJobs"][0]["template"]["spec"]["template"]
+    template["metadata"]["creationTimestamp"] = None
+    template["spec"]["nodeSelector"]["cloud.google.com/gke-nodepool"] = "slice-0"
+    template["spec"]["tolerations"].append({"key": "reserved", "operator": "Exists"})
+    watched = watch(cluster=cluster)
+    assert watched.code == 0 and watched.said[0] == "bert: there already" and len(cluster.made) == 1
+
+
 @pytest.mark.parametrize("other", [{"command": ("other",)}, {"sizes": (2,)}, {"restarts": 11}])
 def test_a_jobset_of_that_name_that_is_another_one_is_left_alone(other):
     cluster = Cluster()
