@@ -125,11 +125,11 @@ def _read(arguments: argparse.Namespace) -> tuple[Target, Pod, Job]:
     if (arguments.topology is None) == (arguments.gpu is None):
         raise ValueError("expected either --topology, for TPU, or --gpu")
     if arguments.gpu:
-        for field, value in (("--slices", sizes != [1]), ("--chips-per-host", arguments.chips_per_host)):
-            check(not value, field, value, "TPU: with --gpu, --hosts says how many machines")
+        check(sizes == [1], "--slices", sizes, "--topology: with --gpu, --hosts says how many machines")
+        check(arguments.chips_per_host is None, "--chips-per-host", arguments.chips_per_host, "--topology, not --gpu")
         target = gpu_hosts(arguments.gpu, arguments.hosts or 1)
     else:
-        check(arguments.hosts is None, "--hosts", arguments.hosts, "GPU: with --topology the shape says how many")
+        check(arguments.hosts is None, "--hosts", arguments.hosts, "--gpu: with --topology the shape says how many")
         target = tpu_slice(arguments.topology, arguments.chips_per_host)
     check(sizes == sorted(set(sizes), reverse=True), "--slices", sizes, "sizes that get smaller, such as 4,2,1")
     check(arguments.patience is None or len(sizes) > 1, "--patience", arguments.patience, "--slices of several sizes")

@@ -203,7 +203,8 @@ def _check_name(job: Job, name: str, part: str, slices: int, hosts: int) -> None
 
 def _pod(job: Job, target: Target, pod: Pod, name: str, slices: int, index: int | None) -> dict[str, Any]:
     spec: dict[str, Any] = {"restartPolicy": "Never", "terminationGracePeriodSeconds": int(job.lead)}
-    if slices > 1 if pod.host_network is None else pod.host_network:
+    between_slices = slices > 1
+    if between_slices if pod.host_network is None else pod.host_network:
         spec |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
     if pod.service_account:
         spec["serviceAccountName"] = pod.service_account

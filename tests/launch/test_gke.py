@@ -40,9 +40,9 @@ GPUS = ["--image", "i", "--gpu", "h100:8"]
     [
         (["--image", "i"], "expected either --topology, for TPU, or --gpu"),
         ([*FLAGS, "--gpu", "h100:8"], "expected either --topology, for TPU, or --gpu"),
-        ([*GPUS, "--slices", "2"], "--slices True: expected TPU: with --gpu, --hosts says how many machines"),
-        ([*GPUS, "--chips-per-host", "4"], "--chips-per-host 4: expected TPU"),
-        ([*FLAGS, "--hosts", "2"], "--hosts 2: expected GPU: with --topology the shape says how many"),
+        ([*GPUS, "--slices", "2"], "--slices [2]: expected --topology: with --gpu, --hosts says how many machines"),
+        ([*GPUS, "--chips-per-host", "4"], "--chips-per-host 4: expected --topology, not --gpu"),
+        ([*FLAGS, "--hosts", "2"], "--hosts 2: expected --gpu: with --topology the shape says how many"),
         ([*FLAGS, "--slices", "1,2"], "--slices [1, 2]: expected sizes that get smaller, such as 4,2,1"),
         ([*FLAGS, "--slices", "0"], "--slices 0: expected at least 1"),
         ([*FLAGS, "--patience", "9"], "--patience 9.0: expected --slices of several sizes"),
