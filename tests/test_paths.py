@@ -1,5 +1,6 @@
 """Paths: local ones are left alone, and buckets have a path's methods, against a real server."""
 
+import importlib.util
 import pathlib
 import pickle
 
@@ -33,7 +34,7 @@ def test_what_can_name_no_folder_is_told_without_asking_a_network(written, why):
 
 @pytest.mark.parametrize("kind, extra", [("gs", "gcs"), ("s3", "s3")])
 def test_a_missing_client_library_is_one_line_with_the_extra_to_install(monkeypatch, kind, extra):
-    monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=rf"{kind}:// needs \w+, which is not installed; pip install 'maskformer\["):
         paths.resolve(f"{kind}://bucket/run")
     assert paths.why_no_folder(f"{kind}://bucket/run").endswith(f"pip install 'maskformer[{extra}]'")

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+# Written by Orbax when all files of a checkpoint are in an object store, where no folder can be renamed.
+COMMITTED = "commit_success.txt"
 
 # What says how a run is computed and from where it reads, not what it computes. The last bits of a sum may follow some
 # of them, as they follow the mesh, which may change too: a run on an accelerator goes on where there is none.
@@ -71,13 +73,25 @@ def prepare_workdir(workdir: str | os.PathLike[str]) -> AnyPath:
 
 
 def checkpoint_steps(directory: AnyPath) -> list[int]:
-    """Steps of the whole checkpoints in a folder, ascending."""
-    return sorted(step for step, entry in _numbered(directory) if entry.is_dir())
+    """Steps of the whole checkpoints in a folder, ascending.
+
+    On a file system a folder gets its name when it is whole; on an object store its mark, `COMMITTED`, says so.
+    """
+    return sorted(step for step, entry in _numbered(directory) if _is_whole(entry))
+
+
+def unfinished_steps(directory: AnyPath) -> list[int]:
+    """Steps that are named in an object store by what was never committed: a save that was cut off, or goes on."""
+    return sorted(step for step, entry in _numbered(directory) if not paths.is_local(entry) and not _is_whole(entry))
 
 
 def stray_steps(directory: AnyPath) -> list[int]:
     """Steps that are named in a folder of checkpoints by what is no folder: a file, or a link that leads nowhere."""
-    return sorted(step for step, entry in _numbered(directory) if not entry.is_dir())
+    return sorted(step for step, entry in _numbered(directory) if paths.is_local(entry) and not entry.is_dir())
+
+
+def _is_whole(entry: AnyPath) -> bool:
+    return entry.is_dir() if paths.is_local(entry) else (entry / COMMITTED).exists()
 
 
 def _numbered(directory: AnyPath) -> list[tuple[int, AnyPath]]:
@@ -86,6 +100,10 @@ def _numbered(directory: AnyPath) -> list[tuple[int, AnyPath]]:
     # As a step is written: no leading zero, and none of the digits of other scripts.
     number = re.compile(r"0|[1-9][0-9]{0,17}")
     return [(int(entry.name), entry) for entry in directory.iterdir() if number.fullmatch(entry.name)]
+
+
+def _named(directory: AnyPath) -> list[int]:
+    return checkpoint_steps(directory) + stray_steps(directory)
 
 
 def check_same_run(config: Mapping[str, Any], workdir: AnyPath) -> None:
@@ -135,12 +153,12 @@ def check_sources(train: TrainConfig, workdir: AnyPath) -> None:
     Raises:
       ValueError: names `train.resume` or `train.init_from`, and the folder.
     """
-    if _numbered(workdir / CHECKPOINTS):
+    if _named(workdir / CHECKPOINTS):
         return
     for field in ("resume", "init_from"):
         source = getattr(train, field)
         # What is no folder counts here: who reads it says what is wrong with it.
-        if source is not None and not _numbered(paths.resolve(source) / CHECKPOINTS):
+        if source is not None and not _named(paths.resolve(source) / CHECKPOINTS):
             raise ValueError(
                 f"train.{field}={shown(source)}: no checkpoint in {printable(os.path.join(source, CHECKPOINTS))}; "
                 "expected the workdir of a run that has one"
@@ -184,6 +202,11 @@ def write_config(workdir: AnyPath, config: Mapping[str, Any]) -> None:
       RunError: the file cannot be written.
     """
     replace_text(workdir / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def has_metrics(workdir: AnyPath) -> bool:
+    """Whether there are metrics of a run, in one file or in parts."""
+    return lines.exists(workdir / METRICS)
 
 
 def read_metrics(path: AnyPath) -> list[dict[str, float]]:
