@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import os
 import pathlib
 import re
@@ -134,14 +135,30 @@ def remove_tree(folder: AnyPath) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def fingerprint(path: StorePath) -> str:
-    """What changes whenever a file of a store does: its checksum where the store keeps one, else time and size."""
+def fingerprints(folder: StorePath) -> dict[StorePath, str]:
+    """What changes whenever a file does, for every file below a folder, from one listing: no file is read.
+
+    The checksum or the version that the store keeps; where it keeps none, length and time.
+    """
+    with reported(folder):
+        found = folder.files.find(str(folder), detail=True)
+    marks = ("md5Hash", "ETag", "etag", "content_md5", "generation")
+    dates = ("mtime", "LastModified", "last_modified", "created")
+    made = {}
+    for name, info in sorted(found.items()):
+        mark = next((f"{key}:{info[key]}" for key in marks if info.get(key)), None)
+        date = next((info[key] for key in dates if info.get(key)), None)
+        made[StorePath(folder.files.unstrip_protocol(name))] = f"{info.get('size')}:{mark or date}"
+    return made
+
+
+def opened(path: AnyPath) -> Any:
+    """A file for reading bytes, with a buffer in which one can look ahead."""
+    if not isinstance(path, StorePath):
+        return path.open("rb")
     with reported(path):
-        found = path.files.info(str(path))
-    for name in ("md5Hash", "ETag", "etag", "content_md5", "crc32c"):
-        if found.get(name):
-            return f"{name}:{found[name]}"
-    return f"{found.get('size')}:{found.get('mtime') or found.get('created') or found.get('LastModified')}"
+        raw: Any = path.open("rb")
+        return io.BufferedReader(raw, 1 << 16)
 
 
 def unbuffered(path: AnyPath) -> Any:
