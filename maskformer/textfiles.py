@@ -20,7 +20,7 @@ from typing import Any
 
 from maskformer import paths
 from maskformer.checks import printable
-from maskformer.paths import AnyPath, StorePath
+from maskformer.paths import AnyPath, StoreError, StorePath
 
 # UTF-32's little-endian mark begins with UTF-16's.
 _MARKS = (
@@ -40,6 +40,16 @@ class DataError(ValueError):
 
 class DiskFullError(DataError):
     """There is no room for what is made of the data: no mistake in the command, which may simply be run again."""
+
+
+class UnreachableError(DataError):
+    """The store that holds the data does not answer: no mistake in the command, which may simply be run again."""
+
+
+def unreadable(where: str, error: OSError, fix: str = "") -> DataError:
+    """The error of a file or a folder that cannot be read; an `UnreachableError` where that may be different soon."""
+    kind = UnreachableError if isinstance(error, StoreError) else DataError
+    return kind(f"{where}: {error.strerror or error}{fix}")
 
 
 def is_text(path: str | os.PathLike) -> bool:
@@ -79,7 +89,7 @@ def lines(path: str | os.PathLike, translate_newlines: bool = True) -> Iterator[
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{printable(path)}: damaged gzip file ({error}); compress or copy it again") from None
     except OSError as error:
-        raise DataError(f"{printable(path)}: {error.strerror or error}; give a file that you can read") from None
+        raise unreadable(printable(path), error, "; give a file that you can read") from None
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -244,7 +254,7 @@ def _walk_store(folder: StorePath, suffixes: Sequence[str]) -> Walk:
     try:
         found = paths.files_below(folder)
     except OSError as error:
-        raise DataError(f"{folder}: {error.strerror or error}; give a folder that you can read") from None
+        raise unreadable(str(folder), error) from None
     shown = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     wanted = tuple(path for path in shown if suffix(path) in suffixes)
     return Walk(wanted, hidden=len(found) - len(shown), others=len(shown) - len(wanted))

@@ -81,12 +81,14 @@ class Proxy:
       variables: the environment under which clients speak with it.
       answer: called with method and path; a status, "reset" to break the connection, or None to pass the request on.
       refused: how many requests it has answered itself.
+      upstream: the address of the emulator.
     """
 
     def __init__(self, variables: dict[str, str]):
         self.answer: Callable[[str, str], int | str | None] = lambda method, path: None
         self.refused = 0
-        upstream = variables["STORAGE_EMULATOR_HOST"].removeprefix("http://")
+        self.upstream = variables["STORAGE_EMULATOR_HOST"]
+        upstream = self.upstream.removeprefix("http://")
         proxy = self
 
         class Handler(http.server.BaseHTTPRequestHandler):

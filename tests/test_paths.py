@@ -90,7 +90,7 @@ def test_a_file_is_written_only_where_it_is_the_one_that_is_known(bucket):
 def test_a_bucket_that_is_not_there_is_one_line_with_the_command_that_makes_it(emulator):
     with pytest.raises(OSError) as error:
         paths.check_store(paths.resolve("gs://not-there-at-all/run"))
-    assert str(error.value) == (
+    assert error.value.strerror == (
         "there is no bucket gs://not-there-at-all; mend its name, or make it: gcloud storage buckets create "
         "gs://not-there-at-all"
     )

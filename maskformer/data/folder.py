@@ -14,7 +14,7 @@ from maskformer.checks import printable, shown
 from maskformer.data.cache import content_key
 from maskformer.data.data_config import SPLITS
 from maskformer.paths import AnyPath, StorePath
-from maskformer.textfiles import DataError, lines, parse_json, suffix, walk
+from maskformer.textfiles import DataError, lines, parse_json, suffix, unreadable, walk
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +40,10 @@ class Folder:
         self._folder, self._split, self._text_key = folder, split, text_key
         self._where = f"data.name='{printable(folder)}'"
         try:
-            paths.check_store(folder)
+            paths.check_store(folder, only_read=True)
             is_folder, exists = folder.is_dir(), folder.exists()
         except OSError as error:
-            raise DataError(f"{self._where}: {error.strerror or error}") from None
+            raise unreadable(self._where, error) from None
         if not is_folder:
             kind = "is not a folder" if exists else "no such folder"
             raise DataError(f"{self._where}: {kind}; give a folder of .txt or .jsonl files")

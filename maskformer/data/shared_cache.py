@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from maskformer import paths
 from maskformer.paths import StorePath
-from maskformer.textfiles import DataError
+from maskformer.textfiles import DataError, unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +47,9 @@ class SharedCache:
         self.mirror = base / key
         self._said = False
         try:
-            paths.check_store(address)
+            paths.check_store(address, only_read=True)
         except OSError as error:
-            raise DataError(f"MASKFORMER_CACHE={address}: {error.strerror or error}") from error
+            raise unreadable(f"MASKFORMER_CACHE={address}", error) from error
 
     def build(
         self,
@@ -83,7 +83,7 @@ class SharedCache:
         except DataError:
             raise
         except (paths.StoreError, PermissionError) as error:
-            raise DataError(f"MASKFORMER_CACHE={self._address}: {error.strerror or error}") from error
+            raise unreadable(f"MASKFORMER_CACHE={self._address}", error) from error
 
     def _fetch(
         self, path: pathlib.Path, result: pathlib.Path, is_complete: Callable[[pathlib.Path], bool]

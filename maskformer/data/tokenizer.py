@@ -25,7 +25,7 @@ from maskformer.data.reserved import unreachable
 from maskformer.data.sources import open_source
 from maskformer.objectives.vocabulary import Vocabulary
 from maskformer.paths import AnyPath
-from maskformer.textfiles import parse_json, read_text, suffix
+from maskformer.textfiles import parse_json, read_text, suffix, unreadable
 
 DEFAULT_VOCABULARY_SIZE = 8192
 # Raise it when training changes, so that nothing made before is taken for current.
@@ -377,7 +377,7 @@ def _read(path: AnyPath, lowercase: bool | None) -> Tokenizer:
     try:
         exists = path.exists()
     except OSError as error:
-        raise DataError(f"{where}: {error.strerror or error}") from None
+        raise unreadable(where, error) from None
     if not exists:
         raise DataError(f"{where}: No such file or directory; give the path of a tokenizer.json or vocab.txt")
     try:

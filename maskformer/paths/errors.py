@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,10 @@ class StoreError(OSError):
     """A bucket, or another store, that cannot be used now: one line that names it and says what to do."""
 
 
+class RefusedError(PermissionError):
+    """A bucket that this account may not use: one line that names it and says which rights it needs."""
+
+
 @contextlib.contextmanager
 def reported(path: Any) -> Iterator[None]:
     """What a client library raises inside is an `OSError` of one line; local paths are left alone.
@@ -33,7 +38,7 @@ def reported(path: Any) -> Iterator[None]:
     """
     try:
         yield
-    except (NotADirectoryError, IsADirectoryError, StoreError):
+    except (NotADirectoryError, IsADirectoryError, StoreError, RefusedError):
         raise
     except (FileNotFoundError, FileExistsError) as error:
         if is_local(path) or error.errno is not None:
@@ -47,19 +52,30 @@ def reported(path: Any) -> Iterator[None]:
 
 
 def _translated(path: Any, error: Exception) -> OSError:
-    kind = type(error).__name__
-    said = one_line(str(error).strip() or kind, 160)
-    code = str(getattr(error, "code", ""))
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    said = _said(error)
+    # Google's library has an enumeration of them, others numbers or strings.
+    code = str(getattr(error, "code", "")).rpartition(".")[2]
     kin = "gs" if path.scheme in ("gs", "gcs") else "s3" if path.scheme in ("s3", "s3a") else ""
-    if code == "404":
+    if code in ("404", "NOT_FOUND"):
         return FileNotFoundError(errno.ENOENT, f"no {path.bucket} there, or nothing of that name", str(path))
-    refused = isinstance(error, PermissionError) or said.startswith("Forbidden") or code in ("401", "403")
-    if refused or "Credentials" in kind or "RefreshError" in kind or "Anonymous caller" in said:
+    refused = "PermissionError" in kinds or str(error).startswith("Forbidden") or code in ("401", "403")
+    if refused or {"NoCredentialsError", "DefaultCredentialsError", "RefreshError"} & kinds:
         grants = _GRANTS.get(kin, "give this account read and write access to it")
-        return PermissionError(errno.EACCES, f"no access to {path.bucket} ({said}); {grants}")
-    if code in _THROTTLED or isinstance(error, OSError | TimeoutError) or "Connection" in kind or "Client" in kind:
+        return RefusedError(errno.EACCES, f"no access to {path.bucket} ({said}); {grants}")
+    lost = {"OSError", "TimeoutError", "ClientError", "ConnectionError", "RetryError", "TransportError"}
+    if code in _THROTTLED or lost & kinds:
         return StoreError(
             f"{path.bucket} does not answer, also when asked again for half a minute ({said}); run the same command"
             " again later, or see whether this machine reaches it"
         )
-    return StoreError(f"{path.bucket}: {kind}: {said}")
+    return StoreError(f"{path.bucket}: {type(error).__name__}: {said}")
+
+
+def _said(error: Exception) -> str:
+    """What the server said: without the request, which is known, and without how often it was made."""
+    lines = str(error).strip().splitlines()
+    text = re.sub(r"(\d{3} )?[A-Z]+ https?://\S+ ?", "", lines[-1] if lines else "").partition(": ('Request failed")[0]
+    if (message := re.search('"message": ?"([^"]+)"', text)) is not None:
+        text = message[1]
+    return one_line(text.rpartition("last exception: ")[2] or type(error).__name__, 100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import io
 import os
 import pathlib
@@ -12,8 +13,9 @@ import shutil
 from typing import Any, TypeAlias
 
 from maskformer.checks import shown
+from maskformer.paths import versions
 from maskformer.paths.address import OBJECT_STORES, is_local, scheme, why_no_folder
-from maskformer.paths.errors import StoreError, reported
+from maskformer.paths.errors import reported
 from maskformer.paths.store import StorePath
 
 # What the rest of the house calls a path.
@@ -48,21 +50,31 @@ def resolve(path: str | os.PathLike[str]) -> AnyPath:
     return StorePath(text)
 
 
-def check_store(path: AnyPath) -> None:
+def check_store(path: AnyPath, *, only_read: bool = False) -> None:
     """Refuse a bucket that is not there, or that this account may not see; a local path is fine.
+
+    Args:
+      path: in the bucket, there or not.
+      only_read: what is public may be read by who may not see the bucket itself.
 
     Raises:
       OSError: one line that says what to do.
     """
     if not isinstance(path, StorePath) or path.scheme not in OBJECT_STORES:
         return
-    with reported(path):
-        try:
-            path.files.info(path.bucket)
-        except FileNotFoundError:
-            make = "gcloud storage buckets create" if path.scheme in ("gs", "gcs") else "aws s3 mb"
-            fix = f"mend its name, or make it: {make} {path.bucket}"
-            raise StoreError(f"there is no bucket {path.bucket}; {fix}") from None
+    try:
+        with reported(path):
+            if path.scheme in ("gs", "gcs"):
+                versions.see_bucket(path)
+            else:
+                path.files.ls(path.bucket, detail=False)
+    except FileNotFoundError:
+        make = "gcloud storage buckets create" if path.scheme in ("gs", "gcs") else "aws s3 mb"
+        fix = f"mend its name, or make it: {make} {path.bucket}"
+        raise FileNotFoundError(errno.ENOENT, f"there is no bucket {path.bucket}; {fix}") from None
+    except PermissionError:
+        if not only_read:
+            raise
 
 
 def size(path: AnyPath) -> int:

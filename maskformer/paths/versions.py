@@ -60,6 +60,10 @@ def put(path: StorePath, data: bytes, version: str | None = None) -> str | None:
         return str(files.ukey(name))
 
 
+# Seconds that are waited for a store that is busy.
+PATIENCE = 30.0
+
+
 @functools.cache
 def _google_bucket(name: str) -> Any:
     from google.auth.exceptions import DefaultCredentialsError
@@ -70,6 +74,14 @@ def _google_bucket(name: str) -> Any:
     except (DefaultCredentialsError, OSError):  # OSError: credentials without a project
         client = storage.Client.create_anonymous_client()
     return client.bucket(name)
+
+
+def see_bucket(path: StorePath) -> None:
+    """Ask Google's store for the bucket itself, as Orbax does before it saves; it needs `storage.buckets.get`."""
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    with reported(path):
+        _google_bucket(path.bucket.rpartition("/")[2]).reload(retry=DEFAULT_RETRY.with_timeout(PATIENCE))
 
 
 def _get_google(path: StorePath) -> tuple[bytes, str] | None:

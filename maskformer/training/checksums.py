@@ -38,7 +38,7 @@ def write_checksums(folder: AnyPath, step: int) -> None:
     Raises:
       OSError: a file cannot be read, or the checksums cannot be written.
     """
-    files = [path for path in paths.files_below(folder) if path.name not in UNCHECKED]
+    files = [path for path in paths.files_below(folder) if path.name not in (CHECKSUMS, *UNCHECKED)]
     names = [path.relative_to(folder).as_posix() for path in files]
     kept = paths.stored_checksums(folder)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:

@@ -46,7 +46,8 @@ def prepare_workdir(workdir: str | os.PathLike[str]) -> AnyPath:
       workdir: as the user wrote it; `pathlib.Path` would turn the empty string into the current directory.
 
     Raises:
-      ValueError: one line; not a folder on this machine's file systems, or it cannot be written to.
+      ValueError: one line; it can be no folder, there is no such bucket, or it cannot be written to.
+      RunError: the bucket does not answer, also when asked again for half a minute.
     """
     text = os.fspath(workdir)
     if (why := why_no_folder(text)) is not None:
@@ -59,7 +60,11 @@ def prepare_workdir(workdir: str | os.PathLike[str]) -> AnyPath:
         probe = path / f".write_test_{uuid.uuid4().hex}"
         probe.touch()
         probe.unlink(missing_ok=True)
+    except paths.StoreError as error:
+        raise RunError(f"workdir={shown(text)}: {reason(error)}") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if not paths.is_local(path):
+            raise ValueError(f"workdir={shown(text)}: {reason(error)}") from error
         raise ValueError(
             f"workdir={shown(text)}: cannot be written to ({reason(error)}); choose another --workdir"
         ) from error
@@ -273,13 +278,14 @@ def replace_text(path: AnyPath, text: str) -> None:
 
 def cannot_write(path: AnyPath, error: OSError) -> RunError:
     """The error of a run that can no longer write one of its files."""
+    fix = "free some space or mend its folder, and run the same command again" if paths.is_local(path) else ""
     return RunError(
-        f"{path}: cannot be written ({reason(error)}); free some space or mend its folder, and run the same command "
-        "again: it goes on from the last checkpoint"
+        f"{path}: cannot be written ({reason(error)}); {fix or 'run the same command again'}: it goes on from the last "
+        "checkpoint"
     )
 
 
 def reason(error: BaseException) -> str:
     """What went wrong, in a few words on one line."""
     words = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(words.split())[:200]
+    return " ".join(words.split())[:400]
