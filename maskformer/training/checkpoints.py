@@ -36,6 +36,7 @@ from maskformer.training.workdir import (
     reason,
     stray_steps,
     unfinished_steps,
+    why_no_checkpoints,
 )
 
 logger = logging.getLogger(__name__)
@@ -335,6 +336,8 @@ def restore_params(workdir: str | os.PathLike[str], abstract_params: Any, which:
       CheckpointError: no checkpoint there, none that can be read, or one of another model.
     """
     directory = paths.given(workdir).resolve() / CHECKPOINTS
+    if (why := why_no_checkpoints(directory)) is not None:
+        raise CheckpointError(f"{directory}: {why}")
     steps = _newest_first(directory)
     if not steps:
         begun = unfinished_steps(directory)
