@@ -21,7 +21,7 @@ from maskformer.training.checkpoints import CheckpointError, Checkpoints, RunRec
 from maskformer.training.checksums import verify
 from maskformer.training.lock import Lock, LockError, LockLostError
 from maskformer.training.sections import CheckpointConfig, EvaluationConfig
-from maskformer.training.workdir import checkpoint_steps, unfinished_steps
+from maskformer.training.workdir import checkpoint_steps, unfinished_steps, write_config
 from tests.emulator import contents
 from tests.training.tiny import metric_lines, tiny_config
 
@@ -347,3 +347,15 @@ def test_a_run_killed_in_the_middle_of_a_save_ends_with_the_bits_of_one_that_was
     assert start(corpus, run) == 0
     assert metric_lines(run) == undisturbed
     assert max(checkpoint_steps(run / "checkpoints")) == 12
+
+
+def test_a_card_tells_a_run_in_a_bucket_that_is_complete_from_one_that_is_not(run, corpus):
+    from experiments import running
+
+    config = tiny_config(corpus)
+    write_config(run, running._stored(config))
+    mark = run / "checkpoints" / "12" / "commit_success.txt"
+    mark.write_text("")
+    assert running.is_complete(config, run)
+    mark.unlink()
+    assert not running.is_complete(config, run)
