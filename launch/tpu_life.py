@@ -139,7 +139,7 @@ class Life:
         restarts = Restarts(self.job.restarts)
         adopted: str | None = None
         while self.stop.signal is None:
-            begin = time.monotonic()
+            begin, gone = time.monotonic(), False
             try:
                 if not self._there:
                     adopted = self._acquire()
@@ -147,8 +147,9 @@ class Life:
                 if self.stop.signal is not None:
                     break
                 code = self._run(adopted or self._next_attempt())
-            except Gone as gone:
-                self._tell(f"the machines are gone ({gone})")
+            except Gone as state:
+                self._tell(f"the machines are gone ({state})")
+                gone = True
                 code = self.stop.code  # whatever they were doing, 75: a preemption costs nothing
                 self._delete()
             except GcloudError as error:
@@ -162,7 +163,7 @@ class Life:
             pause = restarts.pause(code, time.monotonic() - begin)
             if pause is None:
                 return code
-            self._tell(restarts.words(code, pause))
+            self._tell(f"starting again in {pause:g} s" if gone else restarts.words(code, pause))
             self._sleep(pause)
             try:
                 if self._there and (state := self._state()) != "ACTIVE":
@@ -203,7 +204,10 @@ class Life:
                 return None
             self._delete()
             if last:
-                raise GcloudError(f"{slices} x {self.request.accelerator_type} could not be had ({state})")
+                raise GcloudError(
+                    f"{slices} x {self.request.accelerator_type} could not be had ({state})",
+                    mistake=self.request.valid_until_duration is not None,  # then there is a time to give up
+                )
             self._tell(f"{slices} slices could not be had ({state}): trying {counts[place + 1]}")
         raise AssertionError("unreachable")
 

@@ -1,4 +1,3 @@
-import json
 import os
 import pathlib
 import shlex
@@ -15,6 +14,7 @@ from launch.job import Job
 from launch.tpu_resource import Request, accelerator, hosts
 from tests.launch.cloud import Cloud, until
 from tests.launch.test_local import alive
+from tests.training.tiny import metric_lines, write_corpus
 
 ROOT = pathlib.Path(__file__).parents[2]
 FLAGS = ["--zone=us-east5-b", "--topology=v5p:2x2x2", "--poll=0.1", "--name=bert"]  # two workers a slice
@@ -138,11 +138,13 @@ def test_fewer_slices_are_taken_when_more_cannot_be_had(gone, cloud, capfd):
     assert len(cloud.names("POST")) == len(cloud.names("DELETE")) == 3
 
 
-def test_what_cannot_be_had_is_one_line_and_code_1(cloud, capfd):
-    cloud.scripts = [["ACCEPTED", "FAILED: quota 'TPUS_PER_PROJECT' exceeded"]] * 3
-    assert launch("--max-restarts=0", command=["true"]) == tpu_life.EX_UNREACHABLE
-    assert "error: 1 x v5p-16 could not be had (FAILED: quota 'TPUS_PER_PROJECT' exceeded)" in capfd.readouterr().out
-    assert cloud.names("DELETE") == ["bert"]
+@pytest.mark.parametrize(("until", "code", "asked"), [([], 69, 2), (["--valid-until-duration=6h"], 1, 1)])
+def test_what_cannot_be_had_is_asked_for_again_unless_there_was_a_limit(until, code, asked, cloud, capfd):
+    cloud.scripts = [["ACCEPTED", "FAILED: quota 'TPUS_PER_PROJECT' exceeded"]] * 2
+    assert launch("--max-restarts=1", *until, command=["true"]) == code
+    said = "error: 1 x v5p-16 could not be had (FAILED: quota 'TPUS_PER_PROJECT' exceeded)"
+    assert capfd.readouterr().out.count(said) == asked
+    assert cloud.names("POST") == cloud.names("DELETE") == ["bert"] * asked
 
 
 def test_a_worker_that_does_not_start_fails_the_run_and_the_others_do_not_train_alone(cloud, capfd, monkeypatch):
@@ -338,9 +340,11 @@ needs_gcloud = pytest.mark.skipif(shutil.which("gcloud") is None, reason="the Go
 @pytest.mark.slow
 def test_gcloud_asks_the_cloud_for_what_the_flags_say(tmp_path):
     request = Request(
-        "us-east5-b", "v6e-64", (2, 1), spot=True, valid_until_duration="6h", create_extra=["--network=lab", "--labels=a=b"]
-    )
+        "us-east5-b", "v6e-64", (2, 1), spot=True, valid_until_duration="6h",
+        create_extra=["--network=lab", "--labels=a=b"],
+    )  # fmt: skip
     with Cloud(tmp_path / "cloud", real=True) as cloud:
+
         def ask(command):
             done = subprocess.run(command, env={**os.environ, **cloud.caller}, capture_output=True, text=True)
             return done.returncode, done.stdout.strip(), done.stderr
@@ -379,38 +383,37 @@ def test_gcloud_knows_the_flags_of_ssh():
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_training_lives_through_a_preemption_to_its_end(tmp_path):
-    # The real gcloud, two local processes that train together as a slice's two machines would, and a workdir that they
-    # share as a bucket would be.
-    workdir = tmp_path / "run"
+    # The real gcloud, two local processes that train together as the two machines of a slice would, and a workdir that
+    # they share as a bucket would be.
+    workdir, recipe, corpus = tmp_path / "run", tmp_path / "recipe.py", write_corpus(tmp_path / "corpus")
+    recipe.write_text(
+        "from tests.training.tiny import tiny_config\ndef get_config(arg=None):\n"
+        f"    return tiny_config({str(corpus)!r}, train__steps=40, mesh__data=-1, evaluation__every=20)\n"
+    )
+    shared = ("JAX_COMPILATION_CACHE_DIR", "MASKFORMER_CACHE", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
     with Cloud(tmp_path / "cloud", real=True) as cloud:
-        cloud.environment = {
+        cloud.environment = {name: os.environ[name] for name in shared} | {
             "JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "PYTHONPATH": str(ROOT),
-            "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
         }  # fmt: skip
-        cloud.scripts = [["WAITING_FOR_RESOURCES", "ACTIVE"], ["PROVISIONING", "ACTIVE"]]
-        steps = 30
-        launcher = start(
-            cloud, "--max-restarts=0", "--poll=1", f"--setup=cd {shlex.quote(str(ROOT))}", command=[
-                "python", "-m", "maskformer.cli", "train", "--config=configs/bert.py:tiny", f"--workdir={workdir}",
-                f"--config.train.steps={steps}", "--config.train.log_every=5", "--config.checkpoint.every=5",
-                "--config.train.batch_size=8",
-            ]
-        )  # fmt: skip
+        # gcloud itself looks once after each request.
+        cloud.scripts = [["WAITING_FOR_RESOURCES"] * 2 + ["ACTIVE"], ["PROVISIONING"] * 2 + ["ACTIVE"]]
+        train = ["python", "-m", "maskformer.cli", "train", f"--config={recipe}", f"--workdir={workdir}"]
+        launcher = start(cloud, "--max-restarts=0", "--poll=1", f"--setup=cd {shlex.quote(str(ROOT))}", command=train)
         try:
-            until(lambda: list(workdir.glob("checkpoints/5")), "the first checkpoint", timeout=240)
+            saved = lambda: (workdir / "checkpoints" / "4").exists()
+            until(lambda: saved() or launcher.poll() is not None, "the first checkpoint", timeout=240)
             cloud.preempt("bert")
             out, _ = launcher.communicate(timeout=300)
         finally:
             launcher.kill()
-        assert launcher.returncode == 0, out
+    assert launcher.returncode == 0, out
     said = [line for line in out.splitlines() if line.startswith("[launch]")]
     assert said == [
         "[launch] asked for 1 x v5p-16 in us-east5-b", "[launch] WAITING_FOR_RESOURCES", "[launch] ACTIVE",
         "[launch] the machines are gone (SUSPENDED)", "[launch] giving the machines back",
-        "[launch] exit code 75 (after saving): starting again in 1 s",
+        "[launch] starting again in 1 s",
         "[launch] asked for 1 x v5p-16 in us-east5-b", "[launch] PROVISIONING", "[launch] ACTIVE",
         "[launch] giving the machines back",
     ]  # fmt: skip
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    logged = [line["step"] for line in lines if "train/loss" in line]
-    assert logged == [5, 10, 15, 20, 25, 30], "each step once, whatever was lost in between"
+    steps = [line["step"] for line in metric_lines(workdir) if "train/loss" in line]
+    assert steps == [*range(3, 40, 3), 40], "each step once, whatever was lost in between"
