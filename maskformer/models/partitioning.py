@@ -27,6 +27,7 @@ PARAMETER_AXES = (
     "positions",  # rows of the learned position table
     "token_types",  # rows of the token-type table
     "layers",  # the stacking axis of the scanned layers
+    "experts",  # the experts of a mixture
     "label",  # the answers of a head that does not predict tokens
 )
 ACTIVATION_AXES = (

@@ -120,6 +120,9 @@ def in_steps(params: Any, steps: int) -> Any:
         return type(params)(in_steps(value, steps) for value in params)
     if not isinstance(params, Mapping):
         return params
+    # An objective has a name; a `schedule` among its parameters is a mistake, which whoever makes it names.
+    if "name" in params:
+        return {key: in_steps(value, steps) for key, value in params.items()}
     if params.get("schedule") == "step":
         values = step_values(params)
         if not isinstance(values, Mapping):

@@ -8,8 +8,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from maskformer.checks import choose, integer, number, require, shown, typed_fields, why_no_folder
+from maskformer.checks import choose, integer, number, require, shown, typed_fields
 from maskformer.data.data_config import SPLITS
+from maskformer.paths import why_no_folder
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")
@@ -208,29 +209,49 @@ class CheckpointConfig:
         integer("checkpoint.keep", self.keep, 1, MOST)
 
 
+# Axes whose traffic the network between slices can carry: gradients and activations once a step or a microbatch. The
+# others exchange activations several times a layer.
+CROSSES_SLICES = ("data", "stage", "fsdp")
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices per mesh axis; at most one may be -1, "all that remain".
 
     Attributes:
+      stage: parts of the layer stack, each on devices of its own (a pipeline).
       data: replicas of the parameters; each sees its own rows of the batch.
       fsdp: shards of the parameters; each also sees its own rows.
+      expert: shards of the experts of a mixture; each also sees its own rows.
       tensor: shards of the heads, the feed-forward width and the vocabulary.
       context: parts of the sequence, for rows too long for one device.
       context_method: how attention reaches the other parts: "all_gather" collects the keys and values, "ring" passes
         them around, with memory that falls with the axis.
+      dcn: how many slices an axis spans, such as {"data": 2}; they multiply to the number of slices, and each divides
+        its axis. Slices are those of a TPU pod; on GPU and CPU, where there are none, processes. Only `CROSSES_SLICES`
+        may. A TPU pod of several slices with {} has `data` across all of them.
+      shard_optimizer: split the optimizer's state, the averaged parameters and the summed gradients over `data` too,
+        which otherwise repeats them (ZeRO, stages 1 and 2; Rajbhandari et al. 2020). A step then gathers the updates.
+      dcn_gradients: "bfloat16" sends gradients between slices in half the bytes and once a step, whatever
+        `train.accumulation_steps` is: each slice first adds up its own in float32. Needs dcn with `data`. None leaves
+        the sum over slices to the compiler. Dropout then draws for each slice by itself.
     """
 
+    stage: int = 1
     data: int = -1
     fsdp: int = 1
+    expert: int = 1
     tensor: int = 1
     context: int = 1
     context_method: str = "all_gather"
+    dcn: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    shard_optimizer: bool = False
+    dcn_gradients: str | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
         """Axis name -> devices, in the order of the mesh."""
-        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "context": self.context}
+        return {axis: getattr(self, axis) for axis in ("stage", "data", "fsdp", "expert", "tensor", "context")}
 
     def __post_init__(self) -> None:
         typed_fields(self, "mesh")
@@ -241,6 +262,19 @@ class MeshConfig:
             require(fits, f"mesh.{axis}", size, "at least 1 device, or -1 for all that remain")
         require(
             list(sizes.values()).count(-1) <= 1, "mesh", sizes, "at most one axis of -1, since only one can be inferred"
+        )
+        for axis, across in self.dcn.items():
+            if axis in sizes and axis not in CROSSES_SLICES:
+                raise ValueError(
+                    f"mesh.dcn.{axis}={shown(across)}: {axis} exchanges activations in every layer, too much for the "
+                    f"network between slices; expected one of {', '.join(CROSSES_SLICES)}"
+                )
+            choose("mesh.dcn", axis, CROSSES_SLICES)
+            integer(f"mesh.dcn.{axis}", across, 1, MOST)
+        choose("mesh.dcn_gradients", self.dcn_gradients, (None, "bfloat16"))
+        require(
+            self.dcn_gradients is None or self.dcn.get("data", 1) > 1, "mesh.dcn_gradients", self.dcn_gradients,
+            "None, or mesh.dcn with `data` over several slices, such as --config.mesh.dcn.data=2",
         )
 
 

@@ -22,8 +22,11 @@ from maskformer import attention
 from maskformer.models.partitioning import Rules, logical_rules, partition_spec
 from maskformer.training.sections import MeshConfig
 
-# Rows of a batch are split over both: fsdp shards parameters, and each shard still sees rows of its own.
-BATCH_AXES = ("data", "fsdp")
+# Rows of a batch are split over all three: fsdp shards parameters and expert whole experts, and each shard still sees
+# rows of its own.
+BATCH_AXES = ("data", "fsdp", "expert")
+# The part of `data` that crosses slices, where each slice adds up its own gradients first (`mesh.dcn_gradients`).
+SLICE_AXIS = "slice"
 
 # Logical axis -> mesh axis or axes; None is never split. Every name of `models.partitioning` is here.
 RULES: Rules = {
@@ -39,7 +42,8 @@ RULES: Rules = {
     "norm": None,
     "positions": None,
     "token_types": None,
-    "layers": None,
+    "layers": "stage",
+    "experts": "expert",
     "batch": BATCH_AXES,
     "length": "context",
     "activation_embed": None,
@@ -53,35 +57,91 @@ RULES: Rules = {
 def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config` over `devices` (default: all devices of all processes).
 
+    Slices of a TPU pod, and without those (on GPU and CPU) processes, are what `config.dcn` spreads an axis over.
+
     Raises:
-      ValueError: the axes do not multiply to the number of devices.
+      ValueError: the axes do not multiply to the number of devices, or `dcn` not to the number of slices.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = _resolved_sizes(config, len(devices))
+    dcn = _resolved_dcn(config, sizes, devices)
+    if config.dcn_gradients is not None:
+        across = dcn.pop("data")
+        sizes = {SLICE_AXIS: across, **sizes, "data": sizes["data"] // across}
+        dcn[SLICE_AXIS] = across
+    inner = tuple(size // dcn.get(axis, 1) for axis, size in sizes.items())
+    # On TPU and GPU the order of devices decides how far collectives travel; jax knows the wiring. An axis may be a
+    # part of one of the torus's own, as tensor=2 on a side of 4.
+    if dcn:
+        array = mesh_utils.create_hybrid_device_mesh(
+            inner,
+            tuple(dcn.get(axis, 1) for axis in sizes),
+            devices,
+            process_is_granule=not _has_slices(devices),
+            allow_split_physical_axes=True,
+        )
+    elif len(devices) > 1:
+        array = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+    else:
+        array = np.array(devices)
+    return Mesh(array.reshape(tuple(sizes.values())), tuple(sizes))
+
+
+def _resolved_sizes(config: MeshConfig, count: int) -> dict[str, int]:
     sizes = config.sizes
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if -1 in sizes.values():
-        if len(devices) % fixed:
+        if count % fixed:
             raise ValueError(
-                f"mesh={sizes}: {len(devices)} devices do not divide into groups of {fixed}; "
+                f"mesh={sizes}: {count} devices do not divide into groups of {fixed}; "
                 "choose fixed axes whose product divides the number of devices"
             )
-        sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
-    elif fixed != len(devices):
-        raise ValueError(f"mesh={sizes}: multiplies to {fixed} of {len(devices)} devices; set one axis to -1")
-    shape = tuple(sizes.values())
-    # On TPU and GPU the order of devices decides how far collectives travel; jax knows the wiring. An axis may be a
-    # part of one of the torus's own, as tensor=2 on a side of 4.
-    array = (
-        mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        if len(devices) > 1
-        else np.array(devices)
-    )
-    return Mesh(array.reshape(shape), tuple(sizes))
+        return {axis: count // fixed if size == -1 else size for axis, size in sizes.items()}
+    if fixed != count:
+        raise ValueError(f"mesh={sizes}: multiplies to {fixed} of {count} devices; set one axis to -1")
+    return sizes
+
+
+def _has_slices(devices: Sequence[jax.Device]) -> bool:
+    # Absent where there is one slice, and on CPU.
+    return len({getattr(device, "slice_index", 0) for device in devices}) > 1
+
+
+def _parts(devices: Sequence[jax.Device]) -> int:
+    """How many groups of devices have a network of their own among them."""
+    attribute = "slice_index" if _has_slices(devices) else "process_index"
+    return len({getattr(device, attribute) for device in devices})
+
+
+def _resolved_dcn(config: MeshConfig, sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> dict[str, int]:
+    """Slices that each axis spans; empty where none is crossed, or where there is nothing to cross."""
+    dcn, parts = dict(config.dcn), _parts(devices)
+    if not dcn and _has_slices(devices) and devices[0].platform == "tpu":
+        if sizes["data"] % parts:
+            raise ValueError(
+                f"mesh.data={sizes['data']}: does not divide over the {parts} slices; expected a multiple, or mesh.dcn "
+                "with another axis across them"
+            )
+        return {"data": parts}
+    if dcn and (spanned := math.prod(dcn.values())) != parts:
+        raise ValueError(
+            f"mesh.dcn={dcn}: multiplies to {spanned}, and there are {parts} slices (or, without slices, processes); "
+            f"set --config.mesh.dcn.data={parts}"
+        )
+    for axis, across in dcn.items():
+        if sizes[axis] % across:
+            raise ValueError(f"mesh.dcn.{axis}={across}: expected a divisor of mesh.{axis}={sizes[axis]}")
+    return {axis: across for axis, across in dcn.items() if across > 1}
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over the data and fsdp axes."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    """Rows split over the axes of the batch."""
+    return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
+
+
+def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes that rows of a batch are split over, the slowest network first."""
+    return (SLICE_AXIS, *BATCH_AXES) if SLICE_AXIS in mesh.axis_names else BATCH_AXES
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -111,15 +171,18 @@ def place_batch(mesh: Mesh, size: int, process: int | None = None) -> BatchPlace
     Raises:
       ValueError: the batch does not divide over the mesh.
     """
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    axes = batch_axes(mesh)
+    shards = math.prod(mesh.shape[axis] for axis in axes)
     if size % shards:
         raise ValueError(
-            f"train.batch_size={size}: does not divide over mesh data x fsdp = {shards} shards; "
+            f"train.batch_size={size}: does not divide over mesh {' x '.join(axes)} = {shards} shards; "
             f"use a multiple of {shards}"
         )
     process = jax.process_index() if process is None else process
-    # The batch's axes lead the mesh's, so each row of this array is one shard of the batch.
-    holders = np.array([device.process_index for device in mesh.devices.flat]).reshape(shards, -1)
+    # Each row of this array has the processes of one shard of the batch.
+    processes = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+    at = [mesh.axis_names.index(axis) for axis in axes]
+    holders = np.moveaxis(processes, at, range(len(at))).reshape(shards, -1)
     mine = np.flatnonzero((holders == process).any(axis=1))
     each = size // shards
     return BatchPlacement(batch_sharding(mesh), size, (mine[:, None] * each + np.arange(each)).reshape(-1))
@@ -146,12 +209,20 @@ def create_rules(mesh: Mesh, axis_sizes: Mapping[str, int]) -> tuple[Rules, list
 
 
 @contextlib.contextmanager
-def activations(mesh: Mesh, rules: Rules, context_method: str = "all_gather") -> Iterator[None]:
+def activations(
+    mesh: Mesh, rules: Rules, context_method: str = "all_gather", batch: tuple[str, ...] | None = None
+) -> Iterator[None]:
     """While a model is traced inside, its activations are constrained by `rules`, and each device attends for its own
-    rows and heads."""
+    rows and heads.
+
+    Args:
+      batch: axes that the rows are split over; None for all of `batch_axes`.
+    """
+    batch = batch_axes(mesh) if batch is None else batch
+    rules = {**rules, "batch": batch}
     placement = attention.Placement(
         mesh,
-        batch=BATCH_AXES,
+        batch=batch,
         # Key heads that do not divide are on every device of the axis, and query heads go with them.
         heads="tensor" if rules["activation_heads"] and rules["activation_kv_heads"] else None,
         context="context" if mesh.shape["context"] > 1 else None,
@@ -168,6 +239,38 @@ def param_shardings(mesh: Mesh, logical_axes: Any, rules: Rules) -> Any:
         logical_axes,
         is_leaf=lambda node: isinstance(node, tuple),
     )
+
+
+def split_over_data(mesh: Mesh, shapes: Any, shardings: Any) -> tuple[Any, list[str]]:
+    """Shardings that split each array over `data` too, and a line on what cannot be.
+
+    It is split where most of it is left on a device after `shardings`. What no dimension divides for stays as it was.
+
+    Args:
+      shapes: pytree of `jax.ShapeDtypeStruct`.
+      shardings: the same tree of `NamedSharding`s, none of which names `data`.
+    """
+    parts = mesh.shape["data"]
+    whole: list[int] = []
+
+    def split(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
+        spec = [*sharding.spec, *[None] * (len(shape.shape) - len(sharding.spec))]
+        named = [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec]
+        local = [size // math.prod(mesh.shape[axis] for axis in axes) for size, axes in zip(shape.shape, named)]
+        fitting = [(size, -dimension) for dimension, size in enumerate(local) if size % parts == 0]
+        if not fitting:
+            whole.append(math.prod(shape.shape))
+            return sharding
+        dimension = -max(fitting)[1]
+        spec[dimension] = (*named[dimension], "data")
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    divided = jax.tree.map(split, shapes, shardings)
+    said = (
+        f"mesh.shard_optimizer: arrays with {sum(whole):,} parameters in all do not divide over mesh.data={parts} "
+        "and are whole on every device along data"
+    )
+    return divided, [said] if whole else []
 
 
 def optimizer_shardings(

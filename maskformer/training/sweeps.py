@@ -16,8 +16,8 @@ from maskformer.checks import nearest, one_line, shown
 
 Overrides = dict[str, Any]
 
-# Sections whose keys are another section's: `evaluation.objective` takes any parameter of `objective`.
-OPEN_SECTIONS = ("evaluation.objective",)
+# Sections whose keys are not listed: `evaluation.objective` takes any parameter of `objective`, `mesh.dcn` an axis.
+OPEN_SECTIONS = ("evaluation.objective", "mesh.dcn")
 
 
 def arms(key: str, values: Iterable[Any]) -> list[Overrides]:

@@ -67,6 +67,10 @@ def test_a_process_needs_the_rows_of_its_own_devices_wherever_they_stand(monkeyp
     """Four shards of rows over two processes whose devices alternate along the wiring, two devices a shard."""
     monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: None)
     devices = np.array([types.SimpleNamespace(process_index=p) for p in (0, 0, 1, 1, 0, 0, 0, 1)], object)
-    mesh = types.SimpleNamespace(shape={"data": 2, "fsdp": 2}, devices=devices.reshape(2, 2, 2, 1))
+    mesh = types.SimpleNamespace(
+        shape={"data": 2, "fsdp": 2, "expert": 1},
+        devices=devices.reshape(2, 2, 1, 2),
+        axis_names=("data", "fsdp", "expert", "tensor"),
+    )
     assert sharding.place_batch(mesh, 8, process=0).rows.tolist() == [0, 1, 4, 5, 6, 7]
     assert sharding.place_batch(mesh, 8, process=1).rows.tolist() == [2, 3, 6, 7]
