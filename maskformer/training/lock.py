@@ -198,6 +198,28 @@ class Lock:
                 logger.debug("%s: no sign of life given: %s", self.path, error)
 
 
+def holder(workdir: pathlib.Path) -> tuple[Mapping[str, Any], float] | None:
+    """Who trains in a workdir (`host`, `pid`, `started`, ...) and the seconds since its last sign of life; or None.
+
+    Raises:
+      OSError: the lock cannot be read.
+    """
+    held = _read(workdir / LOCK)
+    return None if held is None else (held[0], time.time() - held[1])
+
+
+def alive(holder: Mapping[str, Any], silent: float) -> bool:
+    """Whether who holds a lock still trains: on this machine that is known, on others it is by the last sign of life.
+
+    Args:
+      holder, silent: what `holder` returned.
+    """
+    here = _machine()
+    if all(holder.get(name) == here[name] for name in ("host", "boot", "namespace")):
+        return _alive(holder)
+    return silent < STALE_AFTER
+
+
 def _machine() -> dict[str, Any]:
     """What tells a process from every other: a pid means something within one boot and one namespace only."""
     pid = os.getpid()
