@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
@@ -175,7 +176,12 @@ class Life:
 
     def _next_attempt(self) -> str:
         self._attempts += 1
-        return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{self._attempts:04d}"
+        return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{self._attempts:04d}-{self._digest()}"
+
+    def _digest(self) -> str:
+        """Another one for each command: a launcher goes on only with what it would have started itself."""
+        words = repr((self.job.command, tuple(self.setup)))
+        return hashlib.sha256(words.encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
     # What is asked of the Cloud.
 
@@ -262,15 +268,22 @@ class Life:
             )
         self._there, self.slices = True, slices
         self._tell(f"there is a queued resource of this name: going on with its {slices} x {kind}")
-        if self._wait(None) != "ACTIVE":
+        last = slices == self.request.slices[-1]
+        if self._wait(None if last else time.monotonic() + self.patience) != "ACTIVE":
             if self.stop.signal is None:
                 self._delete()
                 return None
             return ""
-        answers = self._ask(tpu_worker.newest(self.name), "newest")
-        attempts = {*answers.values()}
-        if len(answers) == self.request.workers(slices) and len(attempts) == 1:
-            return attempts.pop()
+        said = self._ask(tpu_worker.newest(self.name))
+        answers = dict(re.findall(rf"{tpu_worker.MARK} \? newest (\S+) (\S+ \S+)", said))
+        running = {answer.split()[0] for answer in answers.values() if answer.endswith(" running")}
+        if any(not attempt.endswith(self._digest()) for attempt in running):
+            self._there = False  # what is another's stays
+            raise GcloudError(f"another command runs on {self.name}: choose another --name", mistake=True)
+        same = {answer.split()[0] for answer in answers.values()}
+        if len(answers) == self.request.workers(slices) and len(same) == 1 and running:
+            self._tell(f"attempt {(attempt := same.pop())} runs there")
+            return attempt
         return ""
 
     def _delete(self) -> None:
@@ -288,14 +301,13 @@ class Life:
                 time.sleep(self.poll)
         self._there = False
 
-    def _ask(self, script: str, word: str) -> dict[str, str]:
-        """What each worker that could be reached answers."""
+    def _ask(self, script: str) -> str:
+        """What the workers that could be reached answer."""
         try:
-            text = gcloud(self.request.ssh(self.name, tpu_worker.packed(script)), timeout=180.0)
+            return gcloud(self.request.ssh(self.name, tpu_worker.packed(script)), timeout=180.0)
         except GcloudError as error:
             self._tell(f"error: {error}")
-            return {}
-        return dict(re.findall(rf"{tpu_worker.MARK} \S+ {word} (\S+) ?(\S*)", text))
+            return ""
 
     # One attempt.
 
@@ -312,8 +324,14 @@ class Life:
             code = attended.follow()
             if code in (0, EX_USAGE, EX_INTERRUPTED) or (code is not None and self.stop.signal is not None):
                 return code
+            try:
+                state = self._state()
+            except GcloudError as error:
+                # No network here, maybe; the run over there goes on without us, for however long.
+                self._tell(f"error: {error}; asking again")
+                broken, state = 0, "ACTIVE"
             # Machines that go take the command with them, which is no failure of it.
-            if (state := self._state()) != "ACTIVE":
+            if state != "ACTIVE":
                 raise Gone(state)
             if code is not None:
                 return code
@@ -381,7 +399,7 @@ class _Attempt:
     def signal(self, name: str) -> None:
         """Sends a signal to the command on each worker."""
         self._told, self._killed = name, time.monotonic()
-        self._life._ask(tpu_worker.send_signal(self._life.name, self._attempt, name, self._life.stop.code), "-")
+        self._life._ask(tpu_worker.send_signal(self._life.name, self._attempt, name, self._life.stop.code))
 
     def _read(self, connection: subprocess.Popen) -> None:
         mark = re.compile(rf"{tpu_worker.MARK} {re.escape(self._attempt)} (began|ended) ([0-9]+\.[0-9]+)(?: ([0-9]+))?")

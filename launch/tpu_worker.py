@@ -31,24 +31,25 @@ mkdir -p "$folder"
 _RUN = """\
 # Starts one attempt of a run on this worker, unless it has been started, and shows its output until it ends.
 {head}
+begin() {{
+  set -e
+  # Nothing of a machine before this one, whose slices were others: only what this machine's metadata say.
+  for variable in ${{!MEGASCALE_@}} ${{!TPU_WORKER_@}} TPU_PROCESS_ADDRESSES; do unset "$variable"; done
+  while IFS= read -r line; do eval "$line"; done < <(
+    sed -n "s/^\\(MEGASCALE_[A-Z_]*\\): *'\\{{0,1\\}}\\([A-Za-z0-9.:_-]*\\)'\\{{0,1\\}} *$/export \\1=\\2/p" \\
+      <<< "$environment"
+  )
+  export PYTHONUNBUFFERED=1
+  export MASKFORMER_DISTRIBUTED=on  # a process that finds no others is to say so, not to train alone
+  cd
+{setup}
+  echo "$BASHPID" > "$here/pid"
+  exec {command}
+}}
 work() {{
   trap '' HUP  # the connection may break
   trap : TERM INT  # they are for the command, and its exit code is to be kept
-  (
-    set -e
-    # Nothing of a machine before this one, whose slices were others: only what this machine's metadata say.
-    for variable in ${{!MEGASCALE_@}} ${{!TPU_WORKER_@}} TPU_PROCESS_ADDRESSES; do unset "$variable"; done
-    while IFS= read -r line; do eval "$line"; done < <(
-      sed -n "s/^\\(MEGASCALE_[A-Z_]*\\): *'\\{{0,1\\}}\\([A-Za-z0-9.:_-]*\\)'\\{{0,1\\}} *$/export \\1=\\2/p" \\
-        <<< "$environment"
-    )
-    export PYTHONUNBUFFERED=1
-    export MASKFORMER_DISTRIBUTED=on  # a process that finds no others is to say so, not to train alone
-    cd
-{setup}
-    echo "$BASHPID" > "$here/pid"
-    exec {command}
-  )
+  ( begin )
   echo $? > "$here/code.partial"
   mv "$here/code.partial" "$here/code"
 }}
@@ -91,9 +92,14 @@ exit 0
 """
 
 _NEWEST = """\
-# Which attempt was started last on this worker.
+# Which attempt was started last on this worker, and whether it runs.
 {head}
-echo "{mark} ? newest $label $(ls "$folder" | sort | tail -n 1)"
+newest=$(ls "$folder" | sort | tail -n 1)
+here=$folder/$newest state=ended
+if [ -s "$here/group" ] && [ ! -e "$here/code" ] && kill -0 -- "-$(cat "$here/group")" 2> /dev/null; then
+  state=running
+fi
+echo "{mark} ? newest $label ${{newest:-none}} $state"
 """
 
 
@@ -121,7 +127,7 @@ def send_signal(name: str, attempt: str, signal: str, code: int) -> str:
 
 
 def newest(name: str) -> str:
-    """Bash that says which attempt was started last."""
+    """Bash that says which attempt was started last, and whether it is `running` or has `ended`."""
     return _NEWEST.format(head=_head(name, ""), mark=MARK)
 
 
