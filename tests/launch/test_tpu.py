@@ -418,6 +418,7 @@ def test_a_training_lives_through_a_preemption_to_its_end(tmp_path):
     with Cloud(tmp_path / "cloud", real=True) as cloud:
         cloud.environment = {name: os.environ[name] for name in shared} | {
             "JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "PYTHONPATH": str(ROOT),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # a process waits for the other's compilation for 30 s only
         }  # fmt: skip
         # gcloud itself looks once after each request.
         cloud.scripts = [["WAITING_FOR_RESOURCES"] * 2 + ["ACTIVE"], ["PROVISIONING"] * 2 + ["ACTIVE"]]
