@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from maskformer.checks import one_line
 from maskformer.cli.files import folder
 from maskformer.cli.parser import CONFIG_HELP, Parser
 from maskformer.training.preemption import EX_INTERRUPTED, EX_TEMPFAIL
@@ -28,6 +29,7 @@ LEFT_ALONE = {
     "done": "has all of its steps",
     "preempted": "has saved; the same command without --rerun-failed, or its launcher, goes on with it",
 }
+LONGEST_WHY = 120
 # A bucket is asked about so many runs at a time.
 THREADS = 16
 
@@ -137,7 +139,7 @@ def _show(runs: Mapping[str, str], workdir: str) -> int:
     for name, status in statuses.items():
         step = "" if status.state == "waiting" else f"{status.step}/{'?' if status.steps is None else status.steps}"
         metric = "" if status.metric is None else f"{status.metric[0]}={status.metric[1]:.4g}"
-        rows.append([name, runs[name], status.state, step, metric, status.why])
+        rows.append([name, runs[name], status.state, step, metric, one_line(status.why, LONGEST_WHY)])
     print(markdown_table(["run", "overrides", "state", "step", "last metric", "why"], rows))
     counts = Counter(status.state for status in statuses.values())
     print(", ".join(f"{count} {state}" for state, count in counts.most_common()))
