@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from maskformer import paths
 from maskformer.checks import printable, shown
 from maskformer.evaluation import KINDS
 from maskformer.training.tables import markdown_table
-from maskformer.training.workdir import METRICS, read_config, read_metrics, reason
+from maskformer.training.workdir import METRICS, has_metrics, read_config, read_metrics, reason
 
 # Of an evaluation, what is told first: metric -> the head of its column, and how it is written.
 COLUMNS = {
@@ -43,9 +45,9 @@ def load(workdir: str | pathlib.Path) -> tuple[dict[str, Any], list[dict[str, fl
     Raises:
       ValueError: the folder holds no run, or names what is wrong with one of its files.
     """
-    folder = pathlib.Path(workdir)
+    folder = paths.given(workdir)
     config = read_config(folder, sections=("evaluation",))
-    if not (folder / METRICS).is_file():
+    if not has_metrics(folder):
         raise ValueError(f"workdir {shown(str(workdir))}: no {METRICS} there; expected the folder of a run")
     return config, read_metrics(folder / METRICS)
 
@@ -113,7 +115,9 @@ def draw_curves(workdirs: Sequence[str | pathlib.Path], output: str | pathlib.Pa
         text.set_parse_math(False)  # a folder's name is no formula
     try:
         # By itself, Matplotlib would add to a name without a suffix.
-        figure.savefig(output, dpi=110, format=pathlib.Path(output).suffix[1:] or "png")
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=110, format=pathlib.PurePath(output).suffix[1:] or "png")
+        paths.given(output).write_bytes(picture.getvalue())
     except OSError as error:
         why = f"{os.fspath(output)}: cannot be written ({reason(error)}); choose another --output"
         raise ValueError(why) from error

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import pathlib
 import sys
 from collections.abc import Sequence
 
+from maskformer import paths
 from maskformer.checks import shown
 from maskformer.cli.files import folder
 from maskformer.cli.parser import CONFIG_HELP, Parser
@@ -39,7 +39,7 @@ def _train(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     from maskformer.training.workdir import RunError, prepare_workdir
 
     config, recipe = recipes.load_config(config_flags)
-    workdir = pathlib.Path(arguments.workdir)
+    workdir = paths.given(arguments.workdir)
     if arguments.sweep_index is not None:
         runs = recipes.load_sweep(recipe, arguments.sweep or "sweep")
         if not 0 <= arguments.sweep_index < len(runs):

@@ -16,11 +16,12 @@ import json
 import logging
 import math
 import os
-import pathlib
 import threading
 import time
 from typing import Any
 
+from maskformer.paths import AnyPath, given, is_local
+from maskformer.training.lines import LineFile, read_bytes
 from maskformer.training.workdir import reason
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,9 @@ PHASES = ("init", "compile", "data", "steps", "checkpoint", "evaluation")
 
 
 class Events:
-    """Appends to the `events.jsonl` of a workdir; what is written is flushed, from whatever thread.
+    """Appends to the `events.jsonl` of a workdir, from whatever thread.
+
+    What is written is flushed. In an object store the end of a phase may wait for `lines.STORE_SECONDS`.
 
     A file that cannot be written is no reason to stop a run: it is said once, and the run goes on without events.
 
@@ -39,8 +42,9 @@ class Events:
       attempt: the name of this start of the run; goes into every line.
     """
 
-    def __init__(self, workdir: pathlib.Path, attempt: str):
+    def __init__(self, workdir: AnyPath, attempt: str):
         self._path, self._attempt = workdir / EVENTS, attempt
+        self._file: LineFile | None = None
         self._lock = threading.Lock()
         self._broken = False
 
@@ -51,7 +55,12 @@ class Events:
             if self._broken:
                 return
             try:
-                _append(self._path, json.dumps(line))
+                if self._file is None:
+                    self._file = LineFile(self._path)
+                self._file.write(line)
+                # A request for each phase would be slow, and throttled.
+                if is_local(self._path) or event != "phase":
+                    self._file.flush()
             except OSError as error:
                 self._broken = True
                 logger.warning("%s: cannot be written (%s); the run goes on without", self._path, reason(error))
@@ -65,23 +74,14 @@ def read_events(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
       ValueError: the file cannot be read at all.
     """
-    path = pathlib.Path(workdir) / EVENTS
+    path = given(workdir) / EVENTS
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except FileNotFoundError:
         return []
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({reason(error)}); expected the events of a run") from error
     return [line for text in data.split(b"\n") if (line := _event(text)) is not None]
-
-
-def _append(path: pathlib.Path, text: str) -> None:
-    with path.open("ab+") as file:
-        # A kill may have cut off the last line of the start before: what follows begins on a line of its own.
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            text = text if file.read(1) == b"\n" else f"\n{text}"
-        file.write(f"{text}\n".encode())
 
 
 def _event(text: bytes) -> dict[str, Any] | None:
@@ -90,5 +90,5 @@ def _event(text: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     known = isinstance(line, dict) and isinstance(line.get("event"), str) and isinstance(line.get("attempt"), str)
-    moment = line.get("time") if known else None
+    moment: Any = line.get("time") if known else None
     return line if type(moment) in (int, float) and math.isfinite(moment) else None

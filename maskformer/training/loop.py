@@ -6,12 +6,12 @@ import contextlib
 import dataclasses
 import logging
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from maskformer import paths
 from maskformer.training.best import continue_record, out_of_patience, update_best
 from maskformer.training.checkpoints import Checkpoints, RunRecord, restore_newest, restore_params
 from maskformer.training.experiment import plain
@@ -135,12 +135,12 @@ def starting_state(placed: Placed, checkpoints: Checkpoints) -> tuple[TrainState
     train = placed.program.experiment.train
     restored = checkpoints.restore_latest(placed.state)
     if restored is None and train.resume is not None:
-        restored = restore_newest(pathlib.Path(train.resume).resolve() / CHECKPOINTS, placed.state)
+        restored = restore_newest(paths.given(train.resume).resolve() / CHECKPOINTS, placed.state)
     if restored is not None:
         return restored
     state = placed.init()
     if train.init_from is not None:
-        params, _ = restore_params(pathlib.Path(train.init_from), placed.params)
+        params, _ = restore_params(train.init_from, placed.params)
         # An average is wider than the parameters that begin with it.
         params = jax.tree.map(lambda array, wanted: array.astype(wanted.dtype), params, placed.params)
         # The optimizer's state and the average begin at these parameters: both may hold copies of them.

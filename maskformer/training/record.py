@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pathlib
 
 from maskformer.checks import shown
+from maskformer.paths import AnyPath
 from maskformer.training.checksums import FIX, DamageError
 from maskformer.training.workdir import read_object
 
@@ -34,7 +34,7 @@ class RunRecord:
     steps: int = 0
 
 
-def read_record(path: pathlib.Path, step: int) -> RunRecord:
+def read_record(path: AnyPath, step: int) -> RunRecord:
     """The record of the checkpoint of `step`.
 
     Raises:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from maskformer.paths import AnyPath
 from maskformer.training.checkpoints import Checkpoints, RunRecord
 from maskformer.training.program import Placed
 from maskformer.training.progress import Progress
@@ -39,7 +39,7 @@ class Recorder:
     def __init__(
         self,
         placed: Placed,
-        workdir: pathlib.Path,
+        workdir: AnyPath,
         config: Mapping[str, Any],
         record: RunRecord,
         checkpoints: Checkpoints,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 
-from maskformer import evaluation
+from maskformer import evaluation, paths
 from maskformer.data import DataConfig, PackedDataset, Tokenizer
 from maskformer.objectives import Objective
 from maskformer.training import recipes
@@ -128,7 +127,7 @@ def load(workdir: str | os.PathLike[str], overrides: Sequence[str] = (), checkpo
       ValueError: no run there, a bad override, or a mask of the run's own that nobody has registered.
       CheckpointError: no checkpoint yet.
     """
-    path = pathlib.Path(workdir)
+    path = paths.given(workdir)
     config = ml_collections.ConfigDict(read_config(path, sections=("data", "objective", "model", "train")))
     registering, changes = recipes.split_flags(overrides)
     for recipe in registering:

@@ -6,11 +6,13 @@ import contextlib
 import importlib.util
 import os
 import re
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+from maskformer import paths
 from maskformer.checks import shown
 from maskformer.paths import AnyPath
 from maskformer.training import lines
@@ -21,6 +23,8 @@ from maskformer.training.workdir import METRICS, cannot_write, read_metrics, rea
 TIMING_FIELDS = ("seconds", "tokens_per_second", "tflops_per_second", "mfu")
 # Between two times that a display of TensorBoard's sees what is new.
 TENSORBOARD_SECONDS = 20.0
+# Of a file for an object store, which is sent anew as a whole at each flush.
+TENSORBOARD_BYTES = 1 << 20
 
 
 class Writer(Protocol):
@@ -64,21 +68,23 @@ class TensorBoardWriter:
     """TensorBoard events without TensorFlow; steps after the resumed one are purged from the display.
 
     Written by the caller's thread: tensorboardX's own one dies at a full disk, and the next lines would wait for it
-    for ever.
+    for ever. For an object store a file is written here and sent at every flush; a long one is left and the next one
+    begun, since TensorBoard reads them one after another.
 
     Raises:
       RunError: the file cannot be written, here and in its methods.
     """
 
     def __init__(self, directory: AnyPath, resume_step: int):
-        from tensorboardX import event_file_writer
         from tensorboardX.proto import event_pb2
         from tensorboardX.summary import scalar
 
         self._path, self._event, self._scalar = directory, event_pb2.Event, scalar
+        # Removed with this object.
+        self._staging = None if paths.is_local(directory) else tempfile.TemporaryDirectory(prefix="maskformer_events")
+        self._files = 0
         with _writing(directory):
-            # A run may be started twice within the second that the name holds.
-            self._file = event_file_writer.EventsWriter(str(directory / "events"), f".{uuid.uuid4().hex[:8]}")
+            self._begin()
             # A fresh run too: one that was killed before its first checkpoint may have left its first points.
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._file.write_event(self._event(wall_time=time.time(), step=resume_step + 1, session_log=start))
@@ -96,11 +102,37 @@ class TensorBoardWriter:
     def flush(self) -> None:
         with _writing(self._path):
             self._file.flush()
+            self._send()
         self._flushed = time.monotonic()
 
     def close(self) -> None:
         with _writing(self._path):
             self._file.close()
+            self._send()
+        if self._staging is not None:
+            self._staging.cleanup()
+
+    def _begin(self) -> None:
+        from tensorboardX import event_file_writer
+
+        folder = str(self._path) if self._staging is None else self._staging.name
+        # A run may be started twice, and a file be filled, within the second that the name holds.
+        suffix = f".{self._files:05d}.{uuid.uuid4().hex[:8]}"
+        self._file = event_file_writer.EventsWriter(os.path.join(folder, "events"), suffix)
+        self._files += 1
+
+    def _send(self) -> None:
+        if self._staging is None:
+            return
+        (name,) = os.listdir(self._staging.name)
+        file = os.path.join(self._staging.name, name)
+        with open(file, "rb") as made:
+            data = made.read()
+        (self._path / name).write_bytes(data)
+        if len(data) >= TENSORBOARD_BYTES:
+            self._file.close()
+            os.remove(file)
+            self._begin()
 
 
 class WandbWriter:
@@ -109,9 +141,9 @@ class WandbWriter:
     def __init__(self, workdir: AnyPath, project: str, config: Mapping[str, Any]):
         import wandb
 
-        self._run = wandb.init(
-            project=project, id=wandb_id(workdir), resume="allow", dir=str(workdir), config=dict(config)
-        )
+        # Its own files are sent to its server, and are of no use in a bucket.
+        folder = str(workdir) if paths.is_local(workdir) else tempfile.mkdtemp(prefix="maskformer_wandb")
+        self._run = wandb.init(project=project, id=wandb_id(workdir), resume="allow", dir=folder, config=dict(config))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
@@ -130,7 +162,7 @@ def wandb_id(workdir: AnyPath) -> str:
       ValueError: the file that keeps it is damaged.
     """
     path = workdir / "wandb_id"
-    if not os.path.lexists(path):
+    if not paths.lexists(path):
         replace_text(path, uuid.uuid4().hex)
     try:
         text = path.read_bytes().decode("ascii").strip()
