@@ -11,6 +11,7 @@ from typing import Any
 from maskformer import paths
 from maskformer.checks import printable
 from maskformer.paths import AnyPath
+from maskformer.textfiles import unreadable
 from maskformer.training import lines, lock
 from maskformer.training.events import read_events
 from maskformer.training.preemption import EX_INTERRUPTED, EX_TEMPFAIL
@@ -54,7 +55,7 @@ def run_status(workdir: str | os.PathLike[str]) -> RunStatus:
     try:
         return _status(folder)
     except OSError as error:
-        raise ValueError(f"workdir {printable(str(folder))}: cannot be read ({error.strerror or error})") from error
+        raise unreadable(f"workdir {printable(str(folder))}", error) from error
 
 
 def _status(folder: AnyPath) -> RunStatus:

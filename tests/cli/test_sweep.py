@@ -157,3 +157,13 @@ def test_the_table_of_a_recipe_has_the_runs_that_nobody_has_started(tmp_path, ca
 def test_what_cannot_be_shown_is_one_line(flags, message, capsys):
     assert cli.main(["sweep", *flags]) == EX_USAGE
     assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_the_table_of_a_sweep_in_a_bucket(bucket, capsys):
+    make_run(f"{bucket}/sweep/000", step=100, end=(0, "done"))
+    make_run(f"{bucket}/sweep/001", step=40, saved=40, seed=1)
+    assert cli.main(["sweep", f"--workdir={bucket}/sweep", "--status"]) == 0
+    _, _, first, second, counts, _ = capsys.readouterr().out.splitlines()
+    assert "| 000 | seed=0" in first and "| done  | 100/100 | validation/loss=2.5 |" in first
+    assert "| 001 | seed=1" in second and "| lost  | 40/100  |" in second and "saved at step 40" in second
+    assert counts == "1 done, 1 lost"
