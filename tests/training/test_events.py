@@ -63,6 +63,21 @@ def test_a_file_that_cannot_be_written_is_said_once_and_stops_nothing(tmp_path, 
     assert caplog.text.count("events.jsonl: cannot be written (No such file or directory)") == 1
 
 
+def test_in_a_bucket_a_start_and_an_end_are_there_at_once(tmp_path, monkeypatch):
+    import fsspec
+
+    from maskformer import paths
+
+    workdir = paths.resolve("memory://bucket/run")
+    events = Events(workdir, "a")
+    events.write("start", step=0)
+    events.write("phase", name="steps", seconds=1.0)
+    assert [line["event"] for line in read_events("memory://bucket/run")] == ["start"]
+    events.write("end", code=0)
+    assert [line["event"] for line in read_events("memory://bucket/run")] == ["start", "phase", "end"]
+    fsspec.filesystem("memory").store.clear()
+
+
 def test_lines_of_several_threads_do_not_mix(tmp_path):
     events = Events(tmp_path, "a")
     threads = [
