@@ -12,6 +12,7 @@ gap; `first` and `last` are the steps that were done in it. There is no end afte
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -65,9 +66,9 @@ class Events:
                 logger.warning("%s: cannot be written (%s); the run goes on without", self._path, reason(error))
 
     def close(self) -> None:
-        with self._lock:
-            if self._file is not None and not self._broken:
-                self._broken = True
+        with self._lock, contextlib.suppress(OSError):
+            self._broken = True
+            if self._file is not None:
                 self._file.close()
 
 
