@@ -24,6 +24,7 @@ from maskformer.training.phases import Phases
 logger = logging.getLogger(__name__)
 
 EVERY = 10.0
+CLOSE_SECONDS = 2.0
 # The slowest host is named when its own work takes longer than the others' by this share of a step, and again only
 # after a while.
 MARGIN = 0.1
@@ -49,10 +50,13 @@ class Hosts:
         self._prefix = f"maskformer/hosts/{next(_runs)}/"
         self._done = threading.Event()
         self._named: tuple[int, float] | None = None
-        threading.Thread(target=self._exchange, name="hosts", daemon=True).start()
+        self._thread = threading.Thread(target=self._exchange, name="hosts", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
+        """Say nothing more; wait a moment for what is being said, since the service may end next."""
         self._done.set()
+        self._thread.join(CLOSE_SECONDS)
 
     def publish(self) -> None:
         """Say what this process is doing."""

@@ -81,6 +81,8 @@ class Recorder:
         Raises:
           NonFiniteError: see `check`.
         """
+        for note in self._phases.notes():
+            self.line(note)
         if self._pending is None:
             return
         step, window, waits = self._pending
@@ -99,8 +101,6 @@ class Recorder:
         }
         rates = self._clock.rates(tokens)
         self._write(step, "train", metrics | rates | waits)
-        for note in self._phases.notes():
-            self.line(note)
         if self._progress is not None:
             self._progress.train(step, self._task.describe(metrics), rates)
 

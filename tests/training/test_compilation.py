@@ -77,7 +77,17 @@ def test_an_entry_has_its_name_only_when_it_is_whole(cache, monkeypatch, caplog)
     assert compile_anew(5.0) == (0, 1) and compile_anew(6.0) == (0, 1)
     assert list(cache.iterdir()) == []
     assert caplog.text.count("cannot be written (No space left on device)") == 1
+
+    def killed(path, data):
+        write(path, data[: len(data) // 2])
+        raise SystemExit
+
+    monkeypatch.setattr(kind, "write_bytes", killed, raising=False)
+    with pytest.raises(SystemExit):
+        compile_anew(5.0)
+    assert not list(cache.glob("*-cache")) and len(list(cache.iterdir())) == 1
     monkeypatch.undo()
+    assert compile_anew(5.0) == (0, 1) and compile_anew(5.0) == (1, 0)
 
 
 def test_a_damaged_entry_is_compiled_anew_and_stops_nothing(cache):
