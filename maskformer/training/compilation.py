@@ -1,9 +1,9 @@
 """What was compiled once is read again: JAX's persistent compilation cache, on by default in the cache folder.
 
-`$MASKFORMER_CACHE/xla/<machine>` holds one file a program. JAX's key of a program covers the program itself, the
-versions of JAX and its compiler, the flags of XLA and the devices, but not all that XLA takes from a CPU when it
-compiles for one (its instructions, the number of its cores), so each kind of machine has a folder of its own: what is
-read was compiled for a machine like this one, and computes the same bits.
+`$MASKFORMER_CACHE/xla/<machine>`, which may be in a bucket, holds one file a program. JAX's key of a program covers the
+program itself, the versions of JAX and its compiler, the flags of XLA and the devices, but not all that XLA takes from
+a CPU when it compiles for one (its instructions, the number of its cores), so each kind of machine has a folder of its
+own: what is read was compiled for a machine like this one, and computes the same bits.
 
 `JAX_COMPILATION_CACHE_DIR` names another folder, which is then left to JAX alone, and `JAX_ENABLE_COMPILATION_CACHE=0`
 turns the cache off. `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS` (1) is how long a program must compile to be kept. Of
@@ -21,6 +21,9 @@ import platform
 import time
 import uuid
 from typing import Any
+
+from maskformer import paths
+from maskformer.paths import AnyPath, StorePath
 
 logger = logging.getLogger(__name__)
 
@@ -40,26 +43,22 @@ def use_cache() -> str | None:
     A folder that cannot be used is said in a warning, and the run goes on without a cache.
 
     Returns:
-      The folder in use, or None.
+      The folder of this machine that JAX has been given, or None.
     """
     import jax
-
-    from maskformer.data.cache import cache_dir
-    from maskformer.textfiles import DataError
 
     _listen()
     if not jax.config.jax_enable_compilation_cache:
         return None
     if jax.config.jax_compilation_cache_dir is None:
         try:
-            folder = cache_dir() / "xla" / machine()
-            folder.mkdir(parents=True, exist_ok=True)
-        except (DataError, OSError) as error:
+            folder, local = _folders()
+        except (ValueError, OSError) as error:
             logger.warning("no compilation cache: %s", error)
             return None
-        _trim(folder)
-        _write_whole_files()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        _use_own_files(folder)
+        # Not every address is a path to JAX, which keeps what XLA found out about a GPU's kernels there as well.
+        jax.config.update("jax_compilation_cache_dir", str(local))
     return jax.config.jax_compilation_cache_dir
 
 
@@ -90,6 +89,20 @@ def machine() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
+def _folders() -> tuple[AnyPath, pathlib.Path]:
+    """Where programs are kept, and a folder on this machine: the same one, unless the cache is in a bucket."""
+    from maskformer.data import cache
+
+    local = cache.cache_dir() / "xla" / machine()
+    local.mkdir(parents=True, exist_ok=True)
+    _trim(local)
+    chosen = os.environ.get("MASKFORMER_CACHE")
+    if chosen and not paths.is_local(chosen):
+        # The bucket itself, not its mirror here: what the first process compiled is there for all hosts.
+        return paths.resolve(chosen) / "xla" / machine(), local
+    return local, local
+
+
 def _listen() -> None:
     global _listening
     if not _listening:
@@ -104,45 +117,56 @@ def _count(event: str, **_: Any) -> None:
         _counts[_EVENTS[event]] += 1
 
 
-def _write_whole_files() -> None:
-    """Entries appear under their name only when they are whole.
+def _use_own_files(folder: AnyPath) -> None:
+    """Have JAX keep its programs in files of `folder` that appear under their name only when they are whole.
 
-    JAX writes them in place and never again: what a kill or a full disk cut off would be warned of, and compiled anew,
-    at every later start, and two processes would read each other's halves.
+    By itself it writes them in place and never again: what a kill or a full disk cut off would be warned of, and
+    compiled anew, at every later start, and two processes would read each other's halves.
     """
-    import jax
-    from jax._src import compilation_cache, lru_cache
+    from jax._src import compilation_cache
+    from jax._src.compilation_cache_interface import CacheInterface
 
-    class WholeFiles(lru_cache.LRUCache):
-        failed = False
+    class WholeFiles(CacheInterface):
+        def __init__(self) -> None:
+            self._path = folder
+            self._failed = False
+
+        def get(self, key: str) -> bytes | None:
+            try:
+                return (self._path / f"{key}-cache").read_bytes()
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                self._say("read", error)
+                return None
 
         def put(self, key: str, value: bytes) -> None:
-            if self.eviction_enabled or "://" in str(self.path):
-                # Under its own lock, or a store in which objects appear whole.
-                return super().put(key, value)
-            target = self.path / f"{key}-cache"
-            partial = self.path / f"{uuid.uuid4().hex}{_PARTIAL}"
+            target = self._path / f"{key}-cache"
             try:
-                partial.write_bytes(value)
-                partial.replace(target)
+                if isinstance(target, StorePath):
+                    target.write_bytes(value)
+                    return
+                partial = target.with_name(f"{uuid.uuid4().hex}{_PARTIAL}")
+                try:
+                    partial.write_bytes(value)
+                    partial.replace(target)
+                except OSError:
+                    partial.unlink(missing_ok=True)
+                    raise
             except OSError as error:
-                level = logging.DEBUG if self.failed else logging.WARNING
-                logger.log(level, "compilation cache %s: cannot be written (%s)", self.path, error.strerror or error)
-                self.failed = True
-                with contextlib.suppress(OSError):
-                    partial.unlink()
+                self._say("written", error)
+
+        def _say(self, done: str, error: OSError) -> None:
+            level = logging.DEBUG if self._failed else logging.WARNING
+            logger.log(level, "compilation cache %s: cannot be %s (%s)", self._path, done, error.strerror or error)
+            self._failed = True
 
     # Private, but the one place where JAX makes its cache.
-    def cache(path: str) -> tuple[Any, str]:
-        return WholeFiles(path, max_size=jax.config.jax_compilation_cache_max_size), path
-
-    compilation_cache.get_file_cache = cache
+    compilation_cache.get_file_cache = lambda path: (WholeFiles(), path)
 
 
-def _trim(folder: Any, most: int = MOST_BYTES) -> None:
+def _trim(folder: pathlib.Path, most: int = MOST_BYTES) -> None:
     """Remove the oldest entries of a cache that has grown beyond `most` bytes, and what killed processes left."""
-    if "://" in str(folder):
-        return
     now, entries = time.time(), []
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder):

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import warnings
 
+import fsspec
 import jax
 import pytest
 from jax._src import compilation_cache
 
+from maskformer import paths
+from maskformer.data import cache as data_cache
 from maskformer.training import compilation
 from maskformer.training.events import read_events
 from tests.training.tiny import metric_lines
@@ -71,9 +74,7 @@ def test_an_entry_has_its_name_only_when_it_is_whole(cache, monkeypatch, caplog)
         write(path, data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    # Whatever class of paths JAX uses.
-    kind = type(compilation_cache.get_file_cache(str(cache))[0].path)
-    monkeypatch.setattr(kind, "write_bytes", full, raising=False)
+    monkeypatch.setattr(type(cache), "write_bytes", full)
     assert compile_anew(5.0) == (0, 1) and compile_anew(6.0) == (0, 1)
     assert list(cache.iterdir()) == []
     assert caplog.text.count("cannot be written (No space left on device)") == 1
@@ -82,7 +83,7 @@ def test_an_entry_has_its_name_only_when_it_is_whole(cache, monkeypatch, caplog)
         write(path, data[: len(data) // 2])
         raise SystemExit
 
-    monkeypatch.setattr(kind, "write_bytes", killed, raising=False)
+    monkeypatch.setattr(type(cache), "write_bytes", killed)
     with pytest.raises(SystemExit):
         compile_anew(5.0)
     assert not list(cache.glob("*-cache")) and len(list(cache.iterdir())) == 1
@@ -116,6 +117,35 @@ def test_a_folder_that_cannot_be_used_is_one_line_and_the_run_goes_on(cache, kin
     assert len([record for record in caplog.records if "no compilation cache" in record.message]) == 1
     assert "\n" not in caplog.records[-1].message
     assert compile_anew(8.0) == (0, 0)
+
+
+@pytest.fixture
+def bucket(cache, tmp_path, monkeypatch):
+    """A cache in a bucket, which has a mirror on this machine."""
+    monkeypatch.setenv("MASKFORMER_CACHE", "memory://bucket/cache")
+    monkeypatch.setattr(data_cache, "cache_dir", lambda: tmp_path)
+    yield f"memory://bucket/cache/xla/{compilation.machine()}"
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_a_cache_in_a_bucket_is_used_there(bucket, cache):
+    assert compilation.use_cache() == str(cache)
+    assert compile_anew(9.0) == (0, 1) and compile_anew(9.0) == (1, 0)
+    assert len(list(paths.resolve(bucket).iterdir())) == 1 and not list(cache.iterdir())
+
+
+def test_a_store_that_fails_is_one_line_and_stops_nothing(bucket, monkeypatch, caplog):
+    compilation.use_cache()
+
+    def forbidden(*_):
+        raise PermissionError(13, "gs://bucket: forbidden")
+
+    monkeypatch.setattr(paths.StorePath, "read_bytes", forbidden)
+    monkeypatch.setattr(paths.StorePath, "write_bytes", forbidden)
+    assert compile_anew(9.0) == (0, 1) and compile_anew(9.5) == (0, 1)
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        f"compilation cache {bucket}: cannot be read (gs://bucket: forbidden)"
+    ]
 
 
 def test_a_cache_that_grew_too_large_loses_its_oldest_entries_and_what_kills_left(tmp_path):
