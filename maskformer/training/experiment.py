@@ -30,6 +30,7 @@ from maskformer.training.sections import (
     MeshConfig,
     OptimizerConfig,
     TrainConfig,
+    WatchdogConfig,
     WriterConfig,
     check_master_weights,
     check_warmup,
@@ -59,6 +60,7 @@ class ExperimentConfig:
     checkpoint: CheckpointConfig
     mesh: MeshConfig
     writers: WriterConfig
+    watchdog: WatchdogConfig
 
     def create_objective(self, vocabulary: objectives.Vocabulary, **changes: Any) -> Any:
         """The training objective over rows of `data.length` tokens, with some parameters changed, or another one."""
@@ -101,6 +103,7 @@ SECTIONS: dict[str, type] = {
     "checkpoint": CheckpointConfig,
     "mesh": MeshConfig,
     "writers": WriterConfig,
+    "watchdog": WatchdogConfig,
 }
 DERIVED_MODEL_FIELDS = ("vocab_size", "max_length")
 
@@ -116,8 +119,8 @@ def resolve(config: Mapping[str, Any]) -> ExperimentConfig:
     """
     config = plain(config)
     require(isinstance(config, Mapping), "config", config, "a ConfigDict, or the mapping of a config.json")
-    # A run from before there were tasks has the objective's own.
-    config = {"task": {}, **config}
+    # A run from before there were tasks has the objective's own, and one from before there were limits has the usual.
+    config = {"task": {}, "watchdog": {}, **config}
     _check_keys("", config, _names(ExperimentConfig))
     missing = sorted(_names(ExperimentConfig) - config.keys())
     if missing:

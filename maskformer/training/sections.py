@@ -279,6 +279,29 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class WatchdogConfig:
+    """How long a run may show no progress before it is ended as hung, in seconds; 0 for no limit.
+
+    Attributes:
+      first_step: the first step of a start, with its compilation on the slowest host.
+      step: from one step to the next.
+      evaluation: one whole evaluation.
+      checkpoint: one save, one restore, or the end of the run with its last save.
+    """
+
+    first_step: float = 7200.0
+    step: float = 1800.0
+    evaluation: float = 14400.0
+    checkpoint: float = 3600.0
+
+    def __post_init__(self) -> None:
+        typed_fields(self, "watchdog")
+        for field in dataclasses.fields(self):
+            expected = "seconds, a number from 0 (no limit) to 1e8"
+            number(f"watchdog.{field.name}", getattr(self, field.name), expected, 0.0, 1e8, closed=True)
+
+
+@dataclasses.dataclass(frozen=True)
 class WriterConfig:
     """Where metrics go beside `metrics.jsonl`, which is always written.
 

@@ -20,7 +20,9 @@ from maskformer.training.sections import WriterConfig
 from maskformer.training.workdir import METRICS, cannot_write, read_metrics, reason, replace_text
 
 # Fields of a line that say how fast the machine was, not what the model learnt: they differ between equal runs.
-TIMING_FIELDS = ("seconds", "tokens_per_second", "tflops_per_second", "mfu")
+TIMING_FIELDS = (
+    "seconds", "tokens_per_second", "tflops_per_second", "mfu", "data_wait_seconds", "device_wait_seconds",
+)  # fmt: skip
 # Between two times that a display of TensorBoard's sees what is new.
 TENSORBOARD_SECONDS = 20.0
 # Of a file for an object store, which is sent anew as a whole at each flush.
