@@ -93,6 +93,11 @@ class ElectraConfig:
 
     def __post_init__(self) -> None:
         ours, theirs = self.generator, self.discriminator
+        if ours.experts or theirs.experts:
+            raise ValueError(
+                f"model.experts={ours.experts or theirs.experts}: two networks are trained without a router's losses; "
+                "set model.experts=0"
+            )
         for field in ("vocab_size", "max_length"):
             if getattr(ours, field) != getattr(theirs, field):
                 raise ValueError(
