@@ -129,6 +129,11 @@ class ElectraConfig:
         return self.generator.layers
 
     @property
+    def experts(self) -> int:
+        """None of either network."""
+        return 0
+
+    @property
     def mask_pattern(self) -> tuple[str, ...]:
         """Of the generator: the stack that `ElectraModel.apply` runs."""
         return self.generator.mask_pattern

@@ -39,7 +39,7 @@ class Routing(NamedTuple):
     dropped: jax.Array
 
 
-def balance_sum(routing: Routing, whole: Routing | None = None) -> jax.Array:
+def balance_sum(routing: Routing, assigned: jax.Array) -> jax.Array:
     """The load-balancing loss, summed over tokens and layers; divided by both it is 1 where all experts get the same.
 
     For each layer `experts * sum_i f_i P_i` (Fedus et al. 2022, equations 4 to 6), with `f_i` the share of the choices
@@ -47,20 +47,20 @@ def balance_sum(routing: Routing, whole: Routing | None = None) -> jax.Array:
     over tokens: parts of a batch add up to the whole if all take the `f` of the whole batch.
 
     Args:
-      routing: of some of the tokens.
-      whole: of all tokens of the batch, where `routing` is of a part of them.
+      routing: of the tokens of a part of the batch, or of all of it.
+      assigned: [layers, experts] of all of it.
     """
-    assigned = (routing if whole is None else whole).assigned
     share = assigned / jnp.maximum(jnp.sum(assigned, axis=-1, keepdims=True), 1.0)
     return assigned.shape[-1] * jnp.sum(jax.lax.stop_gradient(share) * routing.probability)
 
 
 def load(assigned: Any) -> Any:
-    """Tokens of the fullest expert over the mean of all, mean over layers; `assigned` [layers, experts], each above 0.
+    """Tokens of the fullest expert over the mean of all, mean over layers; `assigned` [layers, experts].
 
-    1 is even; `experts / experts_per_token` is the worst, where the same few get every token.
+    1 is even; `experts / experts_per_token` is the worst, where the same few get every token. 0 without tokens.
     """
-    return (assigned.max(-1) / assigned.mean(-1)).mean()
+    mean = assigned.mean(-1)
+    return (assigned.max(-1) / (mean + (mean == 0))).mean()
 
 
 def choose_experts(logits: jax.Array, config: EncoderConfig) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -51,10 +51,10 @@ def create_train_step(
     key, dropout_root = masking_key(seed), jax.random.fold_in(jax.random.key(seed), 1)
 
     def gradient_sums(
-        params: Any, example: Any, scales: Mapping[str, jax.Array], dropout_key: jax.Array
+        params: Any, example: Any, scales: Mapping[str, jax.Array], dropout_key: jax.Array, *census: Any
     ) -> tuple[Any, Sums]:
         def scaled(params: Any) -> tuple[jax.Array, Sums]:
-            sums = task.sums(params, example, dropout_key)
+            sums = task.sums(params, example, dropout_key, *census)
             return sum(scales[name] * term for name, term in sums.terms.items()), sums
 
         with placed():
@@ -71,16 +71,25 @@ def create_train_step(
         def split(rows: jax.Array) -> jax.Array:
             return rows.reshape(-1, accumulation_steps, *rows.shape[1:]).swapaxes(0, 1)
 
-        def add(total: Any, part: tuple[jax.Array, Any]) -> tuple[Any, None]:
-            index, rows = part
-            new = gradient_sums(params, rows, scales, jax.random.fold_in(dropout_key, index))
-            return jax.tree.map(jnp.add, total, new), None
-
         parts = (jnp.arange(accumulation_steps), jax.tree.map(split, example))
-        first = jax.tree.map(lambda rows: rows[0], parts[1])
-        shapes = jax.eval_shape(gradient_sums, params, first, scales, dropout_key)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return jax.lax.scan(add, zeros, parts)[0]
+
+        def total(of_part: Callable[[Any, jax.Array], Any]) -> Any:
+            def add(total: Any, part: tuple[jax.Array, Any]) -> tuple[Any, None]:
+                index, rows = part
+                new = of_part(rows, jax.random.fold_in(dropout_key, index))
+                return jax.tree.map(jnp.add, total, new), None
+
+            shapes = jax.eval_shape(of_part, jax.tree.map(lambda rows: rows[0], parts[1]), dropout_key)
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            return jax.lax.scan(add, zeros, parts)[0] if jax.tree.leaves(zeros) else None
+
+        def count(rows: Any, key: jax.Array) -> Any:
+            with placed():
+                return task.census(params, rows, key)
+
+        census = total(count)
+        known = () if census is None else (census,)
+        return total(lambda rows, key: gradient_sums(params, rows, scales, key, *known))
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
         example = task.corrupt(key, batch, state.step, state.task)
