@@ -21,9 +21,7 @@ from maskformer.models.positions import alibi, rotary_tables
 DROPOUTS_PER_LAYER = 3  # attention probabilities, after attention, after the feed-forward layer
 
 # Outputs that the "elementwise" policy keeps: loops and kernels (of attention backends) and what a layer names.
-_COSTLY = frozenset(
-    {"scan", "while", "cond", "pallas_call", "custom_call", "ffi_call", "shard_map", "name", "ragged_dot_general"}
-)
+_COSTLY = frozenset({"scan", "while", "cond", "pallas_call", "custom_call", "ffi_call", "shard_map", "name"})
 
 
 def _keep_costly(primitive: Any, *avals: Any, **params: Any) -> bool:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from maskformer.models.grouped import grouped_product
 from maskformer.models.layers import activate
 from maskformer.models.partitioning import Rules, active_rules
 
@@ -87,7 +88,7 @@ def dropless(
     rows = jnp.where(here, tokens[order // most], 0)
 
     def product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.ragged_dot(rows, kernel, sizes, preferred_element_type=kernel.dtype)
+        return grouped_product(rows, kernel, sizes)
 
     out = _feed_forward(weights, activation, rows, product, lambda bias: bias[jnp.minimum(expert, experts - 1)])
     # Nothing says what stands behind the last group.

@@ -94,8 +94,8 @@ class Task:
     def census(self, params: Any, example: Any, key: jax.Array) -> Any:
         """Sums over rows, without gradient, that `sums` of a part needs to know of the whole batch; None for most.
 
-        Where a batch is accumulated in parts, it is made of all of them before any gradient: one more forward pass.
-        Arguments as of `sums`.
+        Where a batch is computed in parts (accumulation, `mesh.dcn_gradients`), it is made of all of them before any
+        gradient: one more forward pass. Arguments as of `sums`.
         """
         return None
 
