@@ -39,7 +39,7 @@ class OptimizerConfig:
         the last `decay_fraction` of the steps; Hu et al. 2024).
       warmup_steps: linear from 0 to the peak.
       weight_decay: decoupled (Loshchilov & Hutter 2019), multiplied by the learning rate.
-      decay: which parameters decay: "matrices" (two or more dimensions beside the layer axis), "kernels"
+      decay: which parameters decay: "matrices" (two or more dimensions beside those of layers and experts), "kernels"
         (matrices without the embedding tables), "all".
       clip_norm: global gradient norm above which gradients are scaled down; None for no clipping.
       b1, b2, epsilon: moment decays and denominator of adamw and lion (b1, b2).

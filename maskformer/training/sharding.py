@@ -40,6 +40,7 @@ RULES: Rules = {
     "label": None,
     "head_dim": None,
     "norm": None,
+    "router": None,
     "positions": None,
     "token_types": None,
     "layers": "stage",
