@@ -11,8 +11,9 @@ import json
 import os
 import pathlib
 import zlib
+from collections.abc import Mapping
 
-from maskformer.training.workdir import read_object, reason
+from maskformer.training.workdir import read_object, reason, replace_text
 
 CHECKSUMS = "checksums.json"
 # Orbax writes these two into the folder itself after the checksums; a state is read without them.
@@ -38,6 +39,31 @@ def write_checksums(folder: pathlib.Path, step: int) -> None:
         json.dump({"step": step, "files": found}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace_files(folder: pathlib.Path, step: int, texts: Mapping[str, str]) -> None:
+    """Change small files of a checkpoint, such as its record, so that it is whole at every moment.
+
+    Args:
+      folder: the checkpoint of `step`.
+      step: see `write_checksums`.
+      texts: what each file is to hold, by its name below the folder.
+
+    Raises:
+      RunError: one of them cannot be written.
+    """
+    path = folder / CHECKSUMS
+    manifest = read_object(path, FIX) if os.path.lexists(path) else {"step": step, "files": {}}
+    # What is not listed is not checked: without them, then with what they are.
+    for name in texts:
+        manifest["files"].pop(name, None)
+    if manifest["files"]:
+        replace_text(path, json.dumps(manifest, indent=1))
+    for name, text in texts.items():
+        replace_text(folder / name, text)
+    if manifest["files"]:
+        manifest["files"] |= {name: _checksum(folder / name) for name in texts}
+        replace_text(path, json.dumps(manifest, indent=1))
 
 
 def verify(folder: pathlib.Path, step: int, part: int = 0, parts: int = 1) -> bool:

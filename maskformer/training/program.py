@@ -30,6 +30,13 @@ from maskformer.training.step import create_eval_step, create_train_step, maskin
 
 Totals = dict[str, np.ndarray]
 
+# Batches of an evaluation that may wait for the devices: so soon does one that is told to stop.
+_AHEAD = 4
+
+
+class Stopped(Exception):
+    """An evaluation was told to stop, and has no result."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -279,17 +286,21 @@ class Placed:
         split: str | None = None,
         changes: Mapping[str, Any] | None = None,
         max_batches: int | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> dict[str, float]:
         """Metrics of `params` over a split, each example once, whatever the number of processes.
 
         Args:
           split: None for `evaluation.split`.
           changes: to the evaluated objective, see `Program.evaluation_objective`.
-          max_batches: see `totals`.
+          max_batches, stop: see `totals`.
+
+        Raises:
+          Stopped: `stop` said so.
         """
         task, step = self.evaluation(changes)
         split = self.program.experiment.evaluation.split if split is None else split
-        return task.finish(self.totals(step, params, split, max_batches))
+        return task.finish(self.totals(step, params, split, max_batches, stop))
 
     def summing(self, step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         """`step(params, batch) -> sums`, compiled for this mesh."""
@@ -301,19 +312,34 @@ class Placed:
         return jax.jit(placed_step, in_shardings=(self.params_at, self.rows), out_shardings=self.everywhere)
 
     def totals(
-        self, compiled: Callable[[Any, Any], Any], params: Any, split: str, max_batches: int | None = None
+        self,
+        compiled: Callable[[Any, Any], Any],
+        params: Any,
+        split: str,
+        max_batches: int | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> Totals:
         """The sums of `compiled(params, batch)`, from `summing`, over a split, each example once.
 
         Args:
           max_batches: batches of `evaluation.batch_size` rows; None for `evaluation.max_batches`.
+          stop: asked after each batch, with one answer on all processes, whether to give up; None never does.
+
+        Raises:
+          Stopped: `stop` said so.
         """
         config = self.program.experiment.evaluation
         placement = sharding.place_batch(self.mesh, config.batch_size)
         batches = self.program.dataset(split).eval_batches(
             placement.size, placement.rows, config.max_batches if max_batches is None else max_batches
         )
-        parts = [compiled(params, sharding.to_global(batch, placement)) for batch in batches]
+        parts = []
+        for batch in batches:
+            parts.append(compiled(params, sharding.to_global(batch, placement)))
+            if stop is not None:
+                jax.block_until_ready(parts[-_AHEAD:][0])
+                if stop():
+                    raise Stopped
         # One fetch at the end; added in float64, so that the order and number of batches do not show.
         totals: dict[str, Any] = {}
         for part in jax.device_get(parts):
