@@ -35,7 +35,7 @@ def test_gradients_cross_once_a_step_as_bfloat16_where_asked():
     assert sent and all(entry for entry, _ in sent)
     # What is left in 32 bits are the counts and means of the log line.
     wide = [shape for _, shape in sent if not shape.startswith("bf16")]
-    assert {shape for shape in wide} <= {"f32[1,1,128]", "s32[1,1,128]"} and any(s.startswith("bf16") for _, s in sent)
+    assert set(wide) <= {"f32[1,1,128]", "s32[1,1,128]"} and any(s.startswith("bf16") for _, s in sent)
 
 
 def test_without_it_they_cross_in_float32():

@@ -34,7 +34,6 @@ def programs(tmp_path_factory):
 
 
 def test_a_step_over_two_slices_is_that_of_one_device_within_the_rounding_of_its_gradients(programs):
-    alone, together = programs
     after = []
     for placed in programs:
         state = placed.init()
