@@ -12,6 +12,7 @@ import os
 import pathlib
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 from maskformer.training.workdir import read_object, reason, replace_text
 
@@ -53,17 +54,20 @@ def replace_files(folder: pathlib.Path, step: int, texts: Mapping[str, str]) -> 
       RunError: one of them cannot be written.
     """
     path = folder / CHECKSUMS
-    manifest = read_object(path, FIX) if os.path.lexists(path) else {"step": step, "files": {}}
+    checked = os.path.lexists(path)
+    files: dict[str, Any] = dict(read_object(path, FIX)["files"]) if checked else {}
+
+    def list_files() -> None:
+        if checked:
+            replace_text(path, json.dumps({"step": step, "files": files}, indent=1))
+
     # What is not listed is not checked: without them, then with what they are.
-    for name in texts:
-        manifest["files"].pop(name, None)
-    if manifest["files"]:
-        replace_text(path, json.dumps(manifest, indent=1))
+    files = {name: found for name, found in files.items() if name not in texts}
+    list_files()
     for name, text in texts.items():
         replace_text(folder / name, text)
-    if manifest["files"]:
-        manifest["files"] |= {name: _checksum(folder / name) for name in texts}
-        replace_text(path, json.dumps(manifest, indent=1))
+    files |= {name: _checksum(folder / name) for name in texts}
+    list_files()
 
 
 def verify(folder: pathlib.Path, step: int, part: int = 0, parts: int = 1) -> bool:

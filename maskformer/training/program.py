@@ -191,10 +191,29 @@ class Placed:
             self.dropped += whole
 
     def check_batch(self) -> None:
-        """ValueError where a training batch, or a part of an accumulated one, does not divide over the mesh."""
-        train = self.program.experiment.train
+        """ValueError where a batch of the run, or a part of an accumulated one, does not divide over the mesh."""
+        train, evaluation = self.program.experiment.train, self.program.experiment.evaluation
         sharding.place_batch(self.mesh, train.batch_size)
-        sharding.place_batch(self.mesh, train.batch_size // train.accumulation_steps)
+        sharding.place_batch(self.mesh, train.batch_size // self.accumulation_steps)
+        if evaluation.every:
+            sharding.place_batch(self.mesh, evaluation.batch_size, field="evaluation.batch_size")
+        if train.rows_per_device is not None:
+            parts, shards = self.accumulation_steps, sharding.shards_of_batch(self.mesh)
+            at_once = train.batch_size // shards // parts
+            if 2 * at_once < min(train.rows_per_device, parts * at_once):
+                self.dropped.append(
+                    f"train.batch_size={train.batch_size} gives a device {parts * at_once} rows, which run {at_once} "
+                    f"at a time in {parts} parts, far below train.rows_per_device={train.rows_per_device}: choose a "
+                    "batch that divides better"
+                )
+
+    @functools.cached_property
+    def accumulation_steps(self) -> int:
+        """In how many parts a training batch runs here: `train.rows_per_device` makes it follow the mesh."""
+        train = self.program.experiment.train
+        if train.rows_per_device is None:
+            return train.accumulation_steps
+        return sharding.parts_of_batch(self.mesh, train.batch_size, train.rows_per_device)
 
     @functools.cached_property
     def state(self) -> TrainState:
@@ -244,7 +263,7 @@ class Placed:
             program.optimizer,
             program.schedule,
             seed=experiment.seed,
-            accumulation_steps=experiment.train.accumulation_steps,
+            accumulation_steps=self.accumulation_steps,
             ema_decay=experiment.optimizer.ema_decay,
             placed=self._activations if slices == 1 else self._activations_of_a_slice,
             slices=slices,
@@ -338,7 +357,7 @@ class Placed:
           Stopped: `stop` said so.
         """
         config = self.program.experiment.evaluation
-        placement = sharding.place_batch(self.mesh, config.batch_size)
+        placement = sharding.place_batch(self.mesh, config.batch_size, field="evaluation.batch_size")
         batches = self.program.dataset(split).eval_batches(
             placement.size, placement.rows, config.max_batches if max_batches is None else max_batches
         )

@@ -144,6 +144,11 @@ def batch_axes(mesh: Mesh) -> tuple[str, ...]:
     return (SLICE_AXIS, *BATCH_AXES) if SLICE_AXIS in mesh.axis_names else BATCH_AXES
 
 
+def shards_of_batch(mesh: Mesh) -> int:
+    """Over how many devices, or groups of them that share rows, a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
@@ -165,17 +170,19 @@ class BatchPlacement:
     rows: np.ndarray
 
 
-def place_batch(mesh: Mesh, size: int, process: int | None = None) -> BatchPlacement:
-    """The placement of batches of `size` rows, seen from a process (default: this one).
+def place_batch(
+    mesh: Mesh, size: int, process: int | None = None, field: str = "train.batch_size"
+) -> BatchPlacement:
+    """The placement of batches of `size` rows, seen from a process (default: this one); `field` of the config says so.
 
     Raises:
       ValueError: the batch does not divide over the mesh.
     """
     axes = batch_axes(mesh)
-    shards = math.prod(mesh.shape[axis] for axis in axes)
+    shards = shards_of_batch(mesh)
     if size % shards:
         raise ValueError(
-            f"train.batch_size={size}: does not divide over mesh {' x '.join(axes)} = {shards} shards; "
+            f"{field}={size}: does not divide over mesh {' x '.join(axes)} = {shards} shards; "
             f"use a multiple of {shards}"
         )
     process = jax.process_index() if process is None else process
@@ -186,6 +193,17 @@ def place_batch(mesh: Mesh, size: int, process: int | None = None) -> BatchPlace
     mine = np.flatnonzero((holders == process).any(axis=1))
     each = size // shards
     return BatchPlacement(batch_sharding(mesh), size, (mine[:, None] * each + np.arange(each)).reshape(-1))
+
+
+def parts_of_batch(mesh: Mesh, size: int, rows_per_device: int) -> int:
+    """The fewest equal parts in which a batch of `size` rows runs with at most `rows_per_device` of them on a device.
+
+    Raises:
+      ValueError: the batch does not divide over the mesh.
+    """
+    place_batch(mesh, size)
+    each = size // shards_of_batch(mesh)
+    return next(parts for parts in range(1, each + 1) if each % parts == 0 and each // parts <= rows_per_device)
 
 
 def create_rules(mesh: Mesh, axis_sizes: Mapping[str, int]) -> tuple[Rules, list[str]]:

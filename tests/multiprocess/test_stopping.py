@@ -15,7 +15,7 @@ pytestmark = pytest.mark.multiprocess
 # The last process sends the signal to itself: while the step is traced, as a batch of the first evaluation is placed,
 # or as the first checkpoint is written.
 TRAIN = """
-import os, signal, sys
+import os, signal, sys, time
 from maskformer.training.preemption import PreemptionGuard
 with PreemptionGuard(ends_process=True):
     from maskformer.training import Preempted, checkpoints, distributed, program, tasks, train_and_evaluate
@@ -24,17 +24,19 @@ with PreemptionGuard(ends_process=True):
     from tests.training.tiny import tiny_config
     corpus, workdir, moment = sys.argv[1:]
 
-    def signalled(function, call):
+    def signalled(function, call, pause=3.0):
         calls = []
         def calling(*arguments, **options):
             calls.append(1)
             if len(calls) == call and jax.process_index() == jax.process_count() - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
+            if len(calls) >= call:
+                time.sleep(pause)  # JAX's service takes a second or two to tell the others
             return function(*arguments, **options)
         return calling
 
     if moment == "compilation":
-        program.create_train_step = signalled(program.create_train_step, 1)
+        program.create_train_step = signalled(program.create_train_step, 1, 0.0)
     elif moment == "evaluation":
         program.sharding.to_global = signalled(program.sharding.to_global, 4)
     elif moment == "save":
