@@ -50,8 +50,10 @@ def train(processes, corpus, workdir):
     command = [sys.executable, "-c", TRAIN, str(corpus), str(workdir)]
     done = subprocess.run(
         [sys.executable, "-m", "launch.local", f"--processes={processes}", "--max-restarts=2", "--", *command],
-        # Less optimisation: gloo gives up when one process compiles for half a minute longer than another.
-        env=os.environ | {"PYTHONPATH": os.getcwd(), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        # Gloo gives up when one process compiles for half a minute longer than another, as where only one has a cache.
+        env=os.environ | {
+            "PYTHONPATH": os.getcwd(), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_ENABLE_COMPILATION_CACHE": "0",
+        },
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
