@@ -211,9 +211,8 @@ class Placed:
     def accumulation_steps(self) -> int:
         """In how many parts a training batch runs here: `train.rows_per_device` makes it follow the mesh."""
         train = self.program.experiment.train
-        if train.rows_per_device is None:
-            return train.accumulation_steps
-        return sharding.parts_of_batch(self.mesh, train.batch_size, train.rows_per_device)
+        sharding.place_batch(self.mesh, train.batch_size)
+        return train.parts(sharding.shards_of_batch(self.mesh))
 
     @functools.cached_property
     def state(self) -> TrainState:

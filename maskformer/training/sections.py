@@ -148,6 +148,17 @@ class TrainConfig:
             "None beside train.resume, which already brings the parameters",
         )
 
+    def parts(self, shards: int) -> int:
+        """In how many equal parts a batch runs that divides over `shards` devices: the fewest that fit.
+
+        >>> [TrainConfig(batch_size=768, rows_per_device=32).parts(shards) for shards in (24, 16, 8)]
+        [1, 2, 3]
+        """
+        if self.rows_per_device is None:
+            return self.accumulation_steps
+        rows, most = self.batch_size // shards, self.rows_per_device
+        return next(parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= most)
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:

@@ -195,17 +195,6 @@ def place_batch(
     return BatchPlacement(batch_sharding(mesh), size, (mine[:, None] * each + np.arange(each)).reshape(-1))
 
 
-def parts_of_batch(mesh: Mesh, size: int, rows_per_device: int) -> int:
-    """The fewest equal parts in which a batch of `size` rows runs with at most `rows_per_device` of them on a device.
-
-    Raises:
-      ValueError: the batch does not divide over the mesh.
-    """
-    place_batch(mesh, size)
-    each = size // shards_of_batch(mesh)
-    return next(parts for parts in range(1, each + 1) if each % parts == 0 and each // parts <= rows_per_device)
-
-
 def create_rules(mesh: Mesh, axis_sizes: Mapping[str, int]) -> tuple[Rules, list[str]]:
     """`RULES` as far as the model's sizes divide over the mesh, and a line for each rule that they do not.
 
