@@ -21,7 +21,7 @@ from maskformer.training.lock import Lock
 from maskformer.training.phases import Phases
 from maskformer.training.precision import average_start
 from maskformer.training.preemption import Preempted, PreemptionGuard
-from maskformer.training.program import Placed, Program
+from maskformer.training.program import Placed, Program, Stopped
 from maskformer.training.recorder import Recorder
 from maskformer.training.state import TrainState
 from maskformer.training.workdir import (
@@ -100,6 +100,27 @@ def train_and_evaluate(
         on_exit.callback(recorder.close)
         batches = iter(placed.train_batches(record.next_example))
 
+        def evaluate(step: int) -> bool:
+            """Evaluate the state, unless a signal stops it: then the run that goes on from here is to do it."""
+            nonlocal results
+            try:
+                with phases("evaluation", step):
+                    results = placed.evaluate(state.evaluation_params, stop=guard.requested)
+            except Stopped:
+                return False
+            recorder.evaluation(step, results, improved=update_best(record, results, evaluation))
+            return True
+
+        if record.evaluation_due and evaluation.every:
+            recorder.pause(state)
+            if not evaluate(start):
+                raise Preempted(start, guard.exit_code)
+            record.evaluation_due = False
+            recorder.flush()
+            checkpoints.complete(start, record, results.get(evaluation.metric))
+            recorder.resume()
+        record.evaluation_due = False
+
         for step in phases.steps(start + 1, train.steps):
             if out_of_patience(record, evaluation):
                 break
@@ -108,7 +129,7 @@ def train_and_evaluate(
             last = step == train.steps
             evaluates = evaluation.every > 0 and (last or step % evaluation.every == 0)
             saves = last or (checkpoint.every > 0 and step % checkpoint.every == 0)
-            preempted = guard.requested(step)
+            preempted = guard.requested()
             if lock is not None:
                 lock.check()
 
@@ -119,17 +140,18 @@ def train_and_evaluate(
             recorder.settle(wait=evaluates or saves or preempted)
             if evaluates or saves:
                 recorder.pause(state)
-            if evaluates:
-                with phases("evaluation", step):
-                    results = placed.evaluate(state.evaluation_params)
-                recorder.evaluation(step, results, improved=update_best(record, results, evaluation))
-            if saves or preempted or (evaluates and out_of_patience(record, evaluation)):
+            evaluated = evaluates and not preempted and evaluate(step)
+            record.evaluation_due = evaluates and not evaluated
+            if evaluates:  # which takes its time, in which a signal may come
+                preempted = preempted or guard.requested()
+            if saves or preempted or (evaluated and out_of_patience(record, evaluation)):
                 with phases("checkpoint", step):
                     # A checkpoint never holds a step that was not finite, and never runs ahead of metrics.jsonl.
                     recorder.check(state.window)
                     recorder.flush()
-                    checkpoints.save(step, state, record, results.get(evaluation.metric) if evaluates else None)
-                    if preempted and not last:
+                    checkpoints.save(step, state, record, results.get(evaluation.metric) if evaluated else None)
+                    preempted = preempted or guard.requested()
+                    if preempted and (record.evaluation_due or not last):
                         checkpoints.wait()
                         raise Preempted(step, guard.exit_code)
             if evaluates or saves:

@@ -55,7 +55,10 @@ class Recorder:
         self._split = experiment.evaluation.split
         self._flops_per_token = program.task.flops_per_token
         self._clock = Clock(self._flops_per_token, list(placed.mesh.devices.flat))
-        self._writers: list[Writer] = create_writers(workdir, experiment.writers, config, start) if leader else []
+        again = f"{self._split}/" if record.evaluation_due else None
+        self._writers: list[Writer] = (
+            create_writers(workdir, experiment.writers, config, start, again) if leader else []
+        )
         self._progress = Progress(experiment.train.steps, start, experiment.writers.progress) if leader else None
         self._pending: tuple[int, Window, dict[str, float]] | None = None
         self.line(

@@ -105,6 +105,9 @@ class TrainConfig:
       steps: optimizer updates.
       batch_size: rows per update, over all devices and accumulation steps.
       accumulation_steps: the batch is run in this many parts whose gradients are summed, then normalised once.
+      rows_per_device: the most rows that a device (or a group of devices that share rows) runs at once. It decides the
+        parts instead of accumulation_steps, anew at each start, so that the batch stays what it is on any number of
+        devices. None leaves them to accumulation_steps.
       label_smoothing: share of the target's probability spread evenly over the vocabulary.
       log_every: steps between log lines, each an average over the window.
       init_from: workdir whose parameters (best checkpoint, or the newest) start a new run; None for none.
@@ -114,6 +117,7 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 32
     accumulation_steps: int = 1
+    rows_per_device: int | None = None
     label_smoothing: float = 0.0
     log_every: int = 10
     init_from: str | None = None
@@ -127,6 +131,12 @@ class TrainConfig:
             self.batch_size % self.accumulation_steps == 0, "train.accumulation_steps", self.accumulation_steps,
             f"a divisor of train.batch_size={self.batch_size}",
         )
+        if self.rows_per_device is not None:
+            integer("train.rows_per_device", self.rows_per_device, 1, MOST)
+            require(
+                self.accumulation_steps == 1, "train.accumulation_steps", self.accumulation_steps,
+                f"1 beside train.rows_per_device={self.rows_per_device}, which decides it",
+            )
         number("train.label_smoothing", self.label_smoothing, "a share in [0, 1)", 0.0, 1.0)
         for field in ("init_from", "resume"):
             value = getattr(self, field)
@@ -137,6 +147,17 @@ class TrainConfig:
             self.init_from is None or self.resume is None, "train.init_from", self.init_from,
             "None beside train.resume, which already brings the parameters",
         )
+
+    def parts(self, shards: int) -> int:
+        """In how many equal parts a batch runs that divides over `shards` devices: the fewest that fit.
+
+        >>> [TrainConfig(batch_size=768, rows_per_device=32).parts(shards) for shards in (24, 16, 8)]
+        [1, 2, 3]
+        """
+        if self.rows_per_device is None:
+            return self.accumulation_steps
+        rows, most = self.batch_size // shards, self.rows_per_device
+        return next(parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= most)
 
 
 @dataclasses.dataclass(frozen=True)
