@@ -17,6 +17,7 @@ from maskformer.training.checkpoints import Checkpoints, RunRecord, restore_newe
 from maskformer.training.compilation import use_cache
 from maskformer.training.experiment import plain
 from maskformer.training.hangs import Watchdog
+from maskformer.training.local_tier import LocalTier, local_tier
 from maskformer.training.lock import Lock
 from maskformer.training.phases import Phases
 from maskformer.training.precision import average_start
@@ -90,8 +91,11 @@ def train_and_evaluate(
         on_exit.enter_context(Watchdog(phases, program.experiment.watchdog, workdir))
         checkpoints = Checkpoints(workdir, checkpoint, evaluation)
         on_exit.callback(checkpoints.close)
+        local = local_tier(checkpoint, workdir, placed.state)
+        if local is not None:
+            on_exit.callback(local.wait)
         with phases("restore"):
-            state, record = starting_state(placed, checkpoints)
+            state, record = starting_state(placed, checkpoints, local)
         continue_record(record, train.steps, evaluation)
         start = int(state.step)
         if leader:
@@ -129,6 +133,7 @@ def train_and_evaluate(
             last = step == train.steps
             evaluates = evaluation.every > 0 and (last or step % evaluation.every == 0)
             saves = last or (checkpoint.every > 0 and step % checkpoint.every == 0)
+            keeps = local is not None and step % checkpoint.local_every == 0 and not saves
             preempted = guard.requested()
             if lock is not None:
                 lock.check()
@@ -137,8 +142,9 @@ def train_and_evaluate(
                 recorder.window(step, state.window)
                 state = dataclasses.replace(state, window=placed.empty_window())
             # The step path waits for no metrics, unless something is about to be made of them.
-            recorder.settle(wait=evaluates or saves or preempted)
-            if evaluates or saves:
+            stops = evaluates or saves or keeps
+            recorder.settle(wait=stops or preempted)
+            if stops:
                 recorder.pause(state)
             evaluated = evaluates and not preempted and evaluate(step)
             record.evaluation_due = evaluates and not evaluated
@@ -154,10 +160,17 @@ def train_and_evaluate(
                     if preempted and (record.evaluation_due or not last):
                         checkpoints.wait()
                         raise Preempted(step, guard.exit_code)
-            if evaluates or saves:
+            elif local is not None and keeps:
+                with phases("checkpoint", step):
+                    recorder.check(state.window)
+                    recorder.flush()
+                    local.save(step, state, record)
+            if stops:
                 recorder.resume()
         # Still under the guard: a SIGTERM now must not cut off the last checkpoint.
         checkpoints.wait()
+        if local is not None:
+            local.remove()
         if not results and evaluation.every:
             # The run was complete already: say again how good it is, and record nothing twice.
             with phases("evaluation"):
@@ -171,12 +184,17 @@ def describe_devices(placed: Placed) -> dict[str, Any]:
     return {"processes": jax.process_count(), "devices": placed.mesh.size, "device_kind": kind}
 
 
-def starting_state(placed: Placed, checkpoints: Checkpoints) -> tuple[TrainState, RunRecord]:
+def starting_state(
+    placed: Placed, checkpoints: Checkpoints, local: LocalTier | None = None
+) -> tuple[TrainState, RunRecord]:
     """Where a run begins: its own newest checkpoint, or that of `train.resume`, or the parameters of
     `train.init_from`, or fresh ones.
     """
     train = placed.program.experiment.train
-    restored = checkpoints.restore_latest(placed.state)
+    latest = checkpoints.latest_step()
+    restored = None if local is None else local.restore(newer_than=-1 if latest is None else latest)
+    if restored is None:
+        restored = checkpoints.restore_latest(placed.state)
     if restored is None and train.resume is not None:
         restored = restore_newest(paths.given(train.resume).resolve() / CHECKPOINTS, placed.state)
     if restored is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from maskformer.checks import choose, integer, number, require, shown, typed_fields
 from maskformer.data.data_config import SPLITS
-from maskformer.paths import why_no_folder
+from maskformer.paths import is_local, why_no_folder
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")
@@ -219,15 +219,30 @@ class CheckpointConfig:
     Attributes:
       every: steps between checkpoints; one more follows the last step. 0 saves only there.
       keep: how many of the newest to keep, beside the best by `evaluation.metric`.
+      local_every: steps between checkpoints on each host's own disk (`training/local_tier.py`), from which a run goes
+        on after a failure where they are newer than those of the workdir. 0 for none.
+      local_folder: where, on every host; in its memory below /dev/shm.
     """
 
     every: int = 100
     keep: int = 2
+    local_every: int = 0
+    local_folder: str | None = None
 
     def __post_init__(self) -> None:
         typed_fields(self, "checkpoint")
         integer("checkpoint.every", self.every, 0, MOST)
         integer("checkpoint.keep", self.keep, 1, MOST)
+        integer("checkpoint.local_every", self.local_every, 0, MOST)
+        folder = self.local_folder
+        require(
+            self.local_every == 0 or bool(folder), "checkpoint.local_folder", folder,
+            "a folder of each host's own, such as /dev/shm/maskformer, with checkpoint.local_every above 0",
+        )
+        require(
+            folder is None or is_local(folder), "checkpoint.local_folder", folder,
+            "a folder of each host's own; checkpoints in buckets are those of the workdir",
+        )
 
 
 # Axes whose traffic the network between slices can carry: gradients and activations once a step or a microbatch. The
