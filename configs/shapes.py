@@ -60,13 +60,14 @@ GPT = {
 def start(arg, sizes):
     """(name of the size, config) for an argument such as "mini,seq=256": data, shape and rhythm are set.
 
-    Options: `seq` row length, `vocab` vocabulary size, `data` dataset.
+    Options: `seq` row length, `vocab` vocabulary size, `data` dataset, `experts` of a mixture, 0 for none.
     """
-    name, options = parse_arg(arg, choices=tuple(sizes), default="mini", seq=128, vocab=8192, data="austen")
+    name, options = parse_arg(arg, choices=tuple(sizes), default="mini", seq=128, vocab=8192, data="austen", experts=0)
     config = default_config()
     config.data.name = options.data
     config.data.length = options.seq
     config.data.vocabulary_size = options.vocab
+    config.model.experts = options.experts
     resize(config, sizes[name])
     if name == "demo":
         config.data.length, config.data.vocabulary_size = 64, 4096

@@ -28,7 +28,7 @@ DETAILS = {"unigram_loss", "predicted", *(f"{name}_{kind}" for name in ("loss", 
 # What every training says of itself, whatever it trains.
 OF_TRAINING = {
     "learning_rate", "grad_norm", "tokens_seen", "tokens_predicted", "flops", "seconds", "tokens_per_second",
-    "tflops_per_second", "mfu",
+    "tflops_per_second", "mfu", "data_wait_seconds", "device_wait_seconds",
 }  # fmt: skip
 # The curves that are drawn first, with their axis labels. A name without a prefix is of the evaluated split.
 PANELS = {
@@ -55,7 +55,7 @@ def load(workdir: str | pathlib.Path) -> tuple[dict[str, Any], list[dict[str, fl
 def table(workdirs: Sequence[str | pathlib.Path]) -> str:
     """A Markdown table: what differs between the runs' configs, and each run's last evaluation."""
     runs = {printable(workdir): load(workdir) for workdir in workdirs}
-    flat = {name: _flatten(config) for name, (config, _) in runs.items()}
+    flat = {name: flatten(config) for name, (config, _) in runs.items()}
     keys = sorted({key for config in flat.values() for key in config})
     differing = [key for key in keys if len({json.dumps(config.get(key)) for config in flat.values()}) > 1]
     curves = [_curves(*run) for run in runs.values()]
@@ -157,11 +157,12 @@ def _last_evaluation(lines: list[dict[str, float]], split: str) -> dict[str, flo
     return {}
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a config by their dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -192,6 +192,18 @@ def holder(workdir: AnyPath) -> tuple[Mapping[str, Any], float] | None:
     return None if held is None else (held.holder, held.silent)
 
 
+def alive(holder: Mapping[str, Any], silent: float) -> bool:
+    """Whether who holds a lock still trains: on this machine that is known, on others it is by the last sign of life.
+
+    Args:
+      holder, silent: what `holder` returned.
+    """
+    here = _machine()
+    if all(holder.get(name) == here[name] for name in ("host", "boot", "namespace")):
+        return _alive(holder)
+    return silent < STALE_AFTER
+
+
 class _File:
     """A lock on a file system: made exclusively, its modification time the last sign of life."""
 
