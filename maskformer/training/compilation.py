@@ -7,7 +7,7 @@ own: what is read was compiled for a machine like this one, and computes the sam
 
 `JAX_COMPILATION_CACHE_DIR` names another folder, which is then left to JAX alone, and `JAX_ENABLE_COMPILATION_CACHE=0`
 turns the cache off. `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS` (1) is how long a program must compile to be kept. Of
-several processes the first one writes and all read.
+several processes the first one writes and all read; on CPU, where JAX's key differs between them, each reads its own.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def use_cache() -> str | None:
     _listen()
     if not jax.config.jax_enable_compilation_cache:
         return None
+    _let_all_processes_write()
     if jax.config.jax_compilation_cache_dir is None:
         try:
             folder, local = _folders()
@@ -115,6 +116,32 @@ def _listen() -> None:
 def _count(event: str, **_: Any) -> None:
     if event in _EVENTS:
         _counts[_EVENTS[event]] += 1
+
+
+def _let_all_processes_write() -> None:
+    """Keep what each process compiled for a CPU, where JAX's key of a program depends on the process.
+
+    JAX lets the first one write only. The others would compile at every start while that one waits, and gloo gives up
+    after half a minute.
+    """
+    import jax
+    from jax._src import compilation_cache, compiler, distributed
+
+    write = compiler._cache_write
+    if getattr(write, "of_all_processes", False):
+        return
+
+    # JAX 0.10 has callbacks of the host as a last argument, with which nothing is kept.
+    def write_own(key: str, seconds: float, name: str, backend: Any, executable: Any, *callbacks: Any) -> None:
+        write(key, seconds, name, backend, executable, *callbacks)
+        long_enough = seconds >= jax.config.jax_persistent_cache_min_compile_time_secs
+        if backend.platform == "cpu" and distributed.global_state.process_id and long_enough and not any(callbacks):
+            # As for the first one: what cannot be kept is compiled again.
+            with contextlib.suppress(Exception):
+                compilation_cache.put_executable_and_time(key, name, executable, backend, int(seconds))
+
+    write_own.of_all_processes = True  # type: ignore[attr-defined]
+    compiler._cache_write = write_own
 
 
 def _use_own_files(folder: AnyPath) -> None:
