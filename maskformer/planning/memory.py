@@ -7,7 +7,7 @@ The state (parameters, optimizer, averages) is there all the time. On top of it 
 - at the update: the gradients.
 
 What is kept is counted exactly (`planning.workload`); what a layer works on while it is differentiated is a share of
-what it would keep without rematerialisation. The share, and what is said of XLA below, is held against programs that
+what its products make. The share, and what is said of XLA below, is held against programs that
 the TPU compiler compiled (tests/planning/test_memory.py).
 """
 
@@ -24,9 +24,9 @@ from maskformer.planning.parameters import Parameter
 from maskformer.planning.workload import Kept, Workload
 from maskformer.training.program import Placed
 
-# Of what a layer would keep without rematerialisation, how much is there at once while it is differentiated: XLA fuses
-# elementwise functions into the products around them, and attention and feed-forward have their turns.
-WORKING = 0.53
+# Of what a layer's products make, how much is there at once while it is differentiated: attention and feed-forward have
+# their turns. (XLA fuses what norms and residuals make in between into the products around them.)
+WORKING = 0.75
 # Of embeddings, head and loss, how much lives through the layers' turn: the rest is computed anew, or moves to VMEM.
 ENDS = 0.5
 # What a TPU keeps of that in its VMEM, of 128 MiB, instead of HBM.
@@ -45,7 +45,7 @@ class Memory:
       weights: copies of parameters in the dtype that products read, and those that are gathered.
       gradients: of all parameters, in their accumulated dtype.
       working: what one layer works on while it is differentiated.
-      layer_bytes: what one layer would keep without rematerialisation.
+      layer_bytes: what one layer's products make.
       peak: the arguments and the fullest moment.
       moment: which it is: "loss", "layers" or "update".
     """
@@ -99,7 +99,9 @@ def memory(
     of_kind = {
         kind: sum(held(one) for one in workload.kept if one.kind == kind) for kind in ("layers", "logits", "ends")
     }
-    layer = sum(held(dataclasses.replace(one, outer=False)) * stage for one in workload.layer)
+    width = workload.experiment.model.get("width")
+    made = [one for one in workload.layer if one.floating and not (one.shape[-1] == width and set(one.powers) == {"rows"})]
+    layer = sum(one.bytes(sizes) / context for one in made)
     working = max(0.0, WORKING * layer - (VMEM if target == "tpu" else 0))
     gradients = sum(one.local * max(4, one.itemsize) for one in parameters)
     # The sum over parts of a batch stands beside the gradient of the part at hand.

@@ -50,9 +50,9 @@ def _memory(plan: Plan) -> str:
     state = sum(name in STATE for name in shares(memory))
     fullest = f"temporaries (fullest at the {memory.moment})"
     rows = [
-        ["arguments", _gib(memory.arguments), _gib(compiled and compiled.arguments)],
+        ["arguments", _gib(memory.arguments), _gib(None if compiled is None else compiled.arguments)],
         *parts[:state],
-        [fullest, _gib(memory.temporaries), _gib(compiled and compiled.temporaries)],
+        [fullest, _gib(memory.temporaries), _gib(None if compiled is None else compiled.temporaries)],
         *parts[state:],
         ["peak", _gib(memory.peak), _needed(compiled)],
         ["usable", _gib(plan.topology.chip.usable), ""],
@@ -61,9 +61,9 @@ def _memory(plan: Plan) -> str:
 
 
 def _needed(compiled: Compiled | None) -> str:
-    if compiled is None or compiled.fits:
-        return _gib(compiled and compiled.peak)
-    return f"{_gib(compiled.needed)}, which does not fit"
+    if compiled is None:
+        return "-"
+    return _gib(compiled.peak) if compiled.fits else f"{_gib(compiled.needed)}, which does not fit"
 
 
 def _traffic(plan: Plan) -> str:

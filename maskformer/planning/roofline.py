@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from maskformer.planning.collectives import DCN
 from maskformer.planning.layouts import Layout
-from maskformer.planning.memory import WORKING, Memory
+from maskformer.planning.memory import Memory
 from maskformer.planning.parameters import Parameter
 from maskformer.planning.topologies import Topology
 from maskformer.planning.traffic import Flow
@@ -114,8 +114,8 @@ def _memory_bytes(
     # Read by the forward pass, and twice by the backward pass.
     weights = sum(2 * one.local * (layout.sizes["fsdp"] if "fsdp" in one.split else 1) for one in parameters)
     layers = max(one.layers for one in parameters) / layout.sizes["stage"]
-    # What a layer makes is written and read in the forward pass and in the backward pass.
-    activations = 4 * memory.layer_bytes * WORKING * layers + 4 * memory.logits
+    # What a layer makes is written and read in the forward pass, and its gradient in the backward pass.
+    activations = 4 * memory.layer_bytes * layers + 4 * memory.logits
     return 2 * state + 2 * memory.gradients + parts * (3 * weights + activations)
 
 

@@ -24,8 +24,8 @@ from maskformer.planning.chips import Chip, chip
 MOST_CHIPS = {"v4": 4096, "v5e": 256, "v5p": 6144, "v6e": 256, "tpu7x": 9216}
 MOST_SLICES = 256
 # Shapes of a torus of three dimensions up to one cube of 64 chips; larger ones are multiples of four.
-_SMALL_3D = ((1, 1, 1), (1, 2, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4))
-_SHAPES_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_SMALL_3D: tuple[tuple[int, ...], ...] = ((1, 1, 1), (1, 2, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4))
+_SHAPES_2D: tuple[tuple[int, ...], ...] = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 # What libtpu calls an accelerator of so many chips (or, of v4 and v5p, cores).
 _ACCELERATORS = {"v4": ("v4", 2), "v5e": ("v5litepod", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1), "tpu7x": ("tpu7x", 2)}
 
@@ -165,13 +165,13 @@ def _shapes(found: Chip) -> list[tuple[int, ...]]:
     """All shapes of a chip's slices, by number of chips."""
     shapes: list[tuple[int, ...]]
     if found.platform == "gpu":
-        shapes = [(devices, 1) for devices in (1, 2, 4)] + [(8, hosts) for hosts in range(1, 2049)]
+        shapes = [*((devices, 1) for devices in (1, 2, 4)), *((8, hosts) for hosts in range(1, 2049))]
     elif found.torus == 2:
         shapes = [*_SHAPES_2D]
     else:
         most = MOST_CHIPS[found.name]
         sides = range(4, most // 16 + 1, 4)
-        shapes = [*_SMALL_3D] + [
+        cubes = (
             (a, b, c)
             for a in sides
             if a**3 <= most
@@ -179,7 +179,8 @@ def _shapes(found: Chip) -> list[tuple[int, ...]]:
             for c in range(b, most // (a * b) + 1, 4)
             # A long thin torus is not offered.
             if 64 < a * b * c <= most and c <= 4 * a
-        ]
+        )
+        shapes = [*_SMALL_3D, *cubes]
     return sorted(shapes, key=lambda shape: (math.prod(shape), max(shape)))
 
 

@@ -31,7 +31,6 @@ from maskformer.planning.workload import Workload
 from maskformer.training.program import Placed
 from maskformer.training.sharding import BATCH_AXES
 
-
 # Adds to the flow along some axes, of some kind, some bytes; whether they overlap with computing; how often.
 Add = Callable[..., None]
 
