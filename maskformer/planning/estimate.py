@@ -11,6 +11,7 @@ from maskformer.planning.roofline import Roofline, roofline
 from maskformer.planning.topologies import Topology
 from maskformer.planning.traffic import Flow, traffic
 from maskformer.planning.workload import Workload
+from maskformer.training.sharding import create_rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,14 +19,16 @@ class Estimate:
     """What the analytic model says of a layout.
 
     Attributes:
-      dropped: a line for each axis of the model that does not divide, and is whole on every device.
+      whole: a line for each axis of the model that does not divide, and is whole on every device.
+      notes: the same of all arrays, those of the optimizer too.
     """
 
     layout: Layout
     memory: Memory
     traffic: tuple[Flow, ...]
     roofline: Roofline
-    dropped: tuple[str, ...]
+    whole: tuple[str, ...]
+    notes: tuple[str, ...]
     usable: float
 
     @property
@@ -45,4 +48,5 @@ def estimate(workload: Workload, topology: Topology, layout: Layout, price: floa
     used = memory(workload, placed, layout, arrays, target)
     flows = tuple(traffic(workload, placed, layout, arrays, target))
     times = roofline(workload, topology, layout, used, flows, arrays, price)
-    return Estimate(layout, used, flows, times, tuple(placed.dropped), topology.chip.usable)
+    _, whole = create_rules(placed.mesh, workload.program.model_config.axis_sizes)
+    return Estimate(layout, used, flows, times, tuple(whole), tuple(placed.dropped), topology.chip.usable)

@@ -36,7 +36,7 @@ def render(plan: Plan) -> str:
     if plan.ranked:
         parts += ["", _layouts(plan)]
     parts += ["", *(f"note: {note}" for note in plan.notes)]
-    parts += [f"note: {line}" for line in plan.chosen.dropped]
+    parts += [f"note: {line}" for line in plan.chosen.notes]
     parts += [f"note: {line}" for line in (plan.compiled.problems if plan.compiled else ())]
     parts += [f"assumed: {line}" for line in plan.assumptions]
     parts += ["", plan.verdict]

@@ -61,7 +61,7 @@ def _estimate(one: Estimate) -> dict[str, Any]:
         "memory": {**memory, "arguments": one.memory.arguments, "temporaries": one.memory.temporaries},
         "traffic": [dataclasses.asdict(flow) for flow in one.traffic],
         "roofline": dataclasses.asdict(one.roofline),
-        "whole_axes": list(one.dropped),
+        "whole_axes": list(one.notes),
     }
 
 

@@ -27,7 +27,7 @@ def search(workload: Workload, topology: Topology, price: float) -> list[Estimat
     Those that fit come first, by their step time; then the others, by their memory.
     """
     found = [estimate(workload, topology, layout, price) for layout in layouts(workload, topology)]
-    return sorted((one for one in found if not one.dropped), key=_rank)
+    return sorted((one for one in found if not one.whole), key=_rank)
 
 
 def _rank(one: Estimate) -> tuple[bool, float, float, float]:
@@ -54,10 +54,8 @@ def layouts(workload: Workload, topology: Topology) -> Iterator[Layout]:
         for fsdp in _divisors(rest):
             if sizes["embed"] % fsdp:
                 continue
-            config = MeshConfig(
-                fsdp=fsdp, tensor=tensor, context=context, context_method=experiment.mesh.context_method
-            )
             try:
+                config = MeshConfig(fsdp=fsdp, tensor=tensor, context=context, dcn=experiment.mesh.dcn)
                 layout = resolve(config, topology)
                 check_batch(experiment.train, layout)
             except ValueError:

@@ -3,7 +3,9 @@
 What an axis costs in theory:
 
 - `data` (and every axis that splits rows or their length): an all-reduce of the gradients of all parameters that it
-  does not split; `slices` where it crosses them, of what a slice's devices each hold a part of.
+  does not split, for each part of the batch; `slices` where it crosses them, of what a slice's devices each hold a part
+  of. `mesh.dcn_gradients` sends two bytes an element there, once a step. With `mesh.shard_optimizer` it is a
+  reduce-scatter, and an all-gather of the updates.
 - `fsdp`: of each parameter that it splits, an all-gather before the forward pass, one more before the backward pass
   where the layers are scanned, and a reduce-scatter of its gradient.
 - `tensor`: an all-reduce of the activations wherever a product sums over a split axis: in the forward pass after the
@@ -59,6 +61,8 @@ def traffic(
     """All flows of a step, by axis."""
     found: dict[tuple[str, str, bool], list[float]] = {}
 
+    itemsize = jax.numpy.dtype(workload.experiment.model.get("compute_dtype", "float32")).itemsize
+
     def add(axes: Sequence[str], kind: str, payload: float, overlaps: bool, runs: float = 1.0) -> None:
         axes = [axis for axis in layout.sizes if axis in axes and layout.sizes[axis] > 1]
         if not axes or not payload:
@@ -72,6 +76,9 @@ def traffic(
         if outside > 1:
             # Each device of a slice carries its part to the other slices.
             part = payload / inside
+            if kind in ("all-reduce", "reduce-scatter") and workload.experiment.mesh.dcn_gradients is not None:
+                # Halved where they are float32, and added up over the parts of the batch before they leave.
+                part, runs = part * 2 / itemsize, 1.0
             between = found.setdefault((DCN, kind, overlaps), [0.0, 0.0])
             between[0] += runs * part
             between[1] += runs * sent(kind, part, outside)
@@ -101,7 +108,11 @@ def _gradients(
         gradient = one.local * gradient_itemsize(workload, one)
         # Where an axis parts the rows or their length, each device has a part of the sum.
         spread = [axis for axis in (*BATCH_AXES, "context") if axis not in one.split]
-        add(spread, "all-reduce", gradient, True)
+        if workload.experiment.mesh.shard_optimizer:
+            add(spread, "reduce-scatter", gradient, True, parts)
+            add(spread, "all-gather", one.local * one.itemsize, True)
+        else:
+            add(spread, "all-reduce", gradient, True, parts)
         if "fsdp" in one.split:
             whole = one.local * layout.sizes["fsdp"]
             # Rows of a table are looked up as they are; products read what `read_itemsize` says.
