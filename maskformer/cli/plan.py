@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -50,5 +49,5 @@ def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     print(json.dumps(plain, indent=2) if arguments.json else planning.render(made))
     if arguments.workdir is not None:
         with writing("--workdir", arguments.workdir):
-            planning.write_plan(pathlib.Path(arguments.workdir), plain)
+            planning.write_plan(arguments.workdir, plain)
     return 0 if made.fits else 1

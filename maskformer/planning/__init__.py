@@ -7,9 +7,8 @@
 `maskformer plan` is its command line; docs/plan.md explains what it prints.
 """
 
-from maskformer.planning.comparison import compare
+from maskformer.planning.comparison import compare, compared
 from maskformer.planning.comparison import read as read_plan
-from maskformer.planning.comparison import table as comparison_table
 from maskformer.planning.comparison import write as write_plan
 from maskformer.planning.planner import Plan, plan
 from maskformer.planning.rendering import render
@@ -18,6 +17,6 @@ from maskformer.planning.topologies import Topology
 from maskformer.planning.topologies import parse as parse_topology
 
 __all__ = [
-    "Plan", "Topology", "compare", "comparison_table", "parse_topology", "plain", "plan", "read_plan", "render",
+    "Plan", "Topology", "compare", "compared", "parse_topology", "plain", "plan", "read_plan", "render",
     "write_plan",
 ]  # fmt: skip

@@ -3,46 +3,50 @@
 from __future__ import annotations
 
 import json
-import pathlib
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from maskformer import paths
 from maskformer.checks import printable, shown
 from maskformer.planning.schema import SCHEMA
 from maskformer.training.tables import markdown_table
+from maskformer.training.workdir import METRICS, read_metrics, read_object
 
 FILE = "plan.json"
-# Of the plan's roofline, what a log line measures too: its name there, the head of its column, and how it is written.
+# Of the plan's roofline, what a log line measures too: its name there, what it is called, and how it is written.
 MEASURED = {
     "tokens_per_second": ("train/tokens_per_second", "tokens/s", ",.0f"),
     "mfu": ("train/mfu", "MFU", ".1%"),
 }
 
 
-def write(workdir: pathlib.Path, plain: Mapping[str, Any]) -> None:
-    """Store a plan, from `schema.plain`, beside the run of a folder, which is made where it is not there."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / FILE).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+def write(workdir: str | os.PathLike[str], plain: Mapping[str, Any]) -> None:
+    """Store a plan, from `schema.plain`, beside the run of a folder, which is made where it is not there.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    folder = paths.resolve(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths.replace_bytes(folder / FILE, (json.dumps(plain, indent=2) + "\n").encode())
 
 
-def read(workdir: pathlib.Path) -> dict[str, Any] | None:
+def read(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The plan beside a run, None where there is none.
 
     Raises:
       ValueError: the file holds no plan, or one of another schema.
     """
-    file = workdir / FILE
+    file = paths.resolve(workdir) / FILE
     if not file.exists():
         return None
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"{printable(str(file))}: no plan ({type(error).__name__}); make it anew") from error
-    if not isinstance(stored, dict) or stored.get("schema") != SCHEMA:
-        found = stored.get("schema") if isinstance(stored, dict) else stored
+    stored = read_object(file, "make it anew: maskformer plan --workdir")
+    if stored.get("schema") != SCHEMA:
         raise ValueError(
-            f"{printable(str(file))}: schema {shown(found)}: expected {SCHEMA}; make it anew with `maskformer plan`"
+            f"{printable(str(file))}: schema={shown(stored.get('schema'))}: expected {SCHEMA}; make it anew: "
+            "maskformer plan --workdir"
         )
     return stored
 
@@ -62,18 +66,17 @@ def compare(plan: Mapping[str, Any], metrics: Sequence[Mapping[str, float]]) -> 
     return found
 
 
-def table(runs: Mapping[str, tuple[Mapping[str, Any], Sequence[Mapping[str, float]]]]) -> str | None:
-    """A Markdown table of runs that have a plan, None where none has.
-
-    Args:
-      runs: name -> (plan, lines).
-    """
+def compared(workdirs: Sequence[str | os.PathLike[str]]) -> str | None:
+    """A Markdown table of the runs that have a plan beside them, None where none has."""
     rows = []
-    for name, (plan, lines) in runs.items():
+    for workdir in workdirs:
+        if (plan := read(workdir)) is None:
+            continue
+        topology = plan["topology"]
+        place = topology["name"] + (f" x {topology['slices']}" if topology["slices"] > 1 else "")
+        lines = read_metrics(paths.resolve(workdir) / METRICS)
         for metric, (predicted, measured) in compare(plan, lines).items():
-            _, head, spec = MEASURED[metric]
-            place, slices = plan["topology"]["name"], plan["topology"]["slices"]
-            place += f" x {slices}" if slices > 1 else ""
-            ratio = f"{measured / predicted:.2f}" if predicted else "-"
-            rows.append([printable(name), place, head, format(predicted, spec), format(measured, spec), ratio])
-    return markdown_table(["run", "planned for", "", "predicted", "measured", "ratio"], rows) if rows else None
+            _, name, spec = MEASURED[metric]
+            ratio = f"{measured / predicted:.2f}"
+            rows.append([printable(workdir), place, name, format(predicted, spec), format(measured, spec), ratio])
+    return markdown_table(["run", "planned for", "metric", "predicted", "measured", "ratio"], rows) if rows else None

@@ -94,7 +94,7 @@ def out_of_memory(message: str) -> tuple[int, int] | None:
 
     >>> out_of_memory("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
     ...               "(144.80G) exceeds available HBM (15.75G).")
-    (155477815296, 16911433728)
+    (155477816115, 16911433728)
     """
     for pattern in _NEEDED:
         if found := pattern.search(message):

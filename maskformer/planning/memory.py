@@ -42,8 +42,9 @@ class Memory:
       activations: what the layers keep from forward to backward.
       logits: the logits, and their gradient.
       ends: what embeddings and head keep.
-      weights: copies of parameters in the dtype that products read, and those that are gathered.
+      weights: copies of parameters in the dtype that products read, and what is gathered of them, at the fullest moment.
       gradients: of all parameters, in their accumulated dtype.
+      earlier_gradients: of them, those of earlier parts of the batch.
       working: what one layer works on while it is differentiated.
       layer_bytes: what one layer's products make.
       peak: the arguments and the fullest moment.
@@ -59,10 +60,16 @@ class Memory:
     ends: int
     weights: int
     gradients: int
+    earlier_gradients: int
     working: int
     layer_bytes: int
     peak: int
     moment: str
+
+    @property
+    def gradients_there(self) -> int:
+        """Bytes of gradients at the fullest moment: at the loss those of earlier parts of the batch."""
+        return self.earlier_gradients if self.moment == "loss" else self.gradients
 
     @property
     def arguments(self) -> int:
@@ -99,8 +106,7 @@ def memory(
     of_kind = {
         kind: sum(held(one) for one in workload.kept if one.kind == kind) for kind in ("layers", "logits", "ends")
     }
-    width = workload.experiment.model.get("width")
-    made = [one for one in workload.layer if one.floating and not (one.shape[-1] == width and set(one.powers) == {"rows"})]
+    made = [one for one in workload.layer if one.floating and not _in_between(one, workload)]
     layer = sum(one.bytes(sizes) / context for one in made)
     working = max(0.0, WORKING * layer - (VMEM if target == "tpu" else 0))
     gradients = sum(one.local * max(4, one.itemsize) for one in parameters)
@@ -123,13 +129,19 @@ def memory(
         activations=round(of_kind["layers"]),
         logits=round(of_kind["logits"]),
         ends=round(ENDS * of_kind["ends"]),
-        weights=round(copies + gathered),
+        weights=round(copies + (gathered if moment == "layers" else 0.0)),
         gradients=round(parts * gradients),
+        earlier_gradients=round((parts - 1) * gradients),
         working=round(working),
         layer_bytes=round(layer),
         peak=round(peak),
         moment=moment,
     )
+
+
+def _in_between(kept: Kept, workload: Workload) -> bool:
+    """Whether an array is as wide as the residual: what norms and sums make between the products."""
+    return kept.shape[-1] == workload.experiment.model.get("width") and set(kept.powers) == {"rows"}
 
 
 def local_sizes(workload: Workload, placed: Placed, layout: Layout) -> dict[str, float]:
@@ -198,11 +210,11 @@ def shares(memory: Memory) -> Mapping[str, int]:
     if memory.averages:
         parts["averages"] = memory.averages
     if memory.moment != "update":
-        parts |= {"activations": memory.activations, "weights": memory.weights}
+        parts |= {"activations": memory.activations, "embeddings and head": memory.ends, "weights": memory.weights}
     if memory.moment == "loss":
         parts |= {"logits": memory.logits}
-    else:
-        parts |= {"gradients": memory.gradients}
+    if gradients := memory.gradients_there:
+        parts |= {"gradients": gradients}
     if memory.moment == "layers":
         parts |= {"working": memory.working}
     return parts

@@ -20,6 +20,7 @@ class Parameter:
     """One array of parameters on a mesh.
 
     Attributes:
+      path: where it is in the model, such as ("layers", "attention", "query", "kernel").
       axes: logical names of its axes.
       shape: of the whole array.
       itemsize: bytes of an element as it is stored.
@@ -27,6 +28,7 @@ class Parameter:
       local: elements that a device holds.
     """
 
+    path: tuple[str, ...]
     axes: tuple[str, ...]
     shape: tuple[int, ...]
     itemsize: int
@@ -59,14 +61,15 @@ class Parameter:
 
 def parameters(program: Planned, sizes: Mapping[str, int], rules: Rules) -> list[Parameter]:
     """All parameters of a program on a mesh of these axis sizes."""
-    shapes = jax.tree.leaves(program.model.param_shapes())
+    shapes = jax.tree_util.tree_leaves_with_path(program.model.param_shapes())
     names = jax.tree.leaves(program.model.logical_axes(), is_leaf=lambda node: isinstance(node, tuple))
     found = []
-    for shape, axes in zip(shapes, names, strict=True):
+    for (keys, shape), axes in zip(shapes, names, strict=True):
+        path = tuple(str(key.key) for key in keys)
         split: list[str] = []
         for entry in partition_spec(axes, rules):
             split += [entry] if isinstance(entry, str) else list(entry or ())
         split = [axis for axis in split if sizes[axis] > 1]
         local = math.prod(shape.shape) // math.prod(sizes[axis] for axis in split)
-        found.append(Parameter(axes, tuple(shape.shape), shape.dtype.itemsize, tuple(split), local))
+        found.append(Parameter(path, axes, tuple(shape.shape), shape.dtype.itemsize, tuple(split), local))
     return found

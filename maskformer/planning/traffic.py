@@ -9,7 +9,7 @@ What an axis costs in theory:
 - `fsdp`: of each parameter that it splits, an all-gather before the forward pass, one more before the backward pass
   where the layers are scanned, and a reduce-scatter of its gradient.
 - `tensor`: an all-reduce of the activations wherever a product sums over a split axis: in the forward pass after the
-  attention and the feed-forward layer, in the backward pass before each projection that they begin with.
+  attention and the feed-forward layer, in the backward pass before them.
 - `context`: an all-gather of keys and values, again in the backward pass, and a reduce-scatter of their gradients.
 - `stage`: each boundary's activations forward and their gradients backward.
 - `expert`: an all-to-all of the tokens to their experts and back, forward and backward.
@@ -134,6 +134,8 @@ def _activations(
     again = workload.repeated_share
     stages = layout.sizes["stage"]
     widest = 0
+    began: set[tuple[str, ...]] = set()
+    heads = {one.path[:-2] for one in parameters if one.axes[0] == "vocab" and one.matrix and "head" in one.path}
     for one in parameters:
         layers = one.layers / (stages if one.stacked else 1)
         if "embed" not in one.axes or not one.matrix:
@@ -143,13 +145,19 @@ def _activations(
         if "tensor" in one.split:
             embed = positions * width * itemsize
             if one.axes[0] in TABLES:
-                predicted = rows * objective.budget * width * itemsize
-                add(["tensor"], "all-reduce", embed + predicted, False, parts)
-            else:
-                sums = one.axes.index("embed") > 1 if one.stacked else one.axes[0] != "embed"
+                # Rows that other devices hold are 0; the gradient of the hidden states sums over the vocabulary.
+                if "embeddings" in one.path:
+                    add(["tensor"], "all-reduce", embed, False, parts)
+                if "head" in one.path or not heads:
+                    add(["tensor"], "all-reduce", rows * objective.budget * width * itemsize, False, parts)
+            elif one.axes[-1] == "embed":
                 # The feed-forward layer's result is what the next one keeps: only the attention's is summed again.
-                runs = 1 + (again if "heads" in one.axes else 0) if sums else 1
+                runs = 1 + (again if "heads" in one.axes else 0)
                 add(["tensor"], "all-reduce", embed, False, parts * layers * runs)
+            elif one.path[:-2] not in began:
+                # The gradients of what query, key and value read, or up and gate, are summed before they travel.
+                began.add(one.path[:-2])
+                add(["tensor"], "all-reduce", embed, False, parts * layers)
         if one.stacked and "kv_heads" in one.axes and layout.sizes["context"] > 1:
             split = layout.sizes["tensor"] if "tensor" in one.split else 1
             whole = rows * objective.output_length * one.size("kv_heads") * one.size("head_dim") * itemsize / split
