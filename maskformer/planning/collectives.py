@@ -25,8 +25,8 @@ class Collective:
     """What one kind of collective does along one axis in a step.
 
     Attributes:
-      axis: a mesh axis, several joined by "+" in the mesh's order, "slices" for what leaves a slice, or "other" for
-        groups that are no axes.
+      axis: a mesh axis, several joined by "+" in the mesh's order, "slices" for what leaves a slice, or "part of" axes
+        whose groups are smaller.
       kind: of `KINDS`.
       count: how often it runs in a step.
       payload_bytes: of the whole arrays that are reduced or gathered, per device: of an all-reduce its input, of an
@@ -52,16 +52,19 @@ def sent(kind: str, payload: float, devices: int) -> float:
     return payload * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
 
 
-def read(text: str, mesh_shape: Mapping[str, int]) -> tuple[list[Collective], list[str]]:
+def read(
+    text: str, mesh_shape: Mapping[str, int], across: Mapping[str, int] | None = None
+) -> tuple[list[Collective], list[str]]:
     """The collectives of a compiled program's text, largest first, and what could not be read, a line each.
 
     Args:
       text: of `jax.stages.Compiled.as_text`.
       mesh_shape: axis -> devices, in the order of the mesh that the program was compiled for.
+      across: axis -> slices that it spans.
     """
     module = hlo.parse(text)
     found: dict[tuple[str, str], list[int]] = {}
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str | None]] = set()
     problems = [f"loop {name}: no trip count is written; counted once" for name in module.unknown_loops]
     for computation, instruction, runs in module.instructions():
         kind = instruction.opcode.removesuffix("-start")
@@ -71,12 +74,12 @@ def read(text: str, mesh_shape: Mapping[str, int]) -> tuple[list[Collective], li
         elif kind not in KINDS:
             continue
         else:
-            # The compiler may part one collective over several fusions, which then share its channel.
+            # The compiler may part one collective over a chain of fusions, which then share its channel.
             channel = instruction.attribute("channel_id")
-            if channel is not None and (kind, channel) in seen:
+            if "chain_id=" in instruction.rest and (kind, channel) in seen:
                 continue
-            seen.add((kind, channel or f"{computation}/{instruction.name}"))
-            axis, devices = _axis(instruction, kind, mesh_shape)
+            seen.add((kind, channel))
+            axis, devices = _axis(instruction, kind, mesh_shape, across or {})
             if devices == 1:
                 continue
             if kind == "all-reduce" and _scatters(module, computation):
@@ -116,12 +119,14 @@ def groups(text: str) -> list[list[int]]:
 
 def _mesh_groups(text: str) -> list[list[int]]:
     """Groups along some axes of a mesh that the text names; `'a':(2)2` is the part of `a` below the first 2."""
-    names, axes = re.fullmatch(r"mesh\[([^\]]*)\](?:, ?device_ids=\([^)]*\))? ?\{(.*)\}", text).groups()  # type: ignore
+    found = re.fullmatch(r"mesh\[([^\]]*)\](?:, ?device_ids=\((.*)\))? ?\{(.*)\}", text)
+    if found is None:
+        raise ValueError(f"replica_groups={text}: a form that is not known here")
+    names, order, axes = found.groups()
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", names)}
-    order = re.search(r"device_ids=\((.*?)\)(?: |\{|$)", text)
     devices = np.arange(math.prod(sizes.values()))
     if order is not None:
-        devices = np.array(groups(_as_iota(order[1]))).reshape(-1)
+        devices = np.array(groups(_as_iota(order))).reshape(-1)
     taken: dict[str, tuple[int, int]] = {}
     for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
         taken[name] = (int(before), int(size)) if size else (1, sizes[name])
@@ -143,8 +148,12 @@ def _as_iota(text: str) -> str:
     return f"[1,{count}]<={text}"
 
 
-def axis_name(members: Iterable[Iterable[int]], mesh_shape: Mapping[str, int]) -> str:
-    """The mesh axis along which each group's members differ, several joined by "+", or "other".
+def axis_name(
+    members: Iterable[Iterable[int]], mesh_shape: Mapping[str, int], across: Mapping[str, int] | None = None
+) -> str:
+    """The mesh axis along which each group's members differ, several joined by "+"; "part of" it where they are fewer.
+
+    What an axis has within each of the slices that it spans counts as the axis.
 
     >>> axis_name([[0, 2], [1, 3]], {"data": 2, "tensor": 2}), axis_name([[0, 1, 2, 3]], {"data": 2, "tensor": 2})
     ('data', 'data+tensor')
@@ -154,10 +163,13 @@ def axis_name(members: Iterable[Iterable[int]], mesh_shape: Mapping[str, int]) -
     places = np.array(np.unravel_index(first, sizes)).T
     varying = [name for name, column in zip(mesh_shape, places.T) if len(set(column)) > 1]
     whole = math.prod(mesh_shape[name] for name in varying)
-    return "+".join(varying) if whole == len(first) else f"part of {'+'.join(varying)}"
+    slices = math.prod((across or {}).get(name, 1) for name in varying)
+    return "+".join(varying) if len(first) in (whole, whole // slices) else f"part of {'+'.join(varying)}"
 
 
-def _axis(instruction: hlo.Instruction, kind: str, mesh_shape: Mapping[str, int]) -> tuple[str, int]:
+def _axis(
+    instruction: hlo.Instruction, kind: str, mesh_shape: Mapping[str, int], across: Mapping[str, int]
+) -> tuple[str, int]:
     """The axis of a collective and the devices of one of its groups."""
     if kind == "collective-permute":
         pairs = re.findall(r"\{(\d+),(\d+)\}", instruction.attribute("source_target_pairs") or "")
@@ -173,7 +185,7 @@ def _axis(instruction: hlo.Instruction, kind: str, mesh_shape: Mapping[str, int]
     members = (groups(_whole_groups(instruction, text)) if text else []) or everyone
     if len(members[0]) == 1:
         return "other", 1
-    return axis_name(members, mesh_shape), len(members[0])
+    return axis_name(members, mesh_shape, across), len(members[0])
 
 
 def _whole_groups(instruction: hlo.Instruction, text: str) -> str:

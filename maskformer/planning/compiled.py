@@ -76,7 +76,7 @@ def compile_step(program: Planned, topology: Topology, layout: Layout) -> Compil
         return Compiled(None, None, None, *found, (), (), time.monotonic() - start)
     seconds = time.monotonic() - start
     usage: Any = step.memory_analysis()
-    collectives, problems = read(step.as_text() or "", dict(mesh.shape))
+    collectives, problems = read(step.as_text() or "", dict(mesh.shape), layout.across)
     return Compiled(
         usage.argument_size_in_bytes,
         usage.temp_size_in_bytes,

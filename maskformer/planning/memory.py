@@ -42,7 +42,7 @@ class Memory:
       activations: what the layers keep from forward to backward.
       logits: the logits, and their gradient.
       ends: what embeddings and head keep.
-      weights: copies of parameters in the dtype that products read, and what is gathered of them, at the fullest moment.
+      weights: copies of parameters in the dtype that products read, and what is gathered of them, at that moment.
       gradients: of all parameters, in their accumulated dtype.
       earlier_gradients: of them, those of earlier parts of the batch.
       working: what one layer works on while it is differentiated.

@@ -207,6 +207,8 @@ def devices(topology: Topology) -> Sequence[Any]:
     prefix, each = _ACCELERATORS[topology.chip.name]
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # Its lock is for a TPU's sake, of which none is used: plans may be made side by side.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ["TPU_ACCELERATOR_TYPE"] = f"{prefix}-{math.prod(topology.shape) * each}"
     # A v4 chip's two cores are one device, as on the machines.
     options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}

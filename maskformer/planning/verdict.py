@@ -12,6 +12,7 @@ from maskformer.planning.layouts import check_batch, resolve
 from maskformer.planning.search import search
 from maskformer.planning.topologies import Topology
 from maskformer.planning.workload import Planned, Workload, trace
+from maskformer.training.sections import TrainConfig
 
 MOST_PARTS = 64
 
@@ -114,12 +115,8 @@ def _best(workload: Workload, topology: Topology, price: float) -> Estimate | No
     return next(iter(search(workload, topology, price)), None)
 
 
-def _with(workload: Workload, **changed: Any) -> Workload:
-    """The workload of an experiment that keeps its model: nothing is traced anew."""
-    experiment = dataclasses.replace(workload.experiment, **changed)
-    rows = {"rows": experiment.train.batch_size}
-    program = Planned(experiment, workload.program.vocabulary_size)
-    return dataclasses.replace(workload, program=program, sizes={**workload.sizes, **rows})
+def _with(workload: Workload, train: TrainConfig) -> Workload:
+    return workload.under(dataclasses.replace(workload.experiment, train=train))
 
 
 def _changed(workload: Workload, topology: Topology, **changed: Any) -> Workload:

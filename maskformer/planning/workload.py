@@ -121,6 +121,11 @@ class Workload:
         """Of a step on all devices, without what rematerialisation repeats."""
         return self.program.task.flops_per_token * self.tokens
 
+    def under(self, experiment: ExperimentConfig) -> Workload:
+        """The workload of an experiment that has the same model and rows of the same length: nothing is traced anew."""
+        program = Planned(experiment, self.program.vocabulary_size)
+        return dataclasses.replace(self, program=program, sizes={**self.sizes, "rows": experiment.train.batch_size})
+
     @functools.cached_property
     def repeated_share(self) -> float:
         """Forward passes of the layers that the backward pass repeats: 1 with remat "full", else their elementwise

@@ -25,7 +25,8 @@ def test_a_mesh_takes_all_devices_and_its_outer_axes_cross_slices(name, slices, 
 
 
 @pytest.mark.parametrize("mesh, nearest", [
-    ({"tensor": 3}, "tensor=4"), ({"data": 2, "tensor": 3}, "tensor=8"), ({"fsdp": 5}, "fsdp=4"), ({"data": 9}, "data=16"),
+    ({"tensor": 3}, "tensor=4"), ({"data": 2, "tensor": 3}, "tensor=8"), ({"fsdp": 5}, "fsdp=4"),
+    ({"data": 9}, "data=16"),
 ])  # fmt: skip
 def test_a_mesh_that_does_not_divide_names_the_nearest_that_does(mesh, nearest):
     topology = topologies.parse("v5e:4x4")

@@ -7,8 +7,7 @@ from maskformer.planning.layouts import resolve
 from maskformer.planning.traffic import gradient_bytes
 from tests.planning.cases import COMPILED, MINI, estimate_of, parameters_of, workload_of
 
-# Where the compiler does what theory says. Two do not: in float32 BERT's three gradients before query, key and value are
-# reduced apart (1.47 of theory along tensor); on few devices a float32 product passes its weights around (docs/scale.md).
+# Where the compiler does what theory says; docs/scale.md has where it does not.
 FOLLOW = {
     "bert data": "data", "bert large": "data", "bert large bfloat16": "data", "bert fsdp": "fsdp",
     "llama 7b fsdp": "fsdp", "llama full remat": "fsdp", "llama tensor": "tensor",
