@@ -69,9 +69,9 @@ GPT = {
 def start(arg, sizes):
     """(name of the size, config) for an argument such as "mini,seq=256": data, shape and rhythm are set.
 
-    Options: `seq` row length, `vocab` vocabulary size, `data` dataset.
+    Options: `seq` row length, `vocab` vocabulary size, `data` dataset, `experts` of a mixture, 0 for none.
     """
-    known = {"choices": tuple(sizes), "default": "mini", "data": "austen"}
+    known = {"choices": tuple(sizes), "default": "mini", "data": "austen", "experts": 0}
     # The size brings the defaults of the others.
     name, _ = parse_arg(arg, seq=128, vocab=8192, **known)
     _, options = parse_arg(arg, seq=sizes[name].length, vocab=sizes[name].vocabulary, **known)
@@ -79,6 +79,7 @@ def start(arg, sizes):
     config.data.name = options.data
     config.data.length = options.seq
     config.data.vocabulary_size = options.vocab
+    config.model.experts = options.experts
     resize(config, sizes[name])
     if name == "demo":
         config.data.length, config.data.vocabulary_size = 64, 4096

@@ -26,7 +26,9 @@ from experiments.plots import curves_plot, default_plot, panels
 from experiments.results import Results, Value
 from experiments.tables import arm_table, default_table, spread
 from experiments.trained import Trained
+from maskformer import paths
 from maskformer.checks import printable, require
+from maskformer.paths import AnyPath
 from maskformer.training import Preempted, resolve, sweeps
 from maskformer.training.checkpoints import CheckpointError
 from maskformer.training.preemption import PreemptionGuard
@@ -116,7 +118,7 @@ class Card:
         return sweeps.product(sweeps.arms("seed", self.seeds), changes or [{}])
 
     def plan(
-        self, workdir: pathlib.Path, seeds: Sequence[int], steps: int | None = None
+        self, workdir: AnyPath, seeds: Sequence[int], steps: int | None = None
     ) -> dict[tuple[str, int], ConfigDict]:
         """The runs, checked before any of them starts: (arm, seed) -> config.
 
@@ -139,7 +141,7 @@ class Card:
             running.refuse_another(plan[arm, seed], workdir / self.folder(arm, seed))
         return plan
 
-    def train(self, workdir: pathlib.Path, plan: Mapping[tuple[str, int], ConfigDict]) -> None:
+    def train(self, workdir: AnyPath, plan: Mapping[tuple[str, int], ConfigDict]) -> None:
         """Train what is not trained yet."""
         if jax.config.jax_compilation_cache_dir is None:
             # Runs that differ in their seed only share their programs.
@@ -147,9 +149,7 @@ class Card:
         for run, config in plan.items():
             running.train(config, workdir / self.folder(*run))
 
-    def results(
-        self, workdir: pathlib.Path, plan: Mapping[tuple[str, int], ConfigDict], guard: PreemptionGuard
-    ) -> Results:
+    def results(self, workdir: AnyPath, plan: Mapping[tuple[str, int], ConfigDict], guard: PreemptionGuard) -> Results:
         """Measure all of it.
 
         Raises:
@@ -159,7 +159,7 @@ class Card:
         names: list[str] | None = None
         for (arm, seed), config in plan.items():
             values = self.measure(Trained(workdir / self.folder(arm, seed), arm, seed, config))
-            if guard.requested(config.train.steps):
+            if guard.requested():
                 raise Preempted(config.train.steps, guard.exit_code)
             names = list(values) if names is None else names
             require(list(values) == names, f"measure: names of arm {arm!r}, seed {seed}", list(values), f"{names}")
@@ -217,9 +217,17 @@ class Card:
             parser.error(f"--steps: {arguments.steps}: expected at least 1")
         # A trial leaves the card's own runs and results alone.
         trial = "" if arguments.steps is None else f"-{arguments.steps}-steps"
-        workdir = pathlib.Path(arguments.workdir or f"runs/{name}{trial}")
+        if arguments.workdir and (why := paths.why_no_folder(arguments.workdir)) is not None:
+            parser.error(f"--workdir: {arguments.workdir}: {why}")
+        workdir = paths.given(arguments.workdir or f"runs/{name}{trial}")
         whole = not trial and arguments.seeds is None
-        own = self.home if whole or arguments.write else workdir / "results"
+        # Of runs in a bucket too, the results are for this machine.
+        here = workdir if paths.is_local(workdir) else pathlib.Path(f"runs/{name}{trial}")
+        own = self.home if whole or arguments.write else here / "results"
+        if arguments.output is not None and not paths.is_local(arguments.output):
+            parser.error(
+                f"--output: {arguments.output}: expected a folder of this machine; only runs may be in a bucket"
+            )
         output = pathlib.Path(arguments.output or own)
         stored = output / "results.json"
         for flag in ("workdir", "steps", "seeds"):

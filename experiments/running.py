@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from maskformer import paths
 from maskformer.checks import require
+from maskformer.paths import AnyPath
 from maskformer.training import train_and_evaluate
 from maskformer.training.checkpoints import checkpoint_steps
 from maskformer.training.experiment import plain
@@ -38,7 +38,7 @@ def shortened(config: ConfigDict, steps: int) -> ConfigDict:
     return config
 
 
-def train(config: ConfigDict, folder: pathlib.Path) -> None:
+def train(config: ConfigDict, folder: AnyPath) -> None:
     """Train a run in its folder, or resume it; a complete run is not repeated.
 
     Raises:
@@ -52,7 +52,7 @@ def train(config: ConfigDict, folder: pathlib.Path) -> None:
     train_and_evaluate(config, folder)
 
 
-def is_complete(config: ConfigDict, folder: pathlib.Path) -> bool:
+def is_complete(config: ConfigDict, folder: AnyPath) -> bool:
     """Whether `folder` holds the last checkpoint of this very run.
 
     Keys that its record lacks are younger than the run, which had what is their default now.
@@ -65,7 +65,7 @@ def is_complete(config: ConfigDict, folder: pathlib.Path) -> bool:
     return _agrees(record, ours) and record["task"] == ours["task"]
 
 
-def refuse_another(config: ConfigDict, folder: pathlib.Path) -> None:
+def refuse_another(config: ConfigDict, folder: AnyPath) -> None:
     """Raise if resuming in `folder` would go on from a run of another length, optimizer or task.
 
     Such a change is allowed when one resumes by hand. Between the arms of a card it would be in the results, unseen.
@@ -87,8 +87,8 @@ def refuse_another(config: ConfigDict, folder: pathlib.Path) -> None:
                 )
 
 
-def _record(folder: pathlib.Path) -> dict[str, Any] | None:
-    if not os.path.lexists(folder / CONFIG):
+def _record(folder: AnyPath) -> dict[str, Any] | None:
+    if not paths.lexists(folder / CONFIG):
         return None
     record = {"task": {}, **read_config(folder, sections=("train", "optimizer"))}
     require(isinstance(record["task"], Mapping), f"{folder / CONFIG}: task", record["task"], "a section")

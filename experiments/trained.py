@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from maskformer.paths import AnyPath
 from maskformer.training import runs
 from maskformer.training.workdir import METRICS, read_metrics
 
@@ -23,7 +23,7 @@ class Trained:
       config: what it was trained with.
     """
 
-    folder: pathlib.Path
+    folder: AnyPath
     arm: str
     seed: int
     config: ConfigDict

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from maskformer import paths
 from maskformer.checks import printable, shown
 from maskformer.evaluation import KINDS
 from maskformer.training.tables import markdown_table
-from maskformer.training.workdir import METRICS, read_config, read_metrics, reason
+from maskformer.training.workdir import METRICS, has_metrics, read_config, read_metrics, reason
 
 # Of an evaluation, what is told first: metric -> the head of its column, and how it is written.
 COLUMNS = {
@@ -26,7 +28,7 @@ DETAILS = {"unigram_loss", "predicted", *(f"{name}_{kind}" for name in ("loss", 
 # What every training says of itself, whatever it trains.
 OF_TRAINING = {
     "learning_rate", "grad_norm", "tokens_seen", "tokens_predicted", "flops", "seconds", "tokens_per_second",
-    "tflops_per_second", "mfu",
+    "tflops_per_second", "mfu", "data_wait_seconds", "device_wait_seconds",
 }  # fmt: skip
 # The curves that are drawn first, with their axis labels. A name without a prefix is of the evaluated split.
 PANELS = {
@@ -43,9 +45,9 @@ def load(workdir: str | pathlib.Path) -> tuple[dict[str, Any], list[dict[str, fl
     Raises:
       ValueError: the folder holds no run, or names what is wrong with one of its files.
     """
-    folder = pathlib.Path(workdir)
+    folder = paths.given(workdir)
     config = read_config(folder, sections=("evaluation",))
-    if not (folder / METRICS).is_file():
+    if not has_metrics(folder):
         raise ValueError(f"workdir {shown(str(workdir))}: no {METRICS} there; expected the folder of a run")
     return config, read_metrics(folder / METRICS)
 
@@ -53,7 +55,7 @@ def load(workdir: str | pathlib.Path) -> tuple[dict[str, Any], list[dict[str, fl
 def table(workdirs: Sequence[str | pathlib.Path]) -> str:
     """A Markdown table: what differs between the runs' configs, and each run's last evaluation."""
     runs = {printable(workdir): load(workdir) for workdir in workdirs}
-    flat = {name: _flatten(config) for name, (config, _) in runs.items()}
+    flat = {name: flatten(config) for name, (config, _) in runs.items()}
     keys = sorted({key for config in flat.values() for key in config})
     differing = [key for key in keys if len({json.dumps(config.get(key)) for config in flat.values()}) > 1]
     curves = [_curves(*run) for run in runs.values()]
@@ -113,7 +115,9 @@ def draw_curves(workdirs: Sequence[str | pathlib.Path], output: str | pathlib.Pa
         text.set_parse_math(False)  # a folder's name is no formula
     try:
         # By itself, Matplotlib would add to a name without a suffix.
-        figure.savefig(output, dpi=110, format=pathlib.Path(output).suffix[1:] or "png")
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=110, format=pathlib.PurePath(output).suffix[1:] or "png")
+        paths.given(output).write_bytes(picture.getvalue())
     except OSError as error:
         why = f"{os.fspath(output)}: cannot be written ({reason(error)}); choose another --output"
         raise ValueError(why) from error
@@ -153,11 +157,12 @@ def _last_evaluation(lines: list[dict[str, float]], split: str) -> dict[str, flo
     return {}
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a config by their dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from maskformer import paths
 from maskformer.checks import printable
+from maskformer.paths import AnyPath, StoreError, StorePath
 
 # UTF-32's little-endian mark begins with UTF-16's.
 _MARKS = (
@@ -38,6 +40,16 @@ class DataError(ValueError):
 
 class DiskFullError(DataError):
     """There is no room for what is made of the data: no mistake in the command, which may simply be run again."""
+
+
+class UnreachableError(DataError):
+    """The store that holds the data does not answer: no mistake in the command, which may simply be run again."""
+
+
+def unreadable(where: str, error: OSError, fix: str = "") -> DataError:
+    """The error of a file or a folder that cannot be read; an `UnreachableError` where that may be different soon."""
+    kind = UnreachableError if isinstance(error, StoreError) else DataError
+    return kind(f"{where}: {error.strerror or error}{fix}")
 
 
 def is_text(path: str | os.PathLike) -> bool:
@@ -69,7 +81,7 @@ def lines(path: str | os.PathLike, translate_newlines: bool = True) -> Iterator[
       DataError: it cannot be read or is not text.
     """
     try:
-        with _opened(path) as file:
+        with paths.reported(path), _opened(path) as file:
             encoding = _encoding(path, file)
             yield from io.TextIOWrapper(file, encoding=encoding, newline=None if translate_newlines else "")
     except UnicodeDecodeError as error:
@@ -77,7 +89,7 @@ def lines(path: str | os.PathLike, translate_newlines: bool = True) -> Iterator[
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{printable(path)}: damaged gzip file ({error}); compress or copy it again") from None
     except OSError as error:
-        raise DataError(f"{printable(path)}: {error.strerror or error}; give a file that you can read") from None
+        raise unreadable(printable(path), error, "; give a file that you can read") from None
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -107,7 +119,8 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def _opened(path: str | os.PathLike) -> io.BufferedReader | gzip.GzipFile:
-    return gzip.open(path, "rb") if os.fspath(path).lower().endswith(".gz") else open(path, "rb")
+    file = paths.opened(paths.given(path))
+    return gzip.GzipFile(fileobj=file) if os.fspath(path).lower().endswith(".gz") else file
 
 
 def _encoding(path: str | os.PathLike, file: io.BufferedReader | gzip.GzipFile) -> str:
@@ -152,7 +165,7 @@ class Walk:
       others: files with another suffix.
     """
 
-    files: tuple[Path, ...]
+    files: tuple[AnyPath, ...]
     links: int = 0
     hidden: int = 0
     repeated: int = 0
@@ -186,7 +199,7 @@ class Walk:
         return said + (f"; passed over {left_out}" if left_out else "")
 
 
-def suffix(path: Path) -> str:
+def suffix(path: AnyPath) -> str:
     """The suffix that says what a file holds: in lower case, without `.gz`.
 
     >>> suffix(Path("a/B.TXT")), suffix(Path("b.jsonl.GZ")), suffix(Path("c.gz"))
@@ -196,16 +209,19 @@ def suffix(path: Path) -> str:
     return os.path.splitext(name)[1]
 
 
-def walk(folder: Path, suffixes: Sequence[str]) -> Walk:
+def walk(folder: AnyPath, suffixes: Sequence[str]) -> Walk:
     """Finds the files below `folder` whose `suffix` is one of `suffixes`.
 
     Links are followed, to files and to folders. Below each entry of `folder` every real folder is read once, so that
-    links in a circle end, and a folder that two splits link to belongs to both. Hidden entries are passed over.
+    links in a circle end, and a folder that two splits link to belongs to both. Hidden entries are passed over. In a
+    bucket, where there are no links, all files are found by one listing.
 
     Raises:
       DataError: a folder cannot be read.
     """
-    files: list[Path] = []
+    if isinstance(folder, StorePath):
+        return _walk_store(folder, suffixes)
+    files: list[AnyPath] = []
     counts = dict.fromkeys(("links", "hidden", "repeated", "broken", "unreadable", "others"), 0)
     # Folders still to be read, each with the real folders already met below its entry of `folder`.
     waiting: list[tuple[Path, set[tuple[int, int]] | None]] = [(folder, None)]
@@ -232,6 +248,16 @@ def walk(folder: Path, suffixes: Sequence[str]) -> Walk:
             else:
                 counts["others"] += 1
     return Walk(tuple(sorted(files)), **counts)
+
+
+def _walk_store(folder: StorePath, suffixes: Sequence[str]) -> Walk:
+    try:
+        found = paths.files_below(folder)
+    except OSError as error:
+        raise unreadable(str(folder), error) from None
+    shown = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    wanted = tuple(path for path in shown if suffix(path) in suffixes)
+    return Walk(wanted, hidden=len(found) - len(shown), others=len(shown) - len(wanted))
 
 
 def _entries(folder: Path) -> list[tuple[Path, bool]]:

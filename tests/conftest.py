@@ -12,9 +12,7 @@ _flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in _flags:
     os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()
 # The tests' own cache: a developer's is neither trusted nor changed. Kept between sessions, as it is keyed by content.
-os.environ.setdefault(
-    "MASKFORMER_CACHE", str(pathlib.Path(tempfile.gettempdir()) / f"maskformer-tests-{os.getuid()}")
-)
+os.environ.setdefault("MASKFORMER_CACHE", str(pathlib.Path(tempfile.gettempdir()) / f"maskformer-tests-{os.getuid()}"))
 # Many tests compile the same small programs; the second one reads what the first one made.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["MASKFORMER_CACHE"] + "/xla")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
@@ -54,3 +52,25 @@ def bucket(emulator) -> str:
     from tests.emulator import create_bucket
 
     return f"gs://{create_bucket(emulator)}"
+
+
+@pytest.fixture
+def proxy(emulator, monkeypatch):
+    """Between the clients of this process and the emulator, to answer as a store that is busy or refuses."""
+    import gcsfs
+
+    from maskformer.paths import store, versions
+    from tests.emulator import Proxy
+
+    def forget():
+        store.filesystem.cache_clear()
+        versions._google_bucket.cache_clear()
+        gcsfs.GCSFileSystem.clear_instance_cache()
+
+    made = Proxy(emulator)
+    for name, value in made.variables.items():
+        monkeypatch.setenv(name, value)
+    forget()
+    yield made
+    made.close()
+    forget()

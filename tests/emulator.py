@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
+import http.server
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from launch.local import free_port
 
@@ -68,3 +72,76 @@ def contents(variables: dict[str, str], bucket: str) -> dict[str, dict]:
 def environment(variables: dict[str, str], cache: pathlib.Path) -> dict[str, str]:
     """For a process of its own."""
     return {**os.environ, **variables, "MASKFORMER_CACHE": str(cache)}
+
+
+class Proxy:
+    """Between a client and the emulator: answers some requests itself, as a store does that is busy or refuses.
+
+    Attributes:
+      variables: the environment under which clients speak with it.
+      answer: called with method and path; a status, "reset" to break the connection, or None to pass the request on.
+      refused: how many requests it has answered itself.
+      upstream: the address of the emulator.
+    """
+
+    def __init__(self, variables: dict[str, str]):
+        self.answer: Callable[[str, str], int | str | None] = lambda method, path: None
+        self.refused = 0
+        self.upstream = variables["STORAGE_EMULATOR_HOST"]
+        upstream = self.upstream.removeprefix("http://")
+        proxy = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def _any(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if self.headers.get("Transfer-Encoding") == "chunked":
+                    while size := int(self.rfile.readline(), 16):
+                        body += self.rfile.read(size)
+                        self.rfile.readline()
+                    self.rfile.readline()
+                answer = proxy.answer(self.command, self.path)
+                if answer == "reset":
+                    proxy.refused += 1
+                    self.close_connection = True
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    return
+                if answer is not None:
+                    proxy.refused += 1
+                    said = json.dumps({"error": {"code": answer, "message": f"made up {answer}"}}).encode()
+                    self._send(int(answer), {"Content-Type": "application/json"}, said)
+                    return
+                connection = http.client.HTTPConnection(upstream, timeout=30)
+                kept = {"content-length", "transfer-encoding", "connection"}
+                headers = {name: value for name, value in self.headers.items() if name.lower() not in kept}
+                connection.request(self.command, self.path, body, headers)
+                response = connection.getresponse()
+                data = response.read()
+                dropped = kept | {"date", "server"}
+                self._send(response.status, {k: v for k, v in response.getheaders() if k.lower() not in dropped}, data)
+                connection.close()
+
+            def _send(self, status, headers, data):
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(data)
+
+            do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = _any
+
+            def log_message(self, *_):
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.variables = {**variables, "STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()

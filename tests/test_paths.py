@@ -1,5 +1,6 @@
 """Paths: local ones are left alone, and buckets have a path's methods, against a real server."""
 
+import importlib.util
 import pathlib
 import pickle
 
@@ -33,7 +34,7 @@ def test_what_can_name_no_folder_is_told_without_asking_a_network(written, why):
 
 @pytest.mark.parametrize("kind, extra", [("gs", "gcs"), ("s3", "s3")])
 def test_a_missing_client_library_is_one_line_with_the_extra_to_install(monkeypatch, kind, extra):
-    monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=rf"{kind}:// needs \w+, which is not installed; pip install 'maskformer\["):
         paths.resolve(f"{kind}://bucket/run")
     assert paths.why_no_folder(f"{kind}://bucket/run").endswith(f"pip install 'maskformer[{extra}]'")
@@ -89,7 +90,7 @@ def test_a_file_is_written_only_where_it_is_the_one_that_is_known(bucket):
 def test_a_bucket_that_is_not_there_is_one_line_with_the_command_that_makes_it(emulator):
     with pytest.raises(OSError) as error:
         paths.check_store(paths.resolve("gs://not-there-at-all/run"))
-    assert str(error.value) == (
+    assert error.value.strerror == (
         "there is no bucket gs://not-there-at-all; mend its name, or make it: gcloud storage buckets create "
         "gs://not-there-at-all"
     )

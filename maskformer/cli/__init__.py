@@ -30,7 +30,7 @@ from types import ModuleType
 
 from maskformer.checks import origin, printable
 from maskformer.cli.parser import Parser, UsageError, hint
-from maskformer.textfiles import DiskFullError
+from maskformer.textfiles import DiskFullError, UnreachableError
 from maskformer.training.preemption import EX_INTERRUPTED, EX_TEMPFAIL, end_failed
 
 __all__ = ["EX_USAGE", "commands", "create_parser", "main"]
@@ -120,15 +120,17 @@ def _mistakes() -> tuple[type[Exception], ...]:
     """What is no fault of the program; looked up when something was raised, since JAX comes with it."""
     from maskformer.training.checkpoints import CheckpointError
     from maskformer.training.distributed import JoinError
+    from maskformer.training.workdir import RunError
 
-    return ValueError, CheckpointError, JoinError
+    return ValueError, CheckpointError, JoinError, RunError
 
 
 def _failures() -> tuple[type[Exception], ...]:
     """Of `_mistakes`, what comes from outside and not from the command."""
     from maskformer.training.distributed import JoinError
+    from maskformer.training.workdir import RunError
 
-    return DiskFullError, JoinError
+    return DiskFullError, UnreachableError, JoinError, RunError
 
 
 def _refuse(error: object, code: int = EX_USAGE) -> int:

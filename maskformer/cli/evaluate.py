@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from maskformer import paths
 from maskformer.checks import choose, nearest, require
 from maskformer.cli.files import check_writable, folder, writing
 from maskformer.cli.parser import REGISTERS_HELP, Parser
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
             print(comparison.named(column, said), file=sys.stderr)
     if arguments.json:
         with writing("--json", arguments.json):
-            pathlib.Path(arguments.json).write_text(json.dumps(results, indent=2) + "\n")
+            paths.given(arguments.json).write_text(json.dumps(results, indent=2) + "\n")
     return 0
 
 

@@ -12,6 +12,7 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+from maskformer import paths
 from maskformer.checks import require, shown
 from maskformer.paths import why_no_folder
 
@@ -44,6 +45,14 @@ def check_writable(flag: str, path: str | None) -> None:
     if path is None:
         return
     require(path != "" and "\0" not in path, flag, path, "the path of a file")
+    if (why := why_no_folder(path)) is not None:
+        raise ValueError(f"{flag}={shown(path)}: {why}")
+    if not paths.is_local(path):
+        try:
+            paths.check_store(paths.resolve(path))
+        except OSError as error:
+            raise ValueError(f"{flag}={shown(path)}: {error.strerror or error}") from error
+        return
     file = pathlib.Path(path)
     require(not file.is_dir(), flag, path, "a file, and this is a folder")
     folder = file.parent

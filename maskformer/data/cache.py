@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -15,8 +16,10 @@ from typing import Any
 
 import filelock
 
+from maskformer import paths
 from maskformer.checks import printable
-from maskformer.paths import why_no_folder
+from maskformer.data.shared_cache import SharedCache
+from maskformer.paths import StorePath, why_no_folder
 from maskformer.textfiles import DataError, DiskFullError, is_text
 
 _BUILDING = ".building."
@@ -24,16 +27,18 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cache_dir() -> Path:
-    """`$MASKFORMER_CACHE`, or `~/.cache/maskformer`; created if missing.
+    """`$MASKFORMER_CACHE`, or `~/.cache/maskformer`; created if missing. Of a cache in a bucket, its local mirror.
 
     Raises:
-      DataError: it cannot be written, it is no folder of this machine, or its name is no text, which TFDS needs.
+      DataError: it cannot be written, there is no such bucket, or its name is no text, which TFDS needs.
     """
     chosen = os.environ.get("MASKFORMER_CACHE")
     folder = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "maskformer"
     fix = "set MASKFORMER_CACHE to a folder that you can write"
     if chosen and (why := why_no_folder(chosen)) is not None:
         raise DataError(f"cache folder {printable(chosen)}: {why}; {fix}")
+    if (shared := _shared(chosen)) is not None:
+        folder, fix = shared.mirror, "set MASKFORMER_MIRROR to a local folder that you can write"
     if not is_text(folder):
         raise DataError(f"cache folder {printable(folder)}: its name is not UTF-8; {fix}")
     try:
@@ -44,6 +49,12 @@ def cache_dir() -> Path:
     except OSError as error:
         raise DataError(f"cache folder {folder}: {error.strerror or error}; {fix}") from None
     return folder
+
+
+@functools.cache
+def _shared(chosen: str | None) -> SharedCache | None:
+    """The cache in a bucket that MASKFORMER_CACHE names, or None."""
+    return SharedCache(StorePath(str(paths.resolve(chosen)))) if chosen and not paths.is_local(chosen) else None
 
 
 def content_key(**parts: Any) -> str:
@@ -64,7 +75,8 @@ def build_once(
     """Returns `path`, a folder or file in the cache, building it first if it is missing or damaged.
 
     Processes of one host (or of hosts that share a file system with locks) that ask at the same time wait for
-    the one that builds. The result appears by an atomic rename, so a killed build leaves nothing to be mistaken
+    the one that builds. From a cache in a bucket it is fetched where that has it, and shared with it where it has not
+    (`shared_cache`). The result appears by an atomic rename, so a killed build leaves nothing to be mistaken
     for a result; what it does leave is removed by the next build in the same folder.
 
     Args:
@@ -86,10 +98,14 @@ def build_once(
                     return path
                 _remove(path)
             _remove_leftovers(path)
+            shared = _shared(os.environ.get("MASKFORMER_CACHE"))
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name + _BUILDING) as unfinished:
                 result = Path(unfinished) / path.name
                 try:
-                    build(result)
+                    if shared is not None and path.is_relative_to(shared.mirror):
+                        shared.build(path, result, is_complete, build)
+                    else:
+                        build(result)
                 except Exception as error:
                     if (full := out_of_space(error)) is None:
                         raise

@@ -23,7 +23,8 @@ class DataConfig:
 
     Args:
       name: `austen` (embedded in the package), `tfds:<name>` (any TFDS dataset, such as `tfds:lm1b` or
-        `tfds:wikipedia/20230601.en`), or a folder of `.txt` / `.jsonl` files.
+        `tfds:wikipedia/20230601.en`), or a folder of `.txt` / `.jsonl` files, here or in a
+        bucket (`gs://bucket/text`).
       data_dir: where TFDS datasets are prepared; None is TFDS's own default. Only with `tfds:`.
       text_key: the field of a TFDS record or of a `.jsonl` line that holds the text.
       train_split, validation_split, test_split: what the three splits are called in the dataset. For `tfds:` they

@@ -7,12 +7,14 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
+from maskformer import paths
 from maskformer.checks import printable, shown
 from maskformer.data.cache import content_key
 from maskformer.data.data_config import SPLITS
-from maskformer.textfiles import DataError, lines, parse_json, suffix, walk
+from maskformer.paths import AnyPath, StorePath
+from maskformer.textfiles import DataError, lines, parse_json, suffix, unreadable, walk
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +36,16 @@ class Folder:
     that occurs twice is never in two splits).
     """
 
-    def __init__(self, folder: Path, split: str, text_key: str):
+    def __init__(self, folder: AnyPath, split: str, text_key: str):
         self._folder, self._split, self._text_key = folder, split, text_key
         self._where = f"data.name='{printable(folder)}'"
-        if not folder.is_dir():
-            kind = "is not a folder" if folder.exists() else "no such folder"
+        try:
+            paths.check_store(folder, only_read=True)
+            is_folder, exists = folder.is_dir(), folder.exists()
+        except OSError as error:
+            raise unreadable(self._where, error) from None
+        if not is_folder:
+            kind = "is not a folder" if exists else "no such folder"
             raise DataError(f"{self._where}: {kind}; give a folder of .txt or .jsonl files")
         found = walk(folder, SUFFIXES)
         if not found.files:
@@ -63,12 +70,14 @@ class Folder:
                 f" put some into {printable(folder / split)}"
             )
         digest = hashlib.sha256()
+        # A bucket's own checksums say as much as the text, which is not fetched for that.
+        kept: dict[Any, str] = paths.fingerprints(folder) if isinstance(folder, StorePath) else {}
         for path in self._files:
             # The name as the system has it: it may be no text.
-            digest.update(os.fsencode(path.relative_to(folder)) + f" {_content(path)}\n".encode())
+            digest.update(os.fsencode(path.relative_to(folder)) + f" {kept.get(path) or _content(path)}\n".encode())
         self.fingerprint = content_key(files=digest.hexdigest(), split=split, key=text_key, hashed=self._hashed)
 
-    def _split_in_name(self, path: Path) -> str | None:
+    def _split_in_name(self, path: AnyPath) -> str | None:
         first = path.relative_to(self._folder).parts[0]
         for split in {*SPLITS, self._split}:
             if first == split or any(first.startswith(split + mark) for mark in "-_."):
@@ -105,7 +114,7 @@ class Folder:
             f" put text into {'it' if one else 'them'}"
         )
 
-    def _records(self, path: Path) -> Iterator[tuple[str, str]]:
+    def _records(self, path: AnyPath) -> Iterator[tuple[str, str]]:
         halves = 0
         for number, line in enumerate(lines(path), start=1):
             if not line.strip():
@@ -142,15 +151,15 @@ def say_once(message: str) -> None:
         logger.warning(message)
 
 
-def _content(path: Path) -> str:
+def _content(path: AnyPath) -> str:
     try:
-        with path.open("rb") as file:
+        with paths.opened(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{printable(path)}: {error.strerror or error}; make it readable or take it out") from None
 
 
-def _text_file(path: Path) -> Iterator[tuple[str, str]]:
+def _text_file(path: AnyPath) -> Iterator[tuple[str, str]]:
     """The documents of a text file, with its own newlines and with plain ones."""
     written: list[str] = []
     read: list[str] = []

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from maskformer import paths
 from maskformer.checks import first_line, nearest, shown
 from maskformer.data.cache import build_once, cache_dir, content_key
 from maskformer.data.data_config import DataConfig
 from maskformer.data.folder import Folder, say_once
 from maskformer.data.seal import is_sealed, seal
+from maskformer.paths import why_no_folder
 from maskformer.textfiles import DataError, is_text
 
 _READ_AT_ONCE = 256  # TFDS reads records in batches about five times faster than one by one
@@ -54,7 +56,9 @@ def open_source(config: DataConfig, split: str) -> Source:
             f"data.name={shown(config.name)}: no such folder, and not 'austen';"
             f" a TFDS dataset is written {shown('tfds:' + config.name)}"
         )
-    return Folder(Path(config.name), name, config.text_key)
+    if (why := why_no_folder(config.name)) is not None:
+        raise DataError(f"data.name={shown(config.name)}: {why}")
+    return Folder(paths.given(config.name), name, config.text_key)
 
 
 class _Tfds:
@@ -158,6 +162,11 @@ def tfds_builder(config: DataConfig, **options: Any) -> Any:
     """
     import tensorflow_datasets as tfds
 
+    if not paths.is_local(config.data_dir or ""):
+        raise DataError(
+            f"data.data_dir={shown(config.data_dir)}: TFDS's array_record files are read at random, which buckets are"
+            " too slow for; copy them to a local or mounted folder, or give a folder of .jsonl files as data.name"
+        )
     if not is_text(config.data_dir or ""):
         raise DataError(f"data.data_dir={shown(config.data_dir)}: TFDS needs a name in UTF-8; rename the folder")
     try:

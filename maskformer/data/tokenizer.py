@@ -17,13 +17,15 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from maskformer import paths
 from maskformer.checks import printable, shown
 from maskformer.data.cache import build_once, cache_dir, content_key
 from maskformer.data.data_config import DataConfig, DataError
 from maskformer.data.reserved import unreachable
 from maskformer.data.sources import open_source
 from maskformer.objectives.vocabulary import Vocabulary
-from maskformer.textfiles import parse_json, read_text, suffix
+from maskformer.paths import AnyPath
+from maskformer.textfiles import parse_json, read_text, suffix, unreadable
 
 DEFAULT_VOCABULARY_SIZE = 8192
 # Raise it when training changes, so that nothing made before is taken for current.
@@ -208,7 +210,9 @@ def load_tokenizer(config: DataConfig) -> Tokenizer:
       DataError: the file is missing or no tokenizer, or the data cannot be read.
     """
     if not config.trains_tokenizer:
-        return _read(Path(config.tokenizer), config.lowercase)
+        if (why := paths.why_no_folder(config.tokenizer)) is not None:
+            raise DataError(f"data.tokenizer={shown(config.tokenizer)}: {why}")
+        return _read(paths.given(config.tokenizer), config.lowercase)
     source = open_source(config, "train")
     size = config.vocabulary_size or DEFAULT_VOCABULARY_SIZE
     lowercase = config.tokenizer == "wordpiece" if config.lowercase is None else config.lowercase
@@ -368,9 +372,13 @@ def _is_punctuation(character: str) -> bool:
     return unicodedata.category(character).startswith("P") or character in "$+<=>^`|~"
 
 
-def _read(path: Path, lowercase: bool | None) -> Tokenizer:
+def _read(path: AnyPath, lowercase: bool | None) -> Tokenizer:
     where = f"data.tokenizer='{printable(path)}'"
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise unreadable(where, error) from None
+    if not exists:
         raise DataError(f"{where}: No such file or directory; give the path of a tokenizer.json or vocab.txt")
     try:
         text = read_text(path)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import json
 import logging
 import math
 import os
-import pathlib
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,20 +18,26 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from maskformer import paths
 from maskformer.checks import first_line
-from maskformer.training.checksums import CHECKSUMS, DamageError, verify, write_checksums
+from maskformer.paths import AnyPath
+from maskformer.training.checksums import CHECKSUMS, DamageError, replace_files, verify, write_checksums
+from maskformer.training.orbax_noise import OrbaxFilter
 from maskformer.training.precision import widened_shapes
 from maskformer.training.record import RunRecord, read_record
 from maskformer.training.scores import best_first, read_score
 from maskformer.training.sections import CheckpointConfig, EvaluationConfig
 from maskformer.training.workdir import (
     CHECKPOINTS,
+    COMMITTED,
     RunError,
     cannot_write,
     checkpoint_steps,
     read_object,
     reason,
     stray_steps,
+    unfinished_steps,
+    why_no_checkpoints,
 )
 
 logger = logging.getLogger(__name__)
@@ -54,11 +59,12 @@ class Checkpoints:
     """The `checkpoints/` folder of a workdir.
 
     Saving is asynchronous: `save` copies the arrays off the device and returns; a step folder appears under its
-    final name only when it is whole, with the checksums of its files. The newest `keep` are kept, and the best by the
-    evaluation metric.
+    final name only when it is whole, with the checksums of its files. In an object store, where nothing can be renamed
+    at one moment, it counts from when a last small file, `workdir.COMMITTED`, is in it. The newest `keep` are kept, and
+    the best by the evaluation metric.
     """
 
-    def __init__(self, workdir: pathlib.Path, config: CheckpointConfig, evaluation: EvaluationConfig):
+    def __init__(self, workdir: AnyPath, config: CheckpointConfig, evaluation: EvaluationConfig):
         self.directory = workdir.resolve() / CHECKPOINTS
         self._keep = config.keep
         self._sign = 1.0 if evaluation.mode == "max" else -1.0
@@ -67,7 +73,7 @@ class Checkpoints:
         self._failed = False
         self._bytes = 0
         self._manager: ocp.CheckpointManager | None = None
-        self._quiet = _OrbaxFilter()
+        self._quiet = OrbaxFilter()
 
     def save(self, step: int, state: Any, record: RunRecord, metric: float | None) -> None:
         """Begin to save `state`; `metric` is the evaluation at this very step, or None when there was none.
@@ -77,7 +83,6 @@ class Checkpoints:
         Raises:
           SaveError: this checkpoint, or the one before, cannot be written.
         """
-        scored = metric is not None and math.isfinite(metric)
         self.wait()
         self._saving = step
         self._bytes = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(state))
@@ -92,12 +97,27 @@ class Checkpoints:
                     state=ocp.args.StandardSave(state),
                     record=ocp.args.JsonSave({"step": step, **dataclasses.asdict(record)}),
                 ),
-                # Empty rather than None, which Orbax would warn of at every save between two evaluations.
-                metrics={"score": self._sign * metric, "criterion": self._criterion}
-                if metric is not None and scored
-                else {},
+                metrics=self._scored(metric),
                 force=True,
             )
+
+    def complete(self, step: int, record: RunRecord, metric: float | None) -> None:
+        """Give the checkpoint of `step`, saved in the middle of its evaluation, what `save` after it would have.
+
+        Raises:
+          RunError: its small files cannot be written.
+        """
+        texts = {
+            "record/metadata": json.dumps({"step": step, **dataclasses.asdict(record)}),
+            "metrics/metrics": json.dumps(self._scored(metric)),
+        }
+        self._on_leader(lambda: replace_files(self.directory / str(step), step, texts), f"complete {step}")
+
+    def _scored(self, metric: float | None) -> dict[str, Any]:
+        # Empty rather than None, which Orbax would warn of at every save between two evaluations.
+        if metric is None or not math.isfinite(metric):
+            return {}
+        return {"score": self._sign * metric, "criterion": self._criterion}
 
     def wait(self) -> None:
         """Return when every save is on disk.
@@ -146,13 +166,15 @@ class Checkpoints:
             if self._failed and jax.process_index() == 0:
                 # Nobody can use the half of a checkpoint, and it takes the space that is missing.
                 for partial in self._unfinished(self._saving):
-                    shutil.rmtree(partial, ignore_errors=True)
+                    paths.remove_tree(partial)
 
     def _open(self) -> ocp.CheckpointManager:
         self._on_leader(self._tidy, "tidy checkpoints")
         best = policies.BestN(get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False)
+        # Orbax knows of Google's store alone that it cannot rename a folder at one moment.
+        marked = None if paths.is_local(self.directory) else ocp.path.atomicity.CommitFileTemporaryPath
         return ocp.CheckpointManager(
-            self.directory,
+            os.fspath(self.directory),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
                 # What is kept is the policy's to say; but without this Orbax writes no metrics, and after a resume
@@ -160,6 +182,7 @@ class Checkpoints:
                 best_fn=self._score,
                 # What a killed run was writing is of no use to anyone.
                 cleanup_tmp_directories=True,
+                temporary_path_class=marked,
                 enable_async_checkpointing=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=lambda: self._write_checksums(self._saving)),
             ),
@@ -187,6 +210,9 @@ class Checkpoints:
                 except ValueError as error:
                     logger.warning("%s", error)
                     own.unlink()
+        for step in unfinished_steps(self.directory):
+            # What a killed run was writing is of no use to anyone.
+            paths.remove_tree(self.directory / str(step))
         strays = stray_steps(self.directory)
         if strays:
             logger.warning("checkpoints of steps %s in %s are no folders", strays, self.directory)
@@ -197,7 +223,9 @@ class Checkpoints:
         (folder,) = self._unfinished(step)
         write_checksums(folder, step)
 
-    def _unfinished(self, step: int) -> list[pathlib.Path]:
+    def _unfinished(self, step: int) -> list[AnyPath]:
+        if not paths.is_local(self.directory):
+            return [self.directory / str(step)]
         return list(self.directory.glob(f"{step}.orbax-checkpoint-tmp*"))
 
     def _set_aside(self, steps: list[int]) -> None:
@@ -205,14 +233,17 @@ class Checkpoints:
         for step in steps:
             # On the disk where it is: beside the folder, or in it where that is a link to another disk.
             folder = self.directory.resolve()
-            elsewhere = folder.stat().st_dev != self.directory.parent.stat().st_dev
+            elsewhere = not paths.same_disk(folder, self.directory.parent)
             place = folder if elsewhere else self.directory.parent
             target = place / f"damaged-{step}"
             number = 0
-            while os.path.lexists(target):
+            while paths.lexists(target):
                 number += 1
                 target = place / f"damaged-{step}-{number}"
             try:
+                if not paths.is_local(folder):
+                    # Renaming takes its time there, and what it leaves when it is cut off is to be no checkpoint.
+                    (folder / str(step) / COMMITTED).unlink(missing_ok=True)
                 (folder / str(step)).rename(target)
             except OSError as error:
                 raise cannot_write(target, error) from error
@@ -231,7 +262,8 @@ class Checkpoints:
     def _check_space(self) -> None:
         # Where even half the size does not fit, nothing is begun. (Compression gains a few percent of trained arrays;
         # the processes of a run would have to agree, and learn of a full disk from the save itself.)
-        if jax.process_count() == 1 and shutil.disk_usage(self.directory.resolve()).free < self._bytes / 2:
+        local = paths.is_local(self.directory)
+        if jax.process_count() == 1 and local and shutil.disk_usage(self.directory.resolve()).free < self._bytes / 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     @contextlib.contextmanager
@@ -243,10 +275,19 @@ class Checkpoints:
 
     def _failure(self, error: Exception) -> SaveError:
         self._failed = True
-        good = self.latest_step()
+        try:
+            good = self.latest_step()
+            last = "none" if good is None else f"of step {good}"
+        except OSError:  # a bucket that no longer answers
+            last = "not to be seen from here"
         # TensorStore says it in several lines, with the names of its own temporary files.
         full = "RESOURCE_EXHAUSTED" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
         why = "the disk is full" if full else _said(error)
+        if not paths.is_local(self.directory):
+            return SaveError(
+                f"the checkpoint of step {self._saving} cannot be written to {self.directory} ({_said(error)}); the "
+                f"last good checkpoint is {last}; run the same command again when the bucket can be written to"
+            )
         try:
             place = self.directory.resolve() if self.directory.exists() else self.directory.parent
             room = f"{_size(shutil.disk_usage(place).free)} are free"
@@ -255,39 +296,11 @@ class Checkpoints:
         return SaveError(
             f"the checkpoint of step {self._saving} cannot be written to {self.directory} ({why}); it needs about "
             f"{_size(self._bytes)}, and {room}; the last good checkpoint is "
-            f"{'none' if good is None else f'of step {good}'}; free some space and run the same command again"
+            f"{last}; free some space and run the same command again"
         )
 
 
-class _OrbaxFilter:
-    """Keeps Orbax's background threads from printing the tracebacks of an error that `SaveError` tells in one line.
-
-    With --verbose (INFO and below shown) they are printed.
-    """
-
-    def __init__(self) -> None:
-        self._hook = sys.unraisablehook
-
-    def install(self) -> None:
-        self._hook = sys.unraisablehook
-        sys.unraisablehook = self._unraisable
-        logging.getLogger("absl").addFilter(self._record)
-
-    def remove(self) -> None:
-        logging.getLogger("absl").removeFilter(self._record)
-        if sys.unraisablehook == self._unraisable:
-            sys.unraisablehook = self._hook
-
-    def _record(self, record: logging.LogRecord) -> bool:
-        return not record.exc_info or logging.getLogger().isEnabledFor(logging.INFO)
-
-    def _unraisable(self, unraisable: sys.UnraisableHookArgs) -> None:
-        # What TensorStore says, from C++, of the writes that end after the first that failed.
-        if str(unraisable.exc_value) != "Event loop is closed":
-            self._hook(unraisable)
-
-
-def restore_newest(directory: pathlib.Path, abstract_state: Any) -> tuple[Any, RunRecord]:
+def restore_newest(directory: AnyPath, abstract_state: Any) -> tuple[Any, RunRecord]:
     """The newest usable checkpoint of another run; what is damaged is reported and left where it is.
 
     Args:
@@ -302,7 +315,7 @@ def restore_newest(directory: pathlib.Path, abstract_state: Any) -> tuple[Any, R
     return restored
 
 
-def restore(directory: pathlib.Path, step: int, abstract_state: Any) -> tuple[Any, RunRecord]:
+def restore(directory: AnyPath, step: int, abstract_state: Any) -> tuple[Any, RunRecord]:
     """One checkpoint's state and record, after a check of its files.
 
     Args:
@@ -319,11 +332,11 @@ def restore(directory: pathlib.Path, step: int, abstract_state: Any) -> tuple[An
     read_score(folder)
     _check_structure(folder / "state", abstract_state)
     with ocp.StandardCheckpointer() as arrays:
-        state = arrays.restore(folder / "state", abstract_state)
+        state = arrays.restore(os.fspath(folder / "state"), abstract_state)
     return state, read_record(folder / "record" / "metadata", step)
 
 
-def restore_params(workdir: pathlib.Path, abstract_params: Any, which: str = "best") -> tuple[Any, int]:
+def restore_params(workdir: str | os.PathLike[str], abstract_params: Any, which: str = "best") -> tuple[Any, int]:
     """Parameters of a finished or running run for evaluation or a new start, and the step they are from.
 
     Averaged parameters (`ema`) are returned where the run kept them, in float32 (or wider) as they were kept. Where the
@@ -337,10 +350,14 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, which: str = "be
     Raises:
       CheckpointError: no checkpoint there, none that can be read, or one of another model.
     """
-    directory = pathlib.Path(workdir).resolve() / CHECKPOINTS
+    directory = paths.given(workdir).resolve() / CHECKPOINTS
+    if (why := why_no_checkpoints(directory)) is not None:
+        raise CheckpointError(f"{directory}: {why}")
     steps = _newest_first(directory)
     if not steps:
-        raise CheckpointError(f"no checkpoint in {directory}: train first with --workdir={workdir}")
+        begun = unfinished_steps(directory)
+        without = f" (those of steps {begun} were never committed: they lack {COMMITTED})" if begun else ""
+        raise CheckpointError(f"no checkpoint in {directory}{without}: train first with --workdir={workdir}")
     if which == "best":
         steps = best_first(directory, steps)
 
@@ -352,7 +369,7 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, which: str = "be
             name, wanted = ("ema", widened_shapes(abstract_params)) if averaged else ("params", abstract_params)
             _check_structure(folder / "state", {name: wanted}, only=(name,))
             restored = arrays.restore(
-                folder / "state",
+                os.fspath(folder / "state"),
                 args=ocp.args.PyTreeRestore(
                     item={name: wanted},
                     restore_args=ocp.checkpoint_utils.construct_restore_args({name: wanted}),
@@ -365,17 +382,17 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any, which: str = "be
     return restored
 
 
-def _newest_first(directory: pathlib.Path) -> list[int]:
+def _newest_first(directory: AnyPath) -> list[int]:
     # With those that are no folder, so that they are named and not passed over.
     return sorted(checkpoint_steps(directory) + stray_steps(directory), reverse=True)
 
 
-def _first_usable(directory: pathlib.Path, steps: Sequence[int], use: Callable[[int], Any]) -> tuple[Any, list[int]]:
+def _first_usable(directory: AnyPath, steps: Sequence[int], use: Callable[[int], Any]) -> tuple[Any, list[int]]:
     """`use(step)` of the first step whose checkpoint is not damaged, and the steps that were."""
     damage: dict[int, str] = {}
     for step in steps:
         try:
-            if not (directory / str(step)).is_dir():
+            if paths.is_local(directory) and not (directory / str(step)).is_dir():
                 raise DamageError("is no folder, or a link that leads nowhere")
             result = use(step)
         except StructureError:
@@ -396,7 +413,7 @@ def _first_usable(directory: pathlib.Path, steps: Sequence[int], use: Callable[[
     )
 
 
-def _verify(folder: pathlib.Path, step: int) -> None:
+def _verify(folder: AnyPath, step: int) -> None:
     """Check the files of a checkpoint, each process its part, with one answer on all of them."""
     damage, checked = "", True
     try:
@@ -422,16 +439,16 @@ def _from_all_processes(text: str) -> list[str]:
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
 
 
-def _tree(folder: pathlib.Path) -> Any:
+def _tree(folder: AnyPath) -> Any:
     """Orbax's description of the arrays in `folder`."""
     with ocp.PyTreeCheckpointer() as arrays:
-        described = arrays.metadata(folder).item_metadata
+        described = arrays.metadata(os.fspath(folder)).item_metadata
     if described is None:
         raise DamageError(f"{folder}: the description of its arrays is missing or cannot be read")
     return described.tree
 
 
-def _check_structure(folder: pathlib.Path, abstract: Any, only: tuple[str, ...] | None = None) -> None:
+def _check_structure(folder: AnyPath, abstract: Any, only: tuple[str, ...] | None = None) -> None:
     tree = _tree(folder)
     if only is not None:
         tree = {name: tree[name] for name in only if name in tree}

@@ -1,22 +1,26 @@
 """Checksums of the files of a checkpoint: written before it counts, checked before it is used.
 
-CRC-32, which misses one damage in four thousand million and costs a fraction of a second a gigabyte: it is chance
-that it guards against, not malice.
+CRC-32, or the MD5 sum that a store has computed itself. The first misses one damage in four thousand million
+and costs a fraction of a second a gigabyte: it is chance that both guard against, not malice.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import hashlib
 import json
 import os
-import pathlib
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
-from maskformer.training.workdir import read_object, reason
+from maskformer import paths
+from maskformer.paths import AnyPath
+from maskformer.training.workdir import COMMITTED, read_object, reason, replace_text
 
 CHECKSUMS = "checksums.json"
 # Orbax writes these two into the folder itself after the checksums; a state is read without them.
-UNCHECKED = ("_CHECKPOINT_METADATA", "commit_success.txt")
+UNCHECKED = ("_CHECKPOINT_METADATA", COMMITTED)
 BLOCK = 1 << 22
 THREADS = 8
 
@@ -28,19 +32,59 @@ class DamageError(RuntimeError):
     """A checkpoint is not what was saved."""
 
 
-def write_checksums(folder: pathlib.Path, step: int) -> None:
-    """Write the checksums of every file in `folder`, the checkpoint of `step`, into `checksums.json` there."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in UNCHECKED)
+def write_checksums(folder: AnyPath, step: int) -> None:
+    """Write the checksums of every file in `folder`, the checkpoint of `step`, into `checksums.json` there.
+
+    Of a file in Google's store it is the MD5 sum that the store computed of what it received; others are read.
+
+    Raises:
+      OSError: a file cannot be read, or the checksums cannot be written.
+    """
+    files = [path for path in paths.files_below(folder) if path.name not in (CHECKSUMS, *UNCHECKED)]
     names = [path.relative_to(folder).as_posix() for path in files]
+    kept = paths.stored_checksums(folder)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        found = dict(zip(names, pool.map(_checksum, files), strict=True))
+        sums = pool.map(lambda name: kept.get(name) or _checksum(folder / name, "crc"), names)
+        found = dict(zip(names, sums, strict=True))
+    text = json.dumps({"step": step, "files": found}, indent=1)
+    if not paths.is_local(folder):
+        (folder / CHECKSUMS).write_text(text)
+        return
     with (folder / CHECKSUMS).open("w", encoding="utf-8") as file:
-        json.dump({"step": step, "files": found}, file, indent=1)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
-def verify(folder: pathlib.Path, step: int, part: int = 0, parts: int = 1) -> bool:
+def replace_files(folder: AnyPath, step: int, texts: Mapping[str, str]) -> None:
+    """Change small files of a checkpoint, such as its record, so that it is whole at every moment.
+
+    Args:
+      folder: the checkpoint of `step`.
+      step: see `write_checksums`.
+      texts: what each file is to hold, by its name below the folder.
+
+    Raises:
+      RunError: one of them cannot be written.
+    """
+    path = folder / CHECKSUMS
+    checked = paths.lexists(path)
+    files: dict[str, Any] = dict(read_object(path, FIX)["files"]) if checked else {}
+
+    def list_files() -> None:
+        if checked:
+            replace_text(path, json.dumps({"step": step, "files": files}, indent=1))
+
+    # What is not listed is not checked: without them, then with what they are.
+    files = {name: found for name, found in files.items() if name not in texts}
+    list_files()
+    for name, text in texts.items():
+        replace_text(folder / name, text)
+    files |= {name: _checksum(folder / name, "crc") for name in texts}
+    list_files()
+
+
+def verify(folder: AnyPath, step: int, part: int = 0, parts: int = 1) -> bool:
     """Check the files of a checkpoint against their checksums.
 
     Args:
@@ -55,7 +99,7 @@ def verify(folder: pathlib.Path, step: int, part: int = 0, parts: int = 1) -> bo
       DamageError: names the first file that is missing or differs, or says that the checkpoint is of another step.
     """
     path = folder / CHECKSUMS
-    if not os.path.lexists(path):
+    if not paths.lexists(path):
         return False
     try:
         manifest = read_object(path, "delete it to use the checkpoint unchecked")
@@ -67,28 +111,37 @@ def verify(folder: pathlib.Path, step: int, part: int = 0, parts: int = 1) -> bo
     if manifest.get("step") != step:
         raise DamageError(f"its files are those of step {manifest.get('step')}")
     names = sorted(files)[part::parts]
+    kept = paths.stored_checksums(folder)
+
+    def found(name: str) -> list[int | str] | str:
+        try:
+            # In whichever way it was written: a run may have been copied from a bucket to a disk, or to a bucket.
+            if "md5:" not in str(files[name]):
+                return _checksum(folder / name, "crc")
+            return kept.get(name) or _checksum(folder / name, "md5")
+        except OSError as error:
+            return reason(error)
+
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        for name, found in zip(names, pool.map(lambda name: _try_checksum(folder / name), names), strict=True):
-            if isinstance(found, str):
-                raise DamageError(f"{name} cannot be read: {found}")
-            if found != files[name]:
+        for name, sums in zip(names, pool.map(found, names), strict=True):
+            if isinstance(sums, str):
+                raise DamageError(f"{name} cannot be read: {sums}")
+            if sums != files[name]:
                 raise DamageError(f"{name} is not as it was saved")
     return True
 
 
-def _try_checksum(path: pathlib.Path) -> list[int] | str:
-    try:
-        return _checksum(path)
-    except OSError as error:
-        return reason(error)
-
-
-def _checksum(path: pathlib.Path) -> list[int]:
-    """Length and CRC-32 of a file."""
+def _checksum(path: AnyPath, kind: str) -> list[int | str]:
+    """Length of a file and its CRC-32, or its MD5 sum."""
     length = crc = 0
-    with path.open("rb", buffering=0) as file:
+    md5 = hashlib.md5(usedforsecurity=False)
+    with paths.reported(path), paths.unbuffered(path) as file:
         block = bytearray(BLOCK)
         while count := file.readinto(block):
-            crc = zlib.crc32(memoryview(block)[:count], crc)
+            part = memoryview(block)[:count]
+            if kind == "md5":
+                md5.update(part)
+            else:
+                crc = zlib.crc32(part, crc)
             length += count
-    return [length, crc]
+    return [length, f"md5:{md5.hexdigest()}" if kind == "md5" else crc]

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pathlib
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from maskformer import paths
 from maskformer.paths import AnyPath, StoreError, StorePath
@@ -39,7 +40,7 @@ class LineFile:
         self._parts = _Parts(path) if isinstance(path, StorePath) else None
         if self._parts is None and any(part != path for part in part_paths(path)):
             _join(path)
-        self._file = path.open("a", encoding="utf-8") if self._parts is None else None
+        self._file = None if isinstance(path, StorePath) else _appending(path)
 
     def write(self, mapping: Mapping[str, Any]) -> None:
         """Add a line. On a file system it is read from now on; on a store after `STORE_SECONDS`, or a flush."""
@@ -65,6 +66,16 @@ class LineFile:
             self._file.close()
 
 
+def _appending(path: pathlib.Path) -> TextIO:
+    with path.open("ab+") as file:
+        # A kill may have cut off the last line of the start before: what follows begins on a line of its own.
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+    return path.open("a", encoding="utf-8")
+
+
 class _Parts:
     def __init__(self, path: StorePath):
         self._path = path
@@ -72,6 +83,8 @@ class _Parts:
         self._number = len(parts) or 1
         held = paths.get(parts[-1]) if parts else None
         self._text, self._version = held if held is not None else (b"", None)
+        if self._text and not self._text.endswith(b"\n"):
+            self._text += b"\n"  # of a run that was copied here with a line that a kill had cut off
         self._waiting = b""
         self._flushed = time.monotonic()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -14,6 +15,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+from maskformer import paths
+from maskformer.paths import AnyPath, StorePath
 from maskformer.training.workdir import RunError, reason
 
 logger = logging.getLogger(__name__)
@@ -36,10 +39,15 @@ class LockLostError(RunError):
 class Lock:
     """Holds `lock.json` in a workdir for as long as the `with` block runs; on the leader of a run only.
 
-    The file names host, process and start, and its modification time is the last sign of life. What a killed process
-    left behind is recognised: at once on the same machine, where the process is gone, and on another one (or another
-    boot: two machines may have one name) once no sign of life has come for `STALE_AFTER` seconds. They are waited for,
-    so that a run requeued elsewhere needs no help.
+    The file names host, process and start, and its modification time is the last sign of life; in an object store it is
+    written anew for that, with the time in it. What a killed process left behind is recognised: at once on the same
+    machine, where the process is gone, and on another one (or another boot: two machines may have one name) once no
+    sign of life has come for `STALE_AFTER` seconds. They are waited for, so that a run requeued elsewhere needs no
+    help.
+
+    On a file system, and in Google's store, of several that begin at one moment exactly one gets the workdir (files are
+    made exclusively, objects under a generation precondition). In other stores two that take over from the same dead
+    holder within a second may both believe so, until the first sign of life of the one tells the other.
 
     Args:
       workdir: an existing folder.
@@ -49,8 +57,9 @@ class Lock:
       LockError: another training has the workdir; one line that names it.
     """
 
-    def __init__(self, workdir: pathlib.Path, steal: bool = False):
+    def __init__(self, workdir: AnyPath, steal: bool = False):
         self.path = workdir / LOCK
+        self._place: _File | _Object = _Object(self.path) if isinstance(self.path, StorePath) else _File(self.path)
         self._steal = steal
         self._mine: dict[str, Any] = {}
         self._lost: str | None = None
@@ -76,8 +85,8 @@ class Lock:
         if self._thread is not None:
             self._thread.join()
         try:
-            held = _read(self.path)
-            if held is not None and held[0].get("token") == self._mine["token"]:
+            held = self._place.read()
+            if held is not None and held.holder.get("token") == self._mine["token"]:
                 self.path.unlink(missing_ok=True)
         except OSError as failed:
             # The run has ended, well or with an error of its own; the next one finds that nobody is alive.
@@ -98,35 +107,123 @@ class Lock:
     def _acquire(self) -> None:
         # A holder may go away between the attempt to create and the look at who has it.
         for _ in range(10):
-            if self._create():
+            if self._place.create(self._mine):
                 return
             try:
-                held = _read(self.path)
+                held = self._place.read()
             except OSError as error:
                 raise LockError(f"{self.path}: cannot be read ({reason(error)}); move it away") from error
             if held is None:
                 continue
-            holder, _ = held
-            if not self._steal and not self._dead(holder):
-                raise LockError(self._refusal(holder))
-            if self._take_over(holder):
+            if not self._steal and not self._dead(held):
+                raise LockError(
+                    f"workdir {self.path.parent}: {held} is training in it; wait for it or stop it, or take the "
+                    "workdir over with --steal"
+                )
+            if self._place.replace(held.holder, self._mine):
                 return
         raise LockError(f"workdir {self.path.parent}: several trainings are starting in it; start one")
 
-    def _create(self) -> bool:
+    def _dead(self, held: _Held) -> bool:
+        """Whether the holder is gone for certain, or has shown no life for so long that it counts as gone."""
+        # Of another boot is this machine before, or another one by the same name, as two that are named localhost.
+        if all(held.holder.get(name) == self._mine[name] for name in ("host", "boot", "namespace")):
+            return not _alive(held.holder)
+        # Clocks of two hosts may differ; that the file changes within a time of ours says enough.
+        deadline = time.monotonic() + STALE_AFTER
+        logger.warning("workdir %s: waiting up to %.0f s for a sign of life of %s", self.path.parent, STALE_AFTER, held)
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, HEARTBEAT / 4))
+            now = self._place.read()
+            if now is None or now.holder.get("token") != held.holder.get("token"):
+                return True  # gone, or another's: the takeover looks again
+            if now.version != held.version:
+                return False
+        return True
+
+    def _beat(self) -> None:
+        while not self._done.wait(HEARTBEAT):
+            try:
+                held = self._place.read()
+                if held is not None and held.holder.get("token") not in (None, self._mine["token"]):
+                    self._lost = held.name(silent=0.0)
+                    return
+                if held is None and not self._place.create(self._mine):
+                    continue  # somebody was faster; the next look says who
+                self._place.show_life(self._mine)
+            except OSError as error:
+                # A file system that does not answer for a moment is no reason to stop a run.
+                logger.debug("%s: no sign of life given: %s", self.path, error)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """A lock as it was found.
+
+    Attributes:
+      holder: what it says; empty where it cannot be read, as in the making, or damaged.
+      version: another one after each sign of life.
+      silent: seconds since the last one, by the clock of this host.
+    """
+
+    holder: Mapping[str, Any]
+    version: float | str
+    silent: float
+
+    def name(self, silent: float | None = None) -> str:
+        started = self.holder.get("started")
+        since = f", started {_age(time.time() - started)} ago" if isinstance(started, int | float) else ""
+        return (
+            f"process {self.holder.get('pid', 'unknown')} on {self.holder.get('host', 'an unknown host')}"
+            f" (last sign of life {_age(self.silent if silent is None else silent)} ago{since})"
+        )
+
+    __str__ = name
+
+
+def holder(workdir: AnyPath) -> tuple[Mapping[str, Any], float] | None:
+    """Who trains in a workdir (`host`, `pid`, `started`, ...) and the seconds since its last sign of life; or None.
+
+    Raises:
+      OSError: the lock cannot be read.
+    """
+    path = workdir / LOCK
+    held = (_Object(path) if isinstance(path, StorePath) else _File(path)).read()
+    return None if held is None else (held.holder, held.silent)
+
+
+def alive(holder: Mapping[str, Any], silent: float) -> bool:
+    """Whether who holds a lock still trains: on this machine that is known, on others it is by the last sign of life.
+
+    Args:
+      holder, silent: what `holder` returned.
+    """
+    here = _machine()
+    if all(holder.get(name) == here[name] for name in ("host", "boot", "namespace")):
+        return _alive(holder)
+    return silent < STALE_AFTER
+
+
+class _File:
+    """A lock on a file system: made exclusively, its modification time the last sign of life."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+
+    def create(self, mine: Mapping[str, Any]) -> bool:
         try:
             descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
         try:
             with open(descriptor, "w", encoding="utf-8") as file:
-                json.dump(self._mine, file)
+                json.dump(mine, file)
         except OSError:
             self.path.unlink(missing_ok=True)  # an empty lock would be one of an unknown process
             raise
         return True
 
-    def _take_over(self, holder: Mapping[str, Any]) -> bool:
+    def replace(self, holder: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
         """Put our lock in the place of `holder`'s; False when it is no longer there."""
         # Of two that find the same dead holder, one at a time may look again and replace it.
         guard = self.path.with_name(f"{LOCK}.takeover")
@@ -138,15 +235,13 @@ class Lock:
                 guard.unlink(missing_ok=True)  # its maker was killed
             return False
         try:
-            held = _read(self.path)
-            if held is None or held[0] != holder:
+            held = self.read()
+            if held is None or held.holder != holder:
                 return False
-            logger.warning(
-                "workdir %s: taken over from %s", self.path.parent, _named(holder, time.time() - _modified(self.path))
-            )
-            partial = self.path.with_name(f"{LOCK}.{self._mine['token']}")
+            logger.warning("workdir %s: taken over from %s", self.path.parent, held)
+            partial = self.path.with_name(f"{LOCK}.{mine['token']}")
             try:
-                partial.write_text(json.dumps(self._mine), encoding="utf-8")
+                partial.write_text(json.dumps(mine), encoding="utf-8")
                 partial.replace(self.path)
             except OSError:
                 partial.unlink(missing_ok=True)
@@ -155,47 +250,71 @@ class Lock:
         finally:
             guard.unlink(missing_ok=True)
 
-    def _dead(self, holder: Mapping[str, Any]) -> bool:
-        """Whether the holder is gone for certain, or has shown no life for so long that it counts as gone."""
-        # Of another boot is this machine before, or another one by the same name, as two that are named localhost.
-        if all(holder.get(name) == self._mine[name] for name in ("host", "boot", "namespace")):
-            return not _alive(holder)
-        # Clocks of two hosts may differ; that the file changes within a time of ours says enough.
-        seen = _modified(self.path)
-        deadline = time.monotonic() + STALE_AFTER
-        logger.warning(
-            "workdir %s: waiting up to %.0f s for a sign of life of %s",
-            self.path.parent, STALE_AFTER, _named(holder, time.time() - seen),
-        )
-        while time.monotonic() < deadline:
-            time.sleep(min(1.0, HEARTBEAT / 4))
-            held = _read(self.path)
-            if held is None or held[0] != holder:
-                return True  # gone, or another's: the takeover looks again
-            if held[1] != seen:
-                return False
+    def read(self) -> _Held | None:
+        """Who holds the lock; None when nobody does."""
+        try:
+            # Opened, since network file systems show the attributes of a file that is not as they were.
+            with self.path.open("rb") as file:
+                modified = os.fstat(file.fileno()).st_mtime
+                text = file.read()
+        except FileNotFoundError:
+            return None
+        return _Held(_parsed(text), modified, time.time() - modified)
+
+    def show_life(self, mine: Mapping[str, Any]) -> None:
+        os.utime(self.path)
+
+
+class _Object:
+    """A lock in an object store: written only where it is what it was known to be."""
+
+    def __init__(self, path: StorePath):
+        self.path = path
+        self._version: str | None = None
+
+    def create(self, mine: Mapping[str, Any]) -> bool:
+        return self._put(mine, None)
+
+    def replace(self, holder: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
+        """Put our lock in the place of `holder`'s; False when it is no longer there."""
+        held = self.read()
+        if held is None or held.holder.get("token") != holder.get("token"):
+            return False
+        if not self._put(mine, str(held.version)):
+            return False
+        logger.warning("workdir %s: taken over from %s", self.path.parent, held)
         return True
 
-    def _refusal(self, holder: Mapping[str, Any]) -> str:
-        named = _named(holder, time.time() - _modified(self.path))
-        return (
-            f"workdir {self.path.parent}: {named} is training in it; wait for it or stop it, or take the workdir over "
-            "with --steal"
-        )
+    def read(self) -> _Held | None:
+        """Who holds the lock; None when nobody does."""
+        found = paths.get(self.path)
+        if found is None:
+            return None
+        text, version = found
+        says = _parsed(text)
+        alive = says.get("alive")
+        return _Held(says, version, time.time() - alive if isinstance(alive, int | float) else 0.0)
 
-    def _beat(self) -> None:
-        while not self._done.wait(HEARTBEAT):
-            try:
-                held = _read(self.path)
-                if held is not None and held[0].get("token") not in (None, self._mine["token"]):
-                    self._lost = _named(held[0], 0.0)
-                    return
-                if held is None and not self._create():
-                    continue  # somebody was faster; the next look says who
-                os.utime(self.path)
-            except OSError as error:
-                # A file system that does not answer for a moment is no reason to stop a run.
-                logger.debug("%s: no sign of life given: %s", self.path, error)
+    def show_life(self, mine: Mapping[str, Any]) -> None:
+        # Where the workdir was taken over in this moment there is another version, and nothing is written.
+        if not self._put(mine, self._version):
+            held = self.read()
+            if held is not None and held.holder.get("token") == mine["token"]:
+                self._version = str(held.version)
+
+    def _put(self, mine: Mapping[str, Any], version: str | None) -> bool:
+        made = paths.put(self.path, json.dumps({**mine, "alive": time.time()}).encode(), version)
+        if made is not None:
+            self._version = made
+        return made is not None
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    try:
+        says = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return says if isinstance(says, dict) else {}
 
 
 def _machine() -> dict[str, Any]:
@@ -241,37 +360,11 @@ def _alive(holder: Mapping[str, Any]) -> bool:
     return _born(pid) == holder.get("born")
 
 
-def _read(path: pathlib.Path) -> tuple[dict[str, Any], float] | None:
-    """Who holds the lock, and its last sign of life; None when nobody does.
-
-    A lock that cannot be read names nobody: it may be in the making, or damaged.
-    """
-    try:
-        # Opened, since network file systems show the attributes of a file that is not as they were.
-        with path.open("rb") as file:
-            modified = os.fstat(file.fileno()).st_mtime
-            holder = json.loads(file.read())
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError):
-        holder = {}
-    return (holder if isinstance(holder, dict) else {}), modified
-
-
 def _modified(path: pathlib.Path) -> float:
     try:
         return path.stat().st_mtime
     except OSError:
         return time.time()
-
-
-def _named(holder: Mapping[str, Any], silent: float) -> str:
-    started = holder.get("started")
-    since = f", started {_age(time.time() - started)} ago" if isinstance(started, int | float) else ""
-    return (
-        f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')}"
-        f" (last sign of life {_age(silent)} ago{since})"
-    )
 
 
 def _age(seconds: float) -> str:

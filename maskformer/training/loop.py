@@ -6,19 +6,22 @@ import contextlib
 import dataclasses
 import logging
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from maskformer import paths
 from maskformer.training.best import continue_record, out_of_patience, update_best
 from maskformer.training.checkpoints import Checkpoints, RunRecord, restore_newest, restore_params
+from maskformer.training.compilation import use_cache
 from maskformer.training.experiment import plain
+from maskformer.training.hangs import Watchdog
 from maskformer.training.lock import Lock
+from maskformer.training.phases import Phases
 from maskformer.training.precision import average_start
 from maskformer.training.preemption import Preempted, PreemptionGuard
-from maskformer.training.program import Placed, Program
+from maskformer.training.program import Placed, Program, Stopped
 from maskformer.training.recorder import Recorder
 from maskformer.training.state import TrainState
 from maskformer.training.workdir import (
@@ -34,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def train_and_evaluate(
-    config: Mapping[str, Any], workdir: str | os.PathLike[str], *, steal: bool = False
+    config: Mapping[str, Any], workdir: str | os.PathLike[str], *, steal: bool = False, phases: Phases | None = None
 ) -> dict[str, float]:
     """Train as `config` says, evaluating and saving on the way; resume when `workdir` already has checkpoints.
 
@@ -45,6 +48,7 @@ def train_and_evaluate(
       config: a recipe's `ConfigDict`, or the mapping of a run's `config.json`.
       workdir: folder for `config.json`, `metrics.jsonl`, TensorBoard events and `checkpoints/`.
       steal: take the workdir over from another training that still has it, see `lock.Lock`.
+      phases: of a start that began before this call, as with the imports of `maskformer train`.
 
     Returns:
       The metrics of the last evaluation; empty when `evaluation.every` is 0.
@@ -57,6 +61,7 @@ def train_and_evaluate(
         is full, a LockLostError where another training took the workdir over.
     """
     # On the host, so that mistakes in the config and in the text come before the devices start.
+    phases = Phases() if phases is None else phases
     program = Program.of(config)
     train, evaluation = program.experiment.train, program.experiment.evaluation
     checkpoint = program.experiment.checkpoint
@@ -64,39 +69,67 @@ def train_and_evaluate(
     check_same_run(plain(config), workdir)
     check_sources(train, workdir)
     check_writers(program.experiment.writers)
-    program.prepare_data()
+    with phases("data"):
+        program.prepare_data()
 
     # On the devices.
-    placed = program.on()
-    placed.check_batch()
-    for line in placed.dropped:
-        logger.warning("sharding: %s", line)
-    leader = jax.process_index() == 0
+    with phases("devices"):
+        use_cache()
+        placed = program.on()
+        placed.check_batch()
+        for line in placed.dropped:
+            logger.warning("sharding: %s", line)
+        leader = jax.process_index() == 0
 
     results: dict[str, float] = {}
     with contextlib.ExitStack() as on_exit:
         guard = on_exit.enter_context(PreemptionGuard())
         lock = on_exit.enter_context(Lock(workdir, steal)) if leader else None
+        on_exit.enter_context(phases)
+        phases.record(workdir if leader else None, describe_devices(placed))
+        on_exit.enter_context(Watchdog(phases, program.experiment.watchdog, workdir))
         checkpoints = Checkpoints(workdir, checkpoint, evaluation)
         on_exit.callback(checkpoints.close)
-        state, record = starting_state(placed, checkpoints)
+        with phases("restore"):
+            state, record = starting_state(placed, checkpoints)
         continue_record(record, train.steps, evaluation)
         start = int(state.step)
         if leader:
             write_config(workdir, plain(config))
-        recorder = Recorder(placed, workdir, plain(config), record, checkpoints, start, leader)
+        recorder = Recorder(placed, workdir, plain(config), record, checkpoints, phases, start, leader)
         on_exit.callback(recorder.close)
         batches = iter(placed.train_batches(record.next_example))
 
-        for step in range(start + 1, train.steps + 1):
+        def evaluate(step: int) -> bool:
+            """Evaluate the state, unless a signal stops it: then the run that goes on from here is to do it."""
+            nonlocal results
+            try:
+                with phases("evaluation", step):
+                    results = placed.evaluate(state.evaluation_params, stop=guard.requested)
+            except Stopped:
+                return False
+            recorder.evaluation(step, results, improved=update_best(record, results, evaluation))
+            return True
+
+        if record.evaluation_due and evaluation.every:
+            recorder.pause(state)
+            if not evaluate(start):
+                raise Preempted(start, guard.exit_code)
+            record.evaluation_due = False
+            recorder.flush()
+            checkpoints.complete(start, record, results.get(evaluation.metric))
+            recorder.resume()
+        record.evaluation_due = False
+
+        for step in phases.steps(start + 1, train.steps):
             if out_of_patience(record, evaluation):
                 break
-            state = placed.train_step(state, next(batches))
+            state = placed.train_step(state, phases.batch(batches, state.step))
             record.next_example += train.batch_size
             last = step == train.steps
             evaluates = evaluation.every > 0 and (last or step % evaluation.every == 0)
             saves = last or (checkpoint.every > 0 and step % checkpoint.every == 0)
-            preempted = guard.requested(step)
+            preempted = guard.requested()
             if lock is not None:
                 lock.check()
 
@@ -107,25 +140,35 @@ def train_and_evaluate(
             recorder.settle(wait=evaluates or saves or preempted)
             if evaluates or saves:
                 recorder.pause(state)
-            if evaluates:
-                results = placed.evaluate(state.evaluation_params)
-                recorder.evaluation(step, results, improved=update_best(record, results, evaluation))
-            if saves or preempted or (evaluates and out_of_patience(record, evaluation)):
-                # A checkpoint never holds a step that was not finite, and never runs ahead of metrics.jsonl.
-                recorder.check(state.window)
-                recorder.flush()
-                checkpoints.save(step, state, record, results.get(evaluation.metric) if evaluates else None)
-            if preempted and not last:
-                checkpoints.wait()
-                raise Preempted(step, guard.exit_code)
+            evaluated = evaluates and not preempted and evaluate(step)
+            record.evaluation_due = evaluates and not evaluated
+            if evaluates:  # which takes its time, in which a signal may come
+                preempted = preempted or guard.requested()
+            if saves or preempted or (evaluated and out_of_patience(record, evaluation)):
+                with phases("checkpoint", step):
+                    # A checkpoint never holds a step that was not finite, and never runs ahead of metrics.jsonl.
+                    recorder.check(state.window)
+                    recorder.flush()
+                    checkpoints.save(step, state, record, results.get(evaluation.metric) if evaluated else None)
+                    preempted = preempted or guard.requested()
+                    if preempted and (record.evaluation_due or not last):
+                        checkpoints.wait()
+                        raise Preempted(step, guard.exit_code)
             if evaluates or saves:
                 recorder.resume()
         # Still under the guard: a SIGTERM now must not cut off the last checkpoint.
         checkpoints.wait()
         if not results and evaluation.every:
             # The run was complete already: say again how good it is, and record nothing twice.
-            results = placed.evaluate(state.evaluation_params)
+            with phases("evaluation"):
+                results = placed.evaluate(state.evaluation_params)
     return results
+
+
+def describe_devices(placed: Placed) -> dict[str, Any]:
+    """What a run computes on, for its events."""
+    kind = placed.mesh.devices.flat[0].device_kind
+    return {"processes": jax.process_count(), "devices": placed.mesh.size, "device_kind": kind}
 
 
 def starting_state(placed: Placed, checkpoints: Checkpoints) -> tuple[TrainState, RunRecord]:
@@ -135,12 +178,12 @@ def starting_state(placed: Placed, checkpoints: Checkpoints) -> tuple[TrainState
     train = placed.program.experiment.train
     restored = checkpoints.restore_latest(placed.state)
     if restored is None and train.resume is not None:
-        restored = restore_newest(pathlib.Path(train.resume).resolve() / CHECKPOINTS, placed.state)
+        restored = restore_newest(paths.given(train.resume).resolve() / CHECKPOINTS, placed.state)
     if restored is not None:
         return restored
     state = placed.init()
     if train.init_from is not None:
-        params, _ = restore_params(pathlib.Path(train.init_from), placed.params)
+        params, _ = restore_params(train.init_from, placed.params)
         # An average is wider than the parameters that begin with it.
         params = jax.tree.map(lambda array, wanted: array.astype(wanted.dtype), params, placed.params)
         # The optimizer's state and the average begin at these parameters: both may hold copies of them.

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 
-from maskformer import evaluation
+from maskformer import evaluation, paths
 from maskformer.data import DataConfig, PackedDataset, Tokenizer
 from maskformer.objectives import Objective
 from maskformer.training import recipes
 from maskformer.training.checkpoints import restore_params
+from maskformer.training.compilation import use_cache
 from maskformer.training.experiment import ExperimentConfig, resolve
 from maskformer.training.program import Placed, Program
 from maskformer.training.workdir import read_config
@@ -128,7 +128,7 @@ def load(workdir: str | os.PathLike[str], overrides: Sequence[str] = (), checkpo
       ValueError: no run there, a bad override, or a mask of the run's own that nobody has registered.
       CheckpointError: no checkpoint yet.
     """
-    path = pathlib.Path(workdir)
+    path = paths.given(workdir)
     config = ml_collections.ConfigDict(read_config(path, sections=("data", "objective", "model", "train")))
     registering, changes = recipes.split_flags(overrides)
     for recipe in registering:
@@ -141,6 +141,7 @@ def load(workdir: str | os.PathLike[str], overrides: Sequence[str] = (), checkpo
                 f"{error}; what recipes register needs --config=RECIPE.py, once for each (in Python: import them first)"
             ) from error
         raise
+    use_cache()
     placed = Program(experiment).on()
     params, step = restore_params(path, placed.params, checkpoint)
     return Run(placed, params, step)

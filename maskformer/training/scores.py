@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-import pathlib
 from collections.abc import Sequence
 
 from maskformer.checks import shown
+from maskformer.paths import AnyPath
 from maskformer.training.checksums import FIX
 from maskformer.training.workdir import read_object
 
 logger = logging.getLogger(__name__)
 
 
-def best_first(directory: pathlib.Path, steps: Sequence[int]) -> list[int]:
+def best_first(directory: AnyPath, steps: Sequence[int]) -> list[int]:
     """The steps of a `checkpoints/` folder from the best score down, the newest first among equals.
 
     A damaged score is reported, and counts as none.
@@ -34,7 +34,7 @@ def best_first(directory: pathlib.Path, steps: Sequence[int]) -> list[int]:
     return sorted(steps, key=lambda step: (scores[step], step), reverse=True)
 
 
-def read_score(folder: pathlib.Path) -> tuple[float, str | None]:
+def read_score(folder: AnyPath) -> tuple[float, str | None]:
     """The score that a checkpoint was saved with, -inf when it was not evaluated, and its criterion, if named.
 
     Raises:

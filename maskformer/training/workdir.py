@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+# Written by Orbax when all files of a checkpoint are in an object store, where no folder can be renamed.
+COMMITTED = "commit_success.txt"
 
 # What says how a run is computed and from where it reads, not what it computes. The last bits of a sum may follow some
 # of them, as they follow the mesh, which may change too: a run on an accelerator goes on where there is none.
@@ -44,12 +46,15 @@ def prepare_workdir(workdir: str | os.PathLike[str]) -> AnyPath:
       workdir: as the user wrote it; `pathlib.Path` would turn the empty string into the current directory.
 
     Raises:
-      ValueError: one line; not a folder on this machine's file systems, or it cannot be written to.
+      ValueError: one line; it can be no folder, there is no such bucket, or it cannot be written to.
+      RunError: the bucket does not answer, also when asked again for half a minute.
     """
     text = os.fspath(workdir)
     if (why := why_no_folder(text)) is not None:
         raise ValueError(f"workdir={shown(text)}: {why}")
     path = paths.resolve(workdir)
+    if (why := why_no_checkpoints(path)) is not None:
+        raise ValueError(f"workdir={shown(text)}: {why}")
     try:
         paths.check_store(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -57,7 +62,11 @@ def prepare_workdir(workdir: str | os.PathLike[str]) -> AnyPath:
         probe = path / f".write_test_{uuid.uuid4().hex}"
         probe.touch()
         probe.unlink(missing_ok=True)
+    except paths.StoreError as error:
+        raise RunError(f"workdir={shown(text)}: {reason(error)}") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if not paths.is_local(path):
+            raise ValueError(f"workdir={shown(text)}: {reason(error)}") from error
         raise ValueError(
             f"workdir={shown(text)}: cannot be written to ({reason(error)}); choose another --workdir"
         ) from error
@@ -70,14 +79,37 @@ def prepare_workdir(workdir: str | os.PathLike[str]) -> AnyPath:
     return path
 
 
+def why_no_checkpoints(path: AnyPath) -> str | None:
+    """Why checkpoints can be neither saved nor read there; None where they can.
+
+    Orbax speaks with file systems and with Google's store, whatever its clients for small files speak with.
+    """
+    kind = paths.scheme(path)
+    if kind in (None, "gs"):
+        return None
+    return f"checkpoints are kept in gs:// or on a file system, and not in {kind}://; mount it, and give that folder"
+
+
 def checkpoint_steps(directory: AnyPath) -> list[int]:
-    """Steps of the whole checkpoints in a folder, ascending."""
-    return sorted(step for step, entry in _numbered(directory) if entry.is_dir())
+    """Steps of the whole checkpoints in a folder, ascending.
+
+    On a file system a folder gets its name when it is whole; on an object store its mark, `COMMITTED`, says so.
+    """
+    return sorted(step for step, entry in _numbered(directory) if _is_whole(entry))
+
+
+def unfinished_steps(directory: AnyPath) -> list[int]:
+    """Steps that are named in an object store by what was never committed: a save that was cut off, or goes on."""
+    return sorted(step for step, entry in _numbered(directory) if not paths.is_local(entry) and not _is_whole(entry))
 
 
 def stray_steps(directory: AnyPath) -> list[int]:
     """Steps that are named in a folder of checkpoints by what is no folder: a file, or a link that leads nowhere."""
-    return sorted(step for step, entry in _numbered(directory) if not entry.is_dir())
+    return sorted(step for step, entry in _numbered(directory) if paths.is_local(entry) and not entry.is_dir())
+
+
+def _is_whole(entry: AnyPath) -> bool:
+    return entry.is_dir() if paths.is_local(entry) else (entry / COMMITTED).exists()
 
 
 def _numbered(directory: AnyPath) -> list[tuple[int, AnyPath]]:
@@ -86,6 +118,10 @@ def _numbered(directory: AnyPath) -> list[tuple[int, AnyPath]]:
     # As a step is written: no leading zero, and none of the digits of other scripts.
     number = re.compile(r"0|[1-9][0-9]{0,17}")
     return [(int(entry.name), entry) for entry in directory.iterdir() if number.fullmatch(entry.name)]
+
+
+def _named(directory: AnyPath) -> list[int]:
+    return checkpoint_steps(directory) + stray_steps(directory)
 
 
 def check_same_run(config: Mapping[str, Any], workdir: AnyPath) -> None:
@@ -135,12 +171,14 @@ def check_sources(train: TrainConfig, workdir: AnyPath) -> None:
     Raises:
       ValueError: names `train.resume` or `train.init_from`, and the folder.
     """
-    if _numbered(workdir / CHECKPOINTS):
+    if _named(workdir / CHECKPOINTS):
         return
     for field in ("resume", "init_from"):
         source = getattr(train, field)
+        if source is not None and (why := why_no_checkpoints(paths.given(source))) is not None:
+            raise ValueError(f"train.{field}={shown(source)}: {why}")
         # What is no folder counts here: who reads it says what is wrong with it.
-        if source is not None and not _numbered(paths.resolve(source) / CHECKPOINTS):
+        if source is not None and not _named(paths.resolve(source) / CHECKPOINTS):
             raise ValueError(
                 f"train.{field}={shown(source)}: no checkpoint in {printable(os.path.join(source, CHECKPOINTS))}; "
                 "expected the workdir of a run that has one"
@@ -184,6 +222,11 @@ def write_config(workdir: AnyPath, config: Mapping[str, Any]) -> None:
       RunError: the file cannot be written.
     """
     replace_text(workdir / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def has_metrics(workdir: AnyPath) -> bool:
+    """Whether there are metrics of a run, in one file or in parts."""
+    return lines.exists(workdir / METRICS)
 
 
 def read_metrics(path: AnyPath) -> list[dict[str, float]]:
@@ -250,13 +293,14 @@ def replace_text(path: AnyPath, text: str) -> None:
 
 def cannot_write(path: AnyPath, error: OSError) -> RunError:
     """The error of a run that can no longer write one of its files."""
+    fix = "free some space or mend its folder, and run the same command again" if paths.is_local(path) else ""
     return RunError(
-        f"{path}: cannot be written ({reason(error)}); free some space or mend its folder, and run the same command "
-        "again: it goes on from the last checkpoint"
+        f"{path}: cannot be written ({reason(error)}); {fix or 'run the same command again'}: it goes on from the last "
+        "checkpoint"
     )
 
 
 def reason(error: BaseException) -> str:
     """What went wrong, in a few words on one line."""
     words = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(words.split())[:200]
+    return " ".join(words.split())[:400]

@@ -6,11 +6,13 @@ import contextlib
 import importlib.util
 import os
 import re
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+from maskformer import paths
 from maskformer.checks import shown
 from maskformer.paths import AnyPath
 from maskformer.training import lines
@@ -18,9 +20,13 @@ from maskformer.training.sections import WriterConfig
 from maskformer.training.workdir import METRICS, cannot_write, read_metrics, reason, replace_text
 
 # Fields of a line that say how fast the machine was, not what the model learnt: they differ between equal runs.
-TIMING_FIELDS = ("seconds", "tokens_per_second", "tflops_per_second", "mfu")
+TIMING_FIELDS = (
+    "seconds", "tokens_per_second", "tflops_per_second", "mfu", "data_wait_seconds", "device_wait_seconds",
+)  # fmt: skip
 # Between two times that a display of TensorBoard's sees what is new.
 TENSORBOARD_SECONDS = 20.0
+# Of a file for an object store, which is sent anew as a whole at each flush.
+TENSORBOARD_BYTES = 1 << 20
 
 
 class Writer(Protocol):
@@ -36,13 +42,20 @@ class Writer(Protocol):
 class JsonlWriter:
     """One JSON object a line. A resumed run first drops the lines after its checkpoint, and writes them anew.
 
+    Args:
+      path: the file.
+      resume_step: the step of the checkpoint.
+      again: prefix of the metrics that the run will write once more at that very step; None for none.
+
     Raises:
       RunError: the file cannot be written, here and in its methods.
     """
 
-    def __init__(self, path: AnyPath, resume_step: int):
+    def __init__(self, path: AnyPath, resume_step: int, again: str | None = None):
         self._path = path
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if lines.exists(path) else []
+        if again is not None:
+            kept = [line for line in kept if line["step"] < resume_step or not any(n.startswith(again) for n in line)]
         with _writing(path):
             lines.rewrite(path, kept)
             self._file = lines.LineFile(path)
@@ -64,21 +77,23 @@ class TensorBoardWriter:
     """TensorBoard events without TensorFlow; steps after the resumed one are purged from the display.
 
     Written by the caller's thread: tensorboardX's own one dies at a full disk, and the next lines would wait for it
-    for ever.
+    for ever. For an object store a file is written here and sent at every flush; a long one is left and the next one
+    begun, since TensorBoard reads them one after another.
 
     Raises:
       RunError: the file cannot be written, here and in its methods.
     """
 
     def __init__(self, directory: AnyPath, resume_step: int):
-        from tensorboardX import event_file_writer
         from tensorboardX.proto import event_pb2
         from tensorboardX.summary import scalar
 
         self._path, self._event, self._scalar = directory, event_pb2.Event, scalar
+        # Removed with this object.
+        self._staging = None if paths.is_local(directory) else tempfile.TemporaryDirectory(prefix="maskformer_events")
+        self._files = 0
         with _writing(directory):
-            # A run may be started twice within the second that the name holds.
-            self._file = event_file_writer.EventsWriter(str(directory / "events"), f".{uuid.uuid4().hex[:8]}")
+            self._begin()
             # A fresh run too: one that was killed before its first checkpoint may have left its first points.
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._file.write_event(self._event(wall_time=time.time(), step=resume_step + 1, session_log=start))
@@ -96,11 +111,37 @@ class TensorBoardWriter:
     def flush(self) -> None:
         with _writing(self._path):
             self._file.flush()
+            self._send()
         self._flushed = time.monotonic()
 
     def close(self) -> None:
         with _writing(self._path):
             self._file.close()
+            self._send()
+        if self._staging is not None:
+            self._staging.cleanup()
+
+    def _begin(self) -> None:
+        from tensorboardX import event_file_writer
+
+        folder = str(self._path) if self._staging is None else self._staging.name
+        # A run may be started twice, and a file be filled, within the second that the name holds.
+        suffix = f".{self._files:05d}.{uuid.uuid4().hex[:8]}"
+        self._file = event_file_writer.EventsWriter(os.path.join(folder, "events"), suffix)
+        self._files += 1
+
+    def _send(self) -> None:
+        if self._staging is None:
+            return
+        (name,) = os.listdir(self._staging.name)
+        file = os.path.join(self._staging.name, name)
+        with open(file, "rb") as made:
+            data = made.read()
+        (self._path / name).write_bytes(data)
+        if len(data) >= TENSORBOARD_BYTES:
+            self._file.close()
+            os.remove(file)
+            self._begin()
 
 
 class WandbWriter:
@@ -109,9 +150,9 @@ class WandbWriter:
     def __init__(self, workdir: AnyPath, project: str, config: Mapping[str, Any]):
         import wandb
 
-        self._run = wandb.init(
-            project=project, id=wandb_id(workdir), resume="allow", dir=str(workdir), config=dict(config)
-        )
+        # Its own files are sent to its server, and are of no use in a bucket.
+        folder = str(workdir) if paths.is_local(workdir) else tempfile.mkdtemp(prefix="maskformer_wandb")
+        self._run = wandb.init(project=project, id=wandb_id(workdir), resume="allow", dir=folder, config=dict(config))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
@@ -130,7 +171,7 @@ def wandb_id(workdir: AnyPath) -> str:
       ValueError: the file that keeps it is damaged.
     """
     path = workdir / "wandb_id"
-    if not os.path.lexists(path):
+    if not paths.lexists(path):
         replace_text(path, uuid.uuid4().hex)
     try:
         text = path.read_bytes().decode("ascii").strip()
@@ -154,10 +195,14 @@ def check_writers(config: WriterConfig) -> None:
 
 
 def create_writers(
-    workdir: AnyPath, config: WriterConfig, run_config: Mapping[str, Any], resume_step: int
+    workdir: AnyPath,
+    config: WriterConfig,
+    run_config: Mapping[str, Any],
+    resume_step: int,
+    again: str | None = None,
 ) -> list[Writer]:
-    """The writers that `config` asks for; call on one process only."""
-    writers: list[Writer] = [JsonlWriter(workdir / METRICS, resume_step)]
+    """The writers that `config` asks for; call on one process only. See `JsonlWriter` for the last two."""
+    writers: list[Writer] = [JsonlWriter(workdir / METRICS, resume_step, again)]
     if config.tensorboard:
         writers.append(TensorBoardWriter(workdir, resume_step))
     if config.wandb_project is not None:

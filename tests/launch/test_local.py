@@ -280,6 +280,7 @@ def test_a_command_that_is_no_program_is_one_line_and_code_126(tmp_path, capsys)
         (["--processes", "3,0"], "--processes 0: expected at least 1"),
         (["--processes", "3,"], "--processes '': expected a whole number"),
         (["--max-parallel", "2"], "--max-parallel 2: expected a sweep: give its runs with --array"),
+        (["--array", "0-7%2", "--max-parallel", "3"], "--max-parallel 3: expected that of --array 0-7%2, or none"),
         (["--grace", "nan"], "--grace 'nan': expected seconds, at least 0"),
         (["--grace", "-1"], "--grace '-1': expected seconds, at least 0"),
         (["--array", "7-0"], "--array '7-0': expected ranges that count upwards; did you mean 0-7?"),

@@ -210,7 +210,7 @@ def test_a_file_system_that_does_not_answer_at_the_end_hides_no_error(tmp_path, 
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     with pytest.raises(KeyError, match="ours"), Lock(tmp_path):
-        monkeypatch.setattr(lock, "_read", unanswered)
+        monkeypatch.setattr(lock._File, "read", unanswered)
         raise KeyError("ours")
 
 

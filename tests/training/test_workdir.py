@@ -21,6 +21,7 @@ LINES = [{"step": step, "train/loss": 1.0 / step} for step in (1, 2, 3, 4)]
     [
         ("", "workdir='': expected a folder; '.' is the current one"),
         ("gz://bucket/run", "workdir='gz://bucket/run': unknown address; did you mean 'gs://'"),
+        ("memory://run", "checkpoints are kept in gs:// or on a file system, and not in memory://; mount it"),
         (pathlib.Path("gz://bucket/run"), "unknown address; did you mean 'gs://'"),
         ("two\nlines\0", r"workdir='two\\nlines\\x00': cannot be written to \(embedded null byte\)"),
         ("/proc/nothing", "cannot be written to"),
