@@ -66,6 +66,7 @@ GPT = {
     ),
 }  # fmt: skip
 
+
 def start(arg, sizes):
     """(name of the size, config) for an argument such as "mini,seq=256": data, shape and rhythm are set.
 
