@@ -28,10 +28,12 @@ def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     if arguments.json:
         raise ValueError("--json: expected with --goodput only; the curves of a run are in its metrics.jsonl")
     check_writable("--output", arguments.output)
-    from maskformer import report
+    from maskformer import planning, report
 
     output = arguments.output or str(pathlib.Path(arguments.workdirs[0]) / "report.png")
     print(report.table(arguments.workdirs))
+    if (compared := planning.compared(arguments.workdirs)) is not None:
+        print(f"\n{compared}")
     with writing("--output", output):
         report.draw_curves(arguments.workdirs, output)
     print(f"curves: {printable(output)}")
