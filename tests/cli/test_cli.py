@@ -127,8 +127,8 @@ def test_mask_knows_the_masks_of_a_recipe(tmp_path, capsys, monkeypatch):
         (["train", "--config={tmp}/nothing.py", "--workdir={tmp}/run", "--sweep=seeds"], "needs --sweep-index"),
         (["train", "--config={tmp}/nothing.py", "--workdir="], "--workdir: '': expected a folder"),
         (["evaluate", "--workdir", "{tmp}/nothing", ""], "--workdir: '': expected a folder"),
-        (["sweep", "--config={tmp}/nothing.py", "--workdir=gs://bucket/run"], "gs:// addresses are not supported"),
-        (["fill", "--workdir=s3://bucket/run"], "s3:// addresses are not supported"),
+        (["sweep", "--config={tmp}/nothing.py", "--workdir=gz://bucket/run"], "unknown address; did you mean 'gs://'?"),
+        (["fill", "--workdir=s3:///run"], "expected s3://BUCKET/FOLDER"),
         (["report", ""], "'': expected a folder"),
     ],
 )
