@@ -372,7 +372,7 @@ def test_bad_workdirs_and_batches_are_one_line_errors(corpus, devices, tmp_path)
     with pytest.raises(ValueError, match="cannot be written to"):
         train_and_evaluate(tiny_config(corpus), blocked / "run")
     devices(8)
-    with pytest.raises(ValueError, match="batch_size=12: does not divide over mesh data x fsdp = 8"):
+    with pytest.raises(ValueError, match="batch_size=12: does not divide over mesh data x fsdp x expert = 8"):
         train_and_evaluate(tiny_config(corpus, train__batch_size=12, mesh__data=8), tmp_path)
 
 
