@@ -24,7 +24,8 @@ TINY = ("--config=configs/gpt.py:tiny,seq=128,vocab=1024", "--config.train.batch
 
 
 @pytest.mark.parametrize("name, slices", [
-    ("v4:2x2x4", 1), ("v5e:4x4", 1), ("v5e:8x16", 1), ("v5p:2x2x4", 1), ("v5p:4x4x8", 1), ("v6e:8x8", 2), ("tpu7x:2x2x2", 1),
+    ("v4:2x2x4", 1), ("v5e:4x4", 1), ("v5e:8x16", 1), ("v5p:2x2x4", 1), ("v5p:4x4x8", 1), ("v6e:8x8", 2),
+    ("tpu7x:2x2x2", 1),
 ])  # fmt: skip
 def test_libtpu_has_the_devices_and_hosts_that_the_plan_counts(name, slices):
     topology = topologies.parse(name, slices)
