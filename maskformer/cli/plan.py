@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -31,6 +32,8 @@ def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     integer("--best", arguments.best, 1, 3)
     if arguments.price is not None:
         number("--price", arguments.price, "dollars from 0 to below 10000", 0.0, 1e4)
+    # Of this machine nothing is asked but its processor: an accelerator that is here may be at work.
+    os.environ["JAX_PLATFORMS"] = "cpu"
     from maskformer import planning
     from maskformer.training import recipes
 

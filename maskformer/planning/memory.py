@@ -39,7 +39,7 @@ class Memory:
 
     Attributes:
       parameters, optimizer, averages, batch: the arguments of a step, which take their own places as its results.
-      activations: what the layers keep from forward to backward; over several slices, the largest of it twice.
+      activations: what the layers keep from forward to backward; over several slices with remat="full", twice.
       logits: the logits, and their gradient.
       ends: what embeddings and head keep.
       weights: copies of parameters in the dtype that products read, and what is gathered of them, at that moment.
@@ -106,8 +106,9 @@ def memory(
     of_kind = {
         kind: sum(held(one) for one in workload.kept if one.kind == kind) for kind in ("layers", "logits", "ends")
     }
-    if target == "tpu" and layout.across:
-        # To send between slices early, the compiler parts a layer from the loop, and may copy what the loop keeps.
+    if target == "tpu" and layout.across and workload.repeated_share:
+        # To send between slices early, the compiler parts a layer from the loop. Where the loop keeps what it carries,
+        # the inputs of its layers, they are then copied.
         of_kind["layers"] += max((held(one) for one in workload.kept if one.kind == "layers"), default=0.0)
     made = [one for one in workload.layer if one.floating and not _in_between(one, workload)]
     layer = sum(one.bytes(sizes) / context for one in made)
