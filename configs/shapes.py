@@ -11,6 +11,8 @@ class Size:
 
     Attributes:
       layers, width, heads: of the stack.
+      mlp_width: of the feed-forward layer; None for four times the width.
+      length, vocabulary: of a row and of the tokenizer, where the argument does not say.
       steps, batch_size, learning_rate: of the run.
       warmup: share of the steps.
       evaluations: how often it is evaluated and saved.
@@ -20,6 +22,9 @@ class Size:
     layers: int
     width: int
     heads: int
+    mlp_width: int | None = None
+    length: int = 128
+    vocabulary: int = 8192
     steps: int = 10_000
     batch_size: int = 32
     learning_rate: float = 1e-3
@@ -54,19 +59,28 @@ GPT = {
     "large": Size(36, 1280, 20, steps=100_000, batch_size=512, learning_rate=2.5e-4, warmup=0.01),
     "xl": Size(48, 1600, 25, steps=100_000, batch_size=512, learning_rate=2e-4, warmup=0.01),
     "demo": DEMO,
-}
+    # Touvron et al. 2023b, the 7B of Llama 2: batches of 4 million tokens, 2 trillion in all.
+    "llama-7b": Size(
+        32, 4096, 32, mlp_width=11_008, length=4096, vocabulary=32_000, steps=500_000, batch_size=1024,
+        learning_rate=3e-4, warmup=0.004,
+    ),
+}  # fmt: skip
 
 
 def start(arg, sizes):
     """(name of the size, config) for an argument such as "mini,seq=256": data, shape and rhythm are set.
 
-    Options: `seq` row length, `vocab` vocabulary size, `data` dataset.
+    Options: `seq` row length, `vocab` vocabulary size, `data` dataset, `experts` of a mixture, 0 for none.
     """
-    name, options = parse_arg(arg, choices=tuple(sizes), default="mini", seq=128, vocab=8192, data="austen")
+    known = {"choices": tuple(sizes), "default": "mini", "data": "austen", "experts": 0}
+    # The size brings the defaults of the others.
+    name, _ = parse_arg(arg, seq=128, vocab=8192, **known)
+    _, options = parse_arg(arg, seq=sizes[name].length, vocab=sizes[name].vocabulary, **known)
     config = default_config()
     config.data.name = options.data
     config.data.length = options.seq
     config.data.vocabulary_size = options.vocab
+    config.model.experts = options.experts
     resize(config, sizes[name])
     if name == "demo":
         config.data.length, config.data.vocabulary_size = 64, 4096
@@ -80,6 +94,7 @@ def start(arg, sizes):
 def resize(config, size):
     """Give `config` the shape and the rhythm of `size`."""
     config.model.layers, config.model.width, config.model.heads = size.layers, size.width, size.heads
+    config.model.mlp_width = size.mlp_width
     config.optimizer.learning_rate = size.learning_rate
     config.train.steps, config.train.batch_size = size.steps, size.batch_size
     config.optimizer.warmup_steps = round(size.warmup * size.steps)

@@ -159,7 +159,7 @@ class Card:
         names: list[str] | None = None
         for (arm, seed), config in plan.items():
             values = self.measure(Trained(workdir / self.folder(arm, seed), arm, seed, config))
-            if guard.requested(config.train.steps):
+            if guard.requested():
                 raise Preempted(config.train.steps, guard.exit_code)
             names = list(values) if names is None else names
             require(list(values) == names, f"measure: names of arm {arm!r}, seed {seed}", list(values), f"{names}")

@@ -28,7 +28,7 @@ DETAILS = {"unigram_loss", "predicted", *(f"{name}_{kind}" for name in ("loss", 
 # What every training says of itself, whatever it trains.
 OF_TRAINING = {
     "learning_rate", "grad_norm", "tokens_seen", "tokens_predicted", "flops", "seconds", "tokens_per_second",
-    "tflops_per_second", "mfu",
+    "tflops_per_second", "mfu", "data_wait_seconds", "device_wait_seconds",
 }  # fmt: skip
 # The curves that are drawn first, with their axis labels. A name without a prefix is of the evaluated split.
 PANELS = {

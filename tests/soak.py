@@ -1,11 +1,13 @@
 """Stops real runs at random moments, starts them again until they are done, and compares their metrics bit by bit.
 
     python tests/soak.py --seconds 120 --kinds kill,sigterm
+    python tests/soak.py --tries 100 --kinds pair-any
 
 Each try is one small run of `configs/bert.py:demo` on the embedded corpus, stopped up to three times in one way: killed
-at any moment, signalled in the loop or before it, or out of disk. What `metrics.jsonl` says in the end, without the
-timing fields, must equal the undisturbed run's. Exit codes and tracebacks are checked on the way. Prints a table, and
-exits with 1 if anything was wrong.
+at any moment, signalled in the loop or before it, or out of disk. The kinds that begin with `pair` (`soak_pairs.py`)
+stop a run of two processes under `launch.local`, which starts it again, by kills, signals and hangs. What
+`metrics.jsonl` says in the end, without the timing fields, must equal the undisturbed run's. Exit codes and tracebacks
+are checked on the way. Prints a table, and exits with 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from collections.abc import Callable, Iterator
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.training.tiny import metric_lines  # noqa: E402  (the root is found only now)
+from tests import soak_pairs  # noqa: E402  (the root is found only now)
+from tests.training.tiny import metric_lines  # noqa: E402
 
 RUN = {
     "data.length": 32, "data.vocabulary_size": 512, "model.width": 32, "train.steps": 40, "train.batch_size": 8,
@@ -261,6 +264,23 @@ def undisturbed(folder: pathlib.Path, cache: pathlib.Path) -> Undisturbed:
     return Undisturbed(metric_lines(folder / "run"), looping - run.began, time.monotonic() - looping, size)
 
 
+def more(number: int, tries: int | None, deadline: float) -> bool:
+    return number < tries if tries is not None else time.monotonic() < deadline
+
+
+def attempt_pair(
+    name: str, row: Row, folder: pathlib.Path, cache: pathlib.Path, whole: soak_pairs.Undisturbed,
+    generator: random.Random,
+) -> None:
+    """The same for a run of two processes."""
+    equal, codes, wrong = soak_pairs.attempt(name, folder, cache, whole, generator, MOST_STOPS, metric_lines)
+    row.tries += 1
+    row.equal += equal
+    row.stops += sum(codes.values())
+    row.codes += codes
+    row.wrong += wrong
+
+
 def table(rows: dict[str, Row]) -> str:
     lines = [("kind", "tries", "equal", "stops", "exit codes", "most lines", "tracebacks")]
     for name, row in rows.items():
@@ -273,34 +293,49 @@ def table(rows: dict[str, Row]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=600.0, help="begin no further try after so long (default 600)")
-    parser.add_argument("--kinds", default=",".join(KINDS), help=f"of {', '.join(KINDS)} (default all)")
-    parser.add_argument("--seed", type=int, default=None, help="of the random moments (default another each time)")
+    every = [*KINDS, *soak_pairs.KINDS]
+    add = parser.add_argument
+    add("--seconds", type=float, default=600.0, help="begin no further try after so long (default 600)")
+    add("--tries", type=int, default=None, help="make so many instead, however long they take")
+    add("--kinds", default=",".join(every), help=f"of {', '.join(every)} (default all), taken in turn")
+    add("--seed", type=int, default=None, help="of the random moments (default another each time)")
     arguments = parser.parse_args()
     kinds = arguments.kinds.split(",")
-    unknown = [name for name in kinds if name not in KINDS]
+    unknown = [name for name in kinds if name not in every]
     if unknown:
-        parser.error(f"--kinds {unknown[0]!r}: expected some of {', '.join(KINDS)}")
+        parser.error(f"--kinds {unknown[0]!r}: expected some of {', '.join(every)}")
     seed = random.SystemRandom().randrange(1 << 32) if arguments.seed is None else arguments.seed
     generator = random.Random(seed)
-    deadline = time.monotonic() + arguments.seconds
     rows = {name: Row() for name in kinds}
     with tempfile.TemporaryDirectory(prefix="soak-") as place:
         folder = pathlib.Path(place)
-        whole = undisturbed(folder / "undisturbed", folder / "cache")
-        print(f"undisturbed: {whole.start:.1f} s to the first line, {whole.loop:.1f} s of training; seed {seed}")
-        longest, number = whole.start + whole.loop, 0
-        while time.monotonic() + longest < deadline:
+        cache = folder / "cache"
+        whole = undisturbed(folder / "undisturbed", cache) if set(kinds) & set(KINDS) else None
+        pair = None
+        if set(kinds) & set(soak_pairs.KINDS):
+            pair = soak_pairs.undisturbed(folder / "pairs", cache, metric_lines)
+        for what, run in (("undisturbed", whole), ("two processes", pair)):
+            if run is not None:
+                print(f"{what}: {run.start:.1f} s to the first line, {run.loop:.1f} s of training; seed {seed}")
+        began = time.monotonic()
+        longest = sum(run.start + run.loop for run in (whole, pair) if run is not None)
+        number = 0
+        while more(number, arguments.tries, began + arguments.seconds - longest):
             name = kinds[number % len(kinds)]
-            row, place_of_try, began = rows[name], folder / f"{number:03d}", time.monotonic()
+            row, place_of_try, this_began = rows[name], folder / f"{number:03d}", time.monotonic()
             known = len(row.wrong)
-            attempt(name, row, place_of_try, folder / "cache", whole, generator)
+            if name in KINDS:
+                attempt(name, row, place_of_try, cache, whole, generator)
+            else:
+                attempt_pair(name, row, place_of_try, cache, pair, generator)
             print(f"{name}: {row.equal} of {row.tries} equal", *row.wrong[known:], sep="\n  ", flush=True)
             shutil.rmtree(place_of_try, ignore_errors=True)
-            longest, number = max(longest, time.monotonic() - began), number + 1
+            longest, number = max(longest, time.monotonic() - this_began), number + 1
+        spent = time.monotonic() - began
+    print(f"{number} tries in {spent:.0f} s, {spent / max(number, 1):.0f} s each")
     print(table(rows))
     wrong = [f"{name}: {what}" for name, row in rows.items() for what in row.wrong]
-    wrong += [f"{name}: no try in {arguments.seconds:g} s" for name, row in rows.items() if not row.tries]
+    wrong += [f"{name}: no try" for name, row in rows.items() if not row.tries]
     wrong += [f"{name}: {row.tracebacks} tracebacks" for name, row in rows.items() if row.tracebacks]
     print(*wrong, sep="\n")
     return 1 if wrong else 0

@@ -1,4 +1,4 @@
-"""The command line: `maskformer train | evaluate | fill | check | mask-report | mask | config | sweep | report | card`.
+"""The command line: `maskformer train | evaluate | fill | check | mask-report | mask | config | plan | sweep | ...`.
 
 Each command is one module of this package, and a new one needs nothing else. `card.py` is the command `maskformer card`
 (`mask_report.py` is `mask-report`); the first line of its docstring is its summary in `maskformer --help`; and it has
@@ -39,7 +39,7 @@ __all__ = ["EX_USAGE", "commands", "create_parser", "main"]
 EX_USAGE = 2
 
 # In the order in which they are used; the others follow by name.
-ORDER = ("train", "evaluate", "fill", "check", "mask-report", "mask", "config", "sweep", "report")
+ORDER = ("train", "evaluate", "fill", "check", "mask-report", "mask", "config", "plan", "sweep", "report")
 
 
 def commands() -> dict[str, ModuleType]:

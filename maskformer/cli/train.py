@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from maskformer import paths
 from maskformer.checks import shown
 from maskformer.cli.files import folder
 from maskformer.cli.parser import CONFIG_HELP, Parser
+
+if TYPE_CHECKING:
+    from maskformer.training.phases import Phases
 
 
 def add_arguments(parser: Parser) -> None:
@@ -25,18 +29,20 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
+    from maskformer.training.phases import Phases, process_began
     from maskformer.training.preemption import PreemptionGuard
 
     if arguments.sweep is not None and arguments.sweep_index is None:
         raise ValueError(f"--sweep={shown(arguments.sweep)}: needs --sweep-index, the run of the sweep to train")
     # Before JAX is imported and anything is read: a signal in these seconds asks for a requeue too.
     with PreemptionGuard(ends_process=arguments.owns_process):
-        return _train(arguments, config_flags)
+        return _train(arguments, config_flags, Phases(process_began() if arguments.owns_process else None))
 
 
-def _train(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
-    from maskformer.training import Preempted, distributed, loop, recipes, resolve, sweeps
-    from maskformer.training.workdir import RunError, prepare_workdir
+def _train(arguments: argparse.Namespace, config_flags: Sequence[str], phases: Phases) -> int:
+    with phases("imports"):
+        from maskformer.training import Preempted, distributed, loop, recipes, resolve, sweeps
+        from maskformer.training.workdir import RunError, prepare_workdir
 
     config, recipe = recipes.load_config(config_flags)
     workdir = paths.given(arguments.workdir)
@@ -48,9 +54,10 @@ def _train(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
         workdir = workdir / f"{arguments.sweep_index:03d}"
     resolve(config)
     prepare_workdir(workdir)
-    distributed.initialize()
+    with phases("devices"):
+        distributed.initialize()
     try:
-        loop.train_and_evaluate(config, workdir, steal=arguments.steal)
+        loop.train_and_evaluate(config, workdir, steal=arguments.steal, phases=phases)
     except Preempted as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code

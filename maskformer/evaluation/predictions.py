@@ -21,6 +21,14 @@ def predict(
     return model.apply(params, **corrupted.inputs(objective.attend(corrupted)), dropout_key=dropout_key)
 
 
+def predict_with_routing(
+    model: Any, objective: Objective, params: Any, corrupted: Corrupted, dropout_key: jax.Array | None = None
+) -> tuple[jax.Array, Any]:
+    """As `predict`, and what the routers of the model's experts did, see `Model.apply_with_routing`."""
+    inputs = corrupted.inputs(objective.attend(corrupted))
+    return model.apply_with_routing(params, **inputs, dropout_key=dropout_key)
+
+
 def predictions(model: Any, objective: Objective) -> Predict:
     """`predict` of this model and objective: a function `params, corrupted -> logits`."""
     return functools.partial(predict, model, objective)

@@ -93,6 +93,11 @@ class ElectraConfig:
 
     def __post_init__(self) -> None:
         ours, theirs = self.generator, self.discriminator
+        if ours.experts or theirs.experts:
+            raise ValueError(
+                f"model.experts={ours.experts or theirs.experts}: two networks are trained without a router's losses; "
+                "set model.experts=0"
+            )
         for field in ("vocab_size", "max_length"):
             if getattr(ours, field) != getattr(theirs, field):
                 raise ValueError(
@@ -122,6 +127,11 @@ class ElectraConfig:
     def layers(self) -> int:
         """Of the generator: the stack that `ElectraModel.apply` runs."""
         return self.generator.layers
+
+    @property
+    def experts(self) -> int:
+        """None of either network."""
+        return 0
 
     @property
     def mask_pattern(self) -> tuple[str, ...]:

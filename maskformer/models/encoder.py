@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ from flax import nnx
 from maskformer.attention.dropout import dropout
 from maskformer.masks import Mask
 from maskformer.models.encoder_config import EncoderConfig
-from maskformer.models.layers import Layer, LayerInputs, Norm, Projection, activate, initial_weights
+from maskformer.models.experts import Experts, Routing
+from maskformer.models.layers import FeedForward, Layer, LayerInputs, Norm, Projection, activate, initial_weights
 from maskformer.models.partitioning import constrain
 from maskformer.models.positions import alibi, rotary_tables
 
@@ -167,17 +169,24 @@ def _head_activation(config: EncoderConfig) -> str:
 
 
 class Encoder(nnx.Module):
-    """Embeddings, layers whose parameters are stacked on a leading `layers` axis, and a head."""
+    """Embeddings, layers whose parameters are stacked on a leading `layers` axis, and a head.
+
+    Layers with experts are a stack of their own, `expert_layers`, wherever they stand among the others.
+    """
 
     def __init__(self, config: EncoderConfig, head: type[PredictionHead | DetectionHead], *, rngs: nnx.Rngs):
-        @nnx.split_rngs(splits=config.layers)
-        @nnx.vmap
-        def stack(rngs: nnx.Rngs) -> Layer:
-            return Layer(config, rngs=rngs)
+        def stack(layers: int, feed_forward: Callable[..., Any]) -> Any:
+            @nnx.split_rngs(splits=layers)
+            @nnx.vmap
+            def make(rngs: nnx.Rngs) -> Layer:
+                return Layer(config, feed_forward, rngs=rngs)
+
+            return nnx.data(make(rngs)) if layers else None
 
         self.config = config
         self.embeddings = Embeddings(config, rngs=rngs)
-        self.layers = stack(rngs)
+        self.layers = stack(config.layers - config.expert_layers, FeedForward)
+        self.expert_layers = stack(config.expert_layers, Experts)
         self.final_norm = Norm(config) if config.norm_position == "pre" else None
         self.head = head(config, rngs=rngs)
 
@@ -188,61 +197,81 @@ class Encoder(nnx.Module):
         masks: Sequence[Mask | None],
         token_types: jax.Array | None,
         dropout_key: jax.Array | None,
-    ) -> jax.Array:
-        """Hidden states after the last layer, [batch, length, width]. `masks` repeat over the layers."""
+        real: jax.Array | None = None,
+    ) -> tuple[jax.Array, Routing | None]:
+        """Hidden states after the last layer, [batch, length, width], and what the routers of its experts did (None
+        without experts). `masks` repeat over the layers; `real` is False at padding, None where nothing is."""
         config = self.config
         embedding_key, layer_keys = None, None
         if dropout_key is not None:
             keys = jax.random.split(dropout_key, 1 + config.layers * DROPOUTS_PER_LAYER)
             embedding_key, layer_keys = keys[0], keys[1:].reshape(config.layers, DROPOUTS_PER_LAYER)
         x = self.embeddings(tokens, positions, token_types, embedding_key)
-        x = self._run_layers(x, masks, self._layer_inputs(positions), layer_keys)
-        return x if self.final_norm is None else self.final_norm(x)
+        x, routing = self._run_layers(x, masks, self._layer_inputs(positions, real), layer_keys)
+        return (x if self.final_norm is None else self.final_norm(x)), routing
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """What the head makes of hidden states."""
         return self.head(hidden, self.embeddings.tokens.whole_rows())
 
-    def _layer_inputs(self, positions: jax.Array) -> LayerInputs:
+    def _layer_inputs(self, positions: jax.Array, real: jax.Array | None) -> LayerInputs:
         config = self.config
         rotary, score_mod = None, None
         if config.positions == "rotary":
             rotary = rotary_tables(positions, config.resolved_head_dim, config.rotary_base)
         if config.positions == "alibi":
             score_mod = alibi(positions, config.heads)
-        return LayerInputs(rotary, score_mod)
+        return LayerInputs(rotary, score_mod, real if config.experts else None)
 
     def _run_layers(
         self, x: jax.Array, masks: Sequence[Mask | None], inputs: LayerInputs, keys: jax.Array | None
-    ) -> jax.Array:
-        """All layers: groups of one mask pattern each, scanned or unrolled, then the layers left over."""
+    ) -> tuple[jax.Array, Routing | None]:
+        """All layers: groups of one period of masks and experts, scanned or unrolled, then the layers left over."""
         config = self.config
-        graph, parameters = nnx.split(self.layers)
-        parameters = nnx.as_pure(parameters)
+        graphs, parameters = {}, {}
+        for name, stack in (("layers", self.layers), ("expert_layers", self.expert_layers)):
+            if stack is not None:
+                graphs[name], state = nnx.split(stack)
+                parameters[name] = nnx.as_pure(state)
 
-        def layer(x: jax.Array, parameters: Any, keys: jax.Array | None, mask: Mask | None) -> jax.Array:
-            return nnx.merge(graph, parameters)(x, mask, inputs, keys)
+        def layer(
+            name: str, x: jax.Array, parameters: Any, keys: jax.Array | None, mask: Mask | None
+        ) -> tuple[jax.Array, Routing | None]:
+            return nnx.merge(graphs[name], parameters)(x, mask, inputs, keys)
 
         if config.remat != "none":
             # Inside a scan nothing can be merged across the boundary, so the costly barrier is not needed.
-            layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
+            layer = jax.checkpoint(
+                layer, policy=_REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers, static_argnums=0
+            )
 
-        def group(x: jax.Array, stacked: Any) -> tuple[jax.Array, None]:
-            for index, mask in enumerate(masks):
-                here, here_keys = jax.tree.map(lambda leaf, i=index: leaf[i], stacked)
-                x = layer(x, here, here_keys, mask)
-            return x, None
+        def run(x: jax.Array, stacked: Any, indices: range) -> tuple[jax.Array, list[Routing]]:
+            """The layers `indices`, of parameters and keys that begin with the first layer of a group."""
+            parameters, keys = stacked
+            routings = []
+            for index in indices:
+                name, place = config.stack_of(index)
+                here = jax.tree.map(lambda leaf, i=place: leaf[i], parameters[name])
+                here_keys = None if keys is None else keys[index]
+                x, routing = layer(name, x, here, here_keys, masks[index % len(masks)])
+                routings += [] if routing is None else [routing]
+            return x, routings
 
-        period = len(masks)
-        groups = config.layers // period
-        stacked = (parameters, keys)
-        if config.scan_layers:
-            whole = jax.tree.map(lambda leaf: leaf[: groups * period].reshape(groups, period, *leaf.shape[1:]), stacked)
-            x, _ = jax.lax.scan(group, x, whole)
-            first = groups * period
-        else:
-            first = 0
-        for index in range(first, config.layers):
-            here, here_keys = jax.tree.map(lambda leaf, i=index: leaf[i], stacked)
-            x = layer(x, here, here_keys, masks[index % period])
-        return x
+        period = math.lcm(len(masks), config.moe_period if config.experts else 1)
+        groups = config.layers // period if config.scan_layers else 0
+        stacked, routings = (parameters, keys), []
+        if groups:
+            with_experts = period // config.moe_period if config.experts else 0
+
+            def grouped(tree: Any, each: int) -> Any:
+                return jax.tree.map(lambda leaf: leaf[: groups * each].reshape(groups, each, *leaf.shape[1:]), tree)
+
+            each = {"layers": period - with_experts, "expert_layers": with_experts}
+            whole = {name: grouped(tree, each[name]) for name, tree in parameters.items()}, grouped(keys, period)
+            x, scanned = jax.lax.scan(lambda x, stacked: run(x, stacked, range(period)), x, whole)
+            # From one array for each layer of a group, which leads with the groups, to one that leads with the layers.
+            flat = lambda *leaves: jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:])
+            routings = [jax.tree.map(flat, *scanned)] if scanned else []
+        x, rest = run(x, stacked, range(groups * period, config.layers))
+        routings += [jax.tree.map(lambda leaf: leaf[None], routing) for routing in rest]
+        return x, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routings) if routings else None

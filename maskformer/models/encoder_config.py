@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -10,19 +11,26 @@ import jax.numpy as jnp
 
 from maskformer import masks
 from maskformer.attention.dispatch import BACKENDS
-from maskformer.checks import choose, integer, number, one_line, shown, typed_fields
+from maskformer.checks import choose, integer, number, one_line, require, shown, typed_fields
 
 NORMS = ("layernorm", "rmsnorm")
 NORM_POSITIONS = ("post", "pre")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "swiglu", "geglu")
 GATED_ACTIVATIONS = ("swiglu", "geglu")
 POSITIONS = ("learned", "rotary", "alibi", "none")
+ROUTER_SOFTMAXES = ("chosen", "all")
 REMAT_POLICIES = ("none", "elementwise", "full", "dots", "dots_no_batch")
 # What a mask in a config may name; bound to the batch when the model is traced.
 MASK_ARRAYS = ("segment_ids", "valid")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Of each size; far beyond what is trained, and their products still fit the counters of shapes.
 MOST = {"layers": 10_000, "width": 2**20, "heads": 2**16, "vocab_multiple": 2**20, "token_types": 2**20}
+MOST_EXPERTS = 2**16
+# What says how experts are routed and trained; without experts, none of it may be set.
+EXPERT_FIELDS = (
+    "experts_per_token", "moe_period", "expert_width", "expert_capacity", "shared_expert_width", "shared_expert_gate",
+    "router_softmax", "balance_loss", "router_z_loss",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +49,20 @@ class EncoderConfig:
         kv_heads: key/value heads (grouped-query attention); None means `heads`.
         head_dim: size of a head; None means `width // heads`, which must then divide evenly.
         mlp_width: hidden size of the feed-forward layer; None means `4 * width`.
+        experts: feed-forward layers side by side, of which a router picks some for every token (a mixture of
+            experts, `models.experts`); 0 for the dense layer alone.
+        experts_per_token: how many it picks.
+        moe_period: every which layer has experts, counted so that the last of each group does; the others are dense.
+        expert_width: hidden size of one expert; None means `mlp_width`.
+        expert_capacity: None computes every token, whatever the balance. A number gives each expert `ceil(capacity *
+            experts_per_token * length / experts)` places in every row; who comes later in the row is dropped.
+        shared_expert_width: hidden size of a feed-forward layer for all tokens beside the experts (Dai et al. 2024); 0
+            for none.
+        shared_expert_gate: multiply its output by a sigmoid of the token, as in Qwen1.5-MoE.
+        router_softmax: over which experts the weights sum to 1: the "chosen" ones (Mixtral, Qwen3-MoE) or "all" of them
+            (Switch, OLMoE, Qwen1.5-MoE).
+        balance_loss: factor of the load-balancing loss of every layer with experts (Fedus et al. 2022, equation 4).
+        router_z_loss: factor of the router's z-loss of every such layer (Zoph et al. 2022, equation 5).
         norm: "layernorm" or "rmsnorm".
         norm_position: "post" (BERT: `norm(x + f(x))`) or "pre" (`x + f(norm(x))`, and one norm after the
             last layer).
@@ -93,6 +115,16 @@ class EncoderConfig:
     kv_heads: int | None = None
     head_dim: int | None = None
     mlp_width: int | None = None
+    experts: int = 0
+    experts_per_token: int = 2
+    moe_period: int = 1
+    expert_width: int | None = None
+    expert_capacity: float | None = None
+    shared_expert_width: int = 0
+    shared_expert_gate: bool = False
+    router_softmax: str = "chosen"
+    balance_loss: float = 0.01
+    router_z_loss: float = 0.001
     norm: str = "layernorm"
     norm_position: str = "post"
     norm_epsilon: float = 1e-12
@@ -148,6 +180,7 @@ class EncoderConfig:
             number("model.logits_soft_cap", self.logits_soft_cap, "a cap above 0 and below 1e30, or None", 0.0, 1e30,
                    open_low=True)
         self._check_heads()
+        self._check_experts()
         self._check_mask()
         if self.resolved_embedding_width != self.width and self.tied_embeddings and not self.head_transform:
             raise ValueError(
@@ -173,6 +206,38 @@ class EncoderConfig:
             raise ValueError(
                 f"model.head_dim={self.resolved_head_dim}: rotary positions turn pairs of channels, so it must "
                 "be even; change width, heads or head_dim"
+            )
+
+    def _check_experts(self) -> None:
+        integer("model.experts", self.experts, 0, MOST_EXPERTS)
+        if not self.experts:
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            for name in EXPERT_FIELDS:
+                require(
+                    getattr(self, name) == defaults[name], f"model.{name}", getattr(self, name),
+                    f"{defaults[name]!r} with model.experts=0; set model.experts to how many there are",
+                )
+            return
+        integer("model.experts_per_token", self.experts_per_token, 1, self.experts)
+        integer("model.moe_period", self.moe_period, 1, self.layers)
+        if self.expert_width is not None:
+            integer("model.expert_width", self.expert_width, 1, 4 * MOST["width"])
+        if self.expert_capacity is not None:
+            number("model.expert_capacity", self.expert_capacity, "a factor above 0 and at most 1000, or None to drop "
+                   "no token", 0.0, 1e3, open_low=True, closed=True)
+        integer("model.shared_expert_width", self.shared_expert_width, 0, 4 * MOST["width"])
+        choose("model.router_softmax", self.router_softmax, ROUTER_SOFTMAXES)
+        for name in ("balance_loss", "router_z_loss"):
+            number(f"model.{name}", getattr(self, name), "a factor from 0 to below 1000", 0.0, 1e3)
+        if self.shared_expert_gate and not self.shared_expert_width:
+            raise ValueError(
+                "model.shared_expert_gate=True: there is no shared expert; set model.shared_expert_width, or leave it "
+                "False"
+            )
+        if self.router_softmax == "chosen" and self.experts_per_token == 1:
+            raise ValueError(
+                "model.router_softmax='chosen': over one chosen expert it is always 1, and the router would not learn; "
+                "use 'all' with model.experts_per_token=1"
             )
 
     def _check_mask(self) -> None:
@@ -210,7 +275,9 @@ class EncoderConfig:
             "vocab": self.padded_vocab_size,
             "heads": self.heads,
             "kv_heads": self.resolved_kv_heads,
-            "mlp": self.resolved_mlp_width,
+            "mlp": math.gcd(*self._hidden_widths),
+            # Without experts there is nothing along their axis, which any number divides.
+            "experts": self.experts,
             "embed": self.width,
             "length": self.max_length,
         }
@@ -230,6 +297,34 @@ class EncoderConfig:
     @property
     def resolved_mlp_width(self) -> int:
         return self.mlp_width if self.mlp_width is not None else 4 * self.width
+
+    @property
+    def resolved_expert_width(self) -> int:
+        return self.expert_width if self.expert_width is not None else self.resolved_mlp_width
+
+    @property
+    def expert_layers(self) -> int:
+        """How many layers have experts in the place of the dense feed-forward layer."""
+        return self.layers // self.moe_period if self.experts else 0
+
+    def stack_of(self, layer: int) -> tuple[str, int]:
+        """Which stack of parameters has this layer, and where: "layers", or "expert_layers" for one with experts.
+
+        >>> config = EncoderConfig(vocab_size=100, layers=4, experts=8, moe_period=2)
+        >>> [config.stack_of(layer) for layer in range(4)]
+        [('layers', 0), ('expert_layers', 0), ('layers', 1), ('expert_layers', 1)]
+        """
+        if not self.experts:
+            return "layers", layer
+        before, routed = layer // self.moe_period, (layer + 1) % self.moe_period == 0
+        return ("expert_layers", before) if routed else ("layers", layer - before)
+
+    @property
+    def _hidden_widths(self) -> tuple[int, ...]:
+        """The hidden size of every kind of feed-forward layer that the model has."""
+        dense = (self.resolved_mlp_width,) if self.expert_layers < self.layers else ()
+        experts = (self.resolved_expert_width, self.shared_expert_width) if self.experts else ()
+        return (*dense, *experts)
 
     @property
     def padded_vocab_size(self) -> int:

@@ -8,8 +8,8 @@ module is a pure function of its inputs. Every parameter carries its logical axi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,8 @@ class LayerInputs(NamedTuple):
 
     rotary: tuple[jax.Array, jax.Array] | None
     score_mod: ScoreMod | None
+    # bool [batch, length], False at padding; None where nobody asks, or nothing is padding.
+    real: jax.Array | None = None
 
 
 def initial_weights(rngs: nnx.Rngs, shape: Sequence[int], config: EncoderConfig) -> jax.Array:
@@ -159,41 +161,49 @@ class SelfAttention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Two projections around an activation; a gated activation has a third, `gate`."""
+    """Two projections around an activation; a gated activation has a third, `gate`.
 
-    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
-        embed, mlp = [("embed", config.width)], [("mlp", config.resolved_mlp_width)]
+    What stands in its place (`experts.Experts`) takes the same arguments and has something to say of its routing.
+    """
+
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs, width: int | None = None):
+        embed, mlp = [("embed", config.width)], [("mlp", width or config.resolved_mlp_width)]
         self.activation = config.activation
         self.up = Projection(embed, mlp, config, rngs=rngs)
         self.gate = Projection(embed, mlp, config, rngs=rngs) if config.gated else None
         self.down = Projection(mlp, embed, config, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, real: jax.Array | None) -> tuple[jax.Array, None]:
         gate = None if self.gate is None else self.gate(x)
         hidden = activate(self.activation, self.up(x), gate)
-        return self.down(constrain(hidden, "batch", "length", "activation_mlp"))
+        return self.down(constrain(hidden, "batch", "length", "activation_mlp")), None
 
 
 class Layer(nnx.Module):
-    """One encoder layer: attention and feed-forward, each with dropout, a residual and a norm."""
+    """One encoder layer: attention and feed-forward, each with dropout, a residual and a norm.
 
-    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+    Args:
+        feed_forward: makes the second of the two from `config` and `rngs`.
+    """
+
+    def __init__(self, config: EncoderConfig, feed_forward: Callable[..., Any] = FeedForward, *, rngs: nnx.Rngs):
         self.config = config
         self.attention = SelfAttention(config, rngs=rngs)
         self.attention_norm = Norm(config)
-        self.mlp = FeedForward(config, rngs=rngs)
+        self.mlp = feed_forward(config, rngs=rngs)
         self.mlp_norm = Norm(config)
 
     def __call__(
         self, x: jax.Array, mask: Mask | None, inputs: LayerInputs, dropout_keys: jax.Array | None
-    ) -> jax.Array:
-        """`x` [batch, length, width]; `dropout_keys`: three keys, or None for no dropout."""
+    ) -> tuple[jax.Array, Any]:
+        """`x` [batch, length, width] -> the same shape, and what the feed-forward layer says of its routing (None of a
+        dense one); `dropout_keys`: three keys, or None for no dropout."""
         probabilities, after_attention, after_mlp = (None,) * 3 if dropout_keys is None else dropout_keys
         rate = self.config.hidden_dropout
         pre = self.config.norm_position == "pre"
         branch = self.attention(self.attention_norm(x) if pre else x, mask, inputs, probabilities)
         x = constrain(x + dropout(after_attention, branch, rate), "batch", "length", "activation_embed")
         x = x if pre else self.attention_norm(x)
-        branch = self.mlp(self.mlp_norm(x) if pre else x)
+        branch, routing = self.mlp(self.mlp_norm(x) if pre else x, inputs.real)
         x = constrain(x + dropout(after_mlp, branch, rate), "batch", "length", "activation_embed")
-        return x if pre else self.mlp_norm(x)
+        return (x if pre else self.mlp_norm(x)), routing

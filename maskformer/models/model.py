@@ -14,6 +14,7 @@ from flax import nnx
 from maskformer import masks
 from maskformer.models.encoder import DetectionHead, Encoder, PredictionHead
 from maskformer.models.encoder_config import EncoderConfig
+from maskformer.models.experts import Routing
 
 Params = dict[str, Any]
 
@@ -60,7 +61,7 @@ class Model:
         """
 
         def names(path: tuple[Any, ...], variable: nnx.Variable) -> tuple[str, ...]:
-            stacked = ("layers",) if path[0].key == "layers" else ()
+            stacked = ("layers",) if path[0].key in ("layers", "expert_layers") else ()
             return stacked + tuple(variable.get_metadata("logical_axes"))
 
         return _plain(
@@ -92,7 +93,8 @@ class Model:
             mask: who may attend to whom (True = attend), and-ed with the config's mask of each layer; None
                 leaves the config's alone.
             segment_ids: int [batch, length], 0 for padding: what `segments` and `key_padding` mean in the
-                config's mask. Only needed when that mask names them.
+                config's mask, and which tokens experts leave alone. Only needed where that mask names them; without
+                them experts take every token for one of the text.
             token_types: int [batch, length] in `[0, config.token_types)`; None means all 0.
             dropout_key: a PRNG key turns dropout on; None is deterministic.
 
@@ -101,7 +103,7 @@ class Model:
                 config does not have, or a config mask whose arrays were not given.
         """
         module = self._bind(params)
-        return self._encode(module, tokens, positions, mask, segment_ids, token_types, dropout_key)
+        return self._encode(module, tokens, positions, mask, segment_ids, token_types, dropout_key)[0]
 
     def apply(
         self,
@@ -121,12 +123,36 @@ class Model:
             predict_positions: int [batch, predicted], indices into the row. The head runs on these positions
                 only; logits of the others are never computed. None predicts at every position.
         """
+        return self.apply_with_routing(
+            params,
+            tokens,
+            positions=positions,
+            mask=mask,
+            predict_positions=predict_positions,
+            segment_ids=segment_ids,
+            token_types=token_types,
+            dropout_key=dropout_key,
+        )[0]
+
+    def apply_with_routing(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        mask: masks.Mask | None = None,
+        predict_positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        token_types: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Routing | None]:
+        """As `apply`, and what the routers of the model's experts did; None of a model without experts."""
         module = self._bind(params)
-        hidden = self._encode(module, tokens, positions, mask, segment_ids, token_types, dropout_key)
+        hidden, routing = self._encode(module, tokens, positions, mask, segment_ids, token_types, dropout_key)
         if predict_positions is not None:
             _check_shape("predict_positions", predict_positions, (tokens.shape[0], None))
             hidden = jnp.take_along_axis(hidden, predict_positions[..., None], axis=1)
-        return module.logits(hidden)
+        return module.logits(hidden), routing
 
     def flops_per_token(
         self,
@@ -138,6 +164,8 @@ class Model:
     ) -> float:
         """Floating-point operations of the matrix products per input token (a multiply-add counts 2).
 
+        Of experts, those that a token is sent to count, and the router.
+
         Args:
             length: row length.
             predict_fraction: share of positions that the head predicts.
@@ -148,12 +176,16 @@ class Model:
         config = self.config
         heads, kv_heads, head_dim = config.heads, config.resolved_kv_heads, config.resolved_head_dim
         projections = config.width * head_dim * (2 * heads + 2 * kv_heads)
-        feed_forward = (3 if config.gated else 2) * config.width * config.resolved_mlp_width
+        matrices = (3 if config.gated else 2) * config.width
+        dense = matrices * config.resolved_mlp_width * (config.layers - config.expert_layers)
+        chosen = config.experts_per_token * config.resolved_expert_width + config.shared_expert_width
+        router = config.width * (config.experts + config.shared_expert_gate)
+        feed_forward = dense + (matrices * chosen + router) * config.expert_layers
         attention = 2 * heads * head_dim * (length if attended is None else attended)
         factor = config.resolved_embedding_width
         embedding = factor * config.width if factor != config.width else 0
         head = predict_fraction * self._head.products(config)
-        products = embedding + config.layers * (projections + feed_forward + attention) + head
+        products = embedding + config.layers * (projections + attention) + feed_forward + head
         return 2.0 * products * (3 if training else 1)
 
     def _bind(self, params: Params) -> Encoder:
@@ -168,7 +200,7 @@ class Model:
         segment_ids: jax.Array | None,
         token_types: jax.Array | None,
         dropout_key: jax.Array | None,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, Routing | None]:
         config = self.config
         _check_shape("tokens", tokens, (None, None))
         for name, array in (("positions", positions), ("segment_ids", segment_ids), ("token_types", token_types)):
@@ -185,7 +217,8 @@ class Model:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         # The layers are scanned in groups of one period.
         period = self.layer_masks(mask, segment_ids)[: len(self._masks)]
-        return module.encode(tokens, positions, period, token_types, dropout_key)
+        real = None if segment_ids is None else segment_ids > 0
+        return module.encode(tokens, positions, period, token_types, dropout_key, real)
 
     def layer_masks(self, mask: masks.Mask | None, segment_ids: jax.Array | None) -> tuple[masks.Mask | None, ...]:
         """What each layer attends under, the first one first: the config's mask of the layer, and-ed with the caller's.

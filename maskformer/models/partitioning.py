@@ -23,6 +23,7 @@ PARAMETER_AXES = (
     "kv_heads",  # key and value heads
     "head_dim",  # channels of one head
     "mlp",  # hidden width of the feed-forward layer
+    "router",  # what a router says of a token: a logit for each expert
     "norm",  # scale and bias of a norm
     "positions",  # rows of the learned position table
     "token_types",  # rows of the token-type table
@@ -90,6 +91,11 @@ def logical_rules(mesh: Mesh, rules: Rules) -> Iterator[None]:
         yield
     finally:
         _active.reset(token)
+
+
+def active_rules() -> tuple[Mesh, Rules] | None:
+    """The mesh and the rules in force; None outside of `logical_rules`."""
+    return _active.get()
 
 
 def constrain(array: jax.Array, *axes: str | None) -> jax.Array:

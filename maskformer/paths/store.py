@@ -15,6 +15,10 @@ from etils import epath
 from maskformer.paths.address import OBJECT_STORES
 from maskformer.paths.errors import reported
 
+# Where TensorFlow is installed, Orbax's paths would speak with a store through it, under other credentials and errors.
+# Looked at once, at the first path of whatever kind.
+os.environ.setdefault("EPATH_USE_TF", "false")
+
 
 class StorePath(epath.Path):
     """An address such as `gs://bucket/run`, with the methods of a path.
@@ -172,7 +176,6 @@ def filesystem(kind: str) -> Any:
     import fsspec
 
     # Of ours and of Orbax alike: what another process wrote, or TensorStore in this one, is to be seen at once.
-    os.environ.setdefault("EPATH_USE_TF", "false")
     for alias in {kind, *({"gs", "gcs"} if kind in ("gs", "gcs") else ())}:
         fsspec.config.conf.setdefault(alias, {}).setdefault("use_listings_cache", False)
     # They print the traceback of what we say in one line.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import json
 import logging
 import math
 import os
@@ -20,7 +21,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from maskformer import paths
 from maskformer.checks import first_line
 from maskformer.paths import AnyPath
-from maskformer.training.checksums import CHECKSUMS, DamageError, verify, write_checksums
+from maskformer.training.checksums import CHECKSUMS, DamageError, replace_files, verify, write_checksums
 from maskformer.training.orbax_noise import OrbaxFilter
 from maskformer.training.precision import widened_shapes
 from maskformer.training.record import RunRecord, read_record
@@ -82,7 +83,6 @@ class Checkpoints:
         Raises:
           SaveError: this checkpoint, or the one before, cannot be written.
         """
-        scored = metric is not None and math.isfinite(metric)
         self.wait()
         self._saving = step
         self._bytes = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(state))
@@ -97,12 +97,27 @@ class Checkpoints:
                     state=ocp.args.StandardSave(state),
                     record=ocp.args.JsonSave({"step": step, **dataclasses.asdict(record)}),
                 ),
-                # Empty rather than None, which Orbax would warn of at every save between two evaluations.
-                metrics={"score": self._sign * metric, "criterion": self._criterion}
-                if metric is not None and scored
-                else {},
+                metrics=self._scored(metric),
                 force=True,
             )
+
+    def complete(self, step: int, record: RunRecord, metric: float | None) -> None:
+        """Give the checkpoint of `step`, saved in the middle of its evaluation, what `save` after it would have.
+
+        Raises:
+          RunError: its small files cannot be written.
+        """
+        texts = {
+            "record/metadata": json.dumps({"step": step, **dataclasses.asdict(record)}),
+            "metrics/metrics": json.dumps(self._scored(metric)),
+        }
+        self._on_leader(lambda: replace_files(self.directory / str(step), step, texts), f"complete {step}")
+
+    def _scored(self, metric: float | None) -> dict[str, Any]:
+        # Empty rather than None, which Orbax would warn of at every save between two evaluations.
+        if metric is None or not math.isfinite(metric):
+            return {}
+        return {"score": self._sign * metric, "criterion": self._criterion}
 
     def wait(self) -> None:
         """Return when every save is on disk.

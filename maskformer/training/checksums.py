@@ -11,10 +11,12 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
 from maskformer import paths
 from maskformer.paths import AnyPath
-from maskformer.training.workdir import COMMITTED, read_object, reason
+from maskformer.training.workdir import COMMITTED, read_object, reason, replace_text
 
 CHECKSUMS = "checksums.json"
 # Orbax writes these two into the folder itself after the checksums; a state is read without them.
@@ -52,6 +54,34 @@ def write_checksums(folder: AnyPath, step: int) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace_files(folder: AnyPath, step: int, texts: Mapping[str, str]) -> None:
+    """Change small files of a checkpoint, such as its record, so that it is whole at every moment.
+
+    Args:
+      folder: the checkpoint of `step`.
+      step: see `write_checksums`.
+      texts: what each file is to hold, by its name below the folder.
+
+    Raises:
+      RunError: one of them cannot be written.
+    """
+    path = folder / CHECKSUMS
+    checked = paths.lexists(path)
+    files: dict[str, Any] = dict(read_object(path, FIX)["files"]) if checked else {}
+
+    def list_files() -> None:
+        if checked:
+            replace_text(path, json.dumps({"step": step, "files": files}, indent=1))
+
+    # What is not listed is not checked: without them, then with what they are.
+    files = {name: found for name, found in files.items() if name not in texts}
+    list_files()
+    for name, text in texts.items():
+        replace_text(folder / name, text)
+    files |= {name: _checksum(folder / name, "crc") for name in texts}
+    list_files()
 
 
 def verify(folder: AnyPath, step: int, part: int = 0, parts: int = 1) -> bool:

@@ -12,16 +12,18 @@ gap; `first` and `last` are the steps that were done in it. There is no end afte
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import math
 import os
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
-from maskformer.paths import AnyPath, given, is_local
-from maskformer.training.lines import LineFile, read_bytes
+from maskformer import paths
+from maskformer.paths import AnyPath
+from maskformer.training import lines
 from maskformer.training.workdir import reason
 
 logger = logging.getLogger(__name__)
@@ -33,37 +35,41 @@ PHASES = ("init", "compile", "data", "steps", "checkpoint", "evaluation")
 class Events:
     """Appends to the `events.jsonl` of a workdir, from whatever thread.
 
-    What is written is flushed. In an object store the end of a phase may wait for `lines.STORE_SECONDS`.
-
-    A file that cannot be written is no reason to stop a run: it is said once, and the run goes on without events.
+    A line is on a file system when it is written; on a store that of a start or an end is, and another within
+    `lines.STORE_SECONDS`. A file that cannot be written is no reason to stop a run: it is said once, and the run goes
+    on without events.
 
     Args:
-      workdir: an existing folder.
+      workdir: an existing folder, which no other training has.
       attempt: the name of this start of the run; goes into every line.
     """
 
     def __init__(self, workdir: AnyPath, attempt: str):
         self._path, self._attempt = workdir / EVENTS, attempt
-        self._file: LineFile | None = None
         self._lock = threading.Lock()
+        self._file: lines.LineFile | None = None
         self._broken = False
 
     def write(self, event: str, **fields: Any) -> None:
         """One line, with the time of now where `fields` has none."""
-        line = {"event": event, "time": round(time.time(), 6), "attempt": self._attempt, **fields}
         with self._lock:
             if self._broken:
                 return
             try:
                 if self._file is None:
-                    self._file = LineFile(self._path)
-                self._file.write(line)
-                # A request for each phase would be slow, and throttled.
-                if is_local(self._path) or event != "phase":
+                    self._file = _open(self._path)
+                self._file.write({"event": event, "time": round(time.time(), 6), "attempt": self._attempt, **fields})
+                if event != "phase":
                     self._file.flush()
             except OSError as error:
                 self._broken = True
                 logger.warning("%s: cannot be written (%s); the run goes on without", self._path, reason(error))
+
+    def close(self) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            self._broken = True
+            if self._file is not None:
+                self._file.close()
 
 
 def read_events(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -74,21 +80,21 @@ def read_events(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
       ValueError: the file cannot be read at all.
     """
-    path = given(workdir) / EVENTS
+    path = paths.resolve(workdir) / EVENTS
     try:
-        data = read_bytes(path)
-    except FileNotFoundError:
-        return []
+        return lines.read_lines(path, _is_event) if lines.exists(path) else []
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({reason(error)}); expected the events of a run") from error
-    return [line for text in data.split(b"\n") if (line := _event(text)) is not None]
 
 
-def _event(text: bytes) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    known = isinstance(line, dict) and isinstance(line.get("event"), str) and isinstance(line.get("attempt"), str)
-    moment: Any = line.get("time") if known else None
-    return line if type(moment) in (int, float) and math.isfinite(moment) else None
+def _open(path: AnyPath) -> lines.LineFile:
+    # A kill may have cut off the last line of the start before: what follows is to begin on a line of its own.
+    if lines.exists(path) and not lines.read_bytes(path).endswith(b"\n"):
+        lines.rewrite(path, lines.read_lines(path, _is_event))
+    return lines.LineFile(path)
+
+
+def _is_event(line: Mapping[str, Any]) -> bool:
+    moment = line.get("time")
+    named = isinstance(line.get("event"), str) and isinstance(line.get("attempt"), str)
+    return named and isinstance(moment, int | float) and type(moment) is not bool and math.isfinite(moment)

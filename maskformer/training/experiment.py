@@ -30,6 +30,7 @@ from maskformer.training.sections import (
     MeshConfig,
     OptimizerConfig,
     TrainConfig,
+    WatchdogConfig,
     WriterConfig,
     check_master_weights,
     check_warmup,
@@ -59,6 +60,7 @@ class ExperimentConfig:
     checkpoint: CheckpointConfig
     mesh: MeshConfig
     writers: WriterConfig
+    watchdog: WatchdogConfig
 
     def create_objective(self, vocabulary: objectives.Vocabulary, **changes: Any) -> Any:
         """The training objective over rows of `data.length` tokens, with some parameters changed, or another one."""
@@ -101,6 +103,7 @@ SECTIONS: dict[str, type] = {
     "checkpoint": CheckpointConfig,
     "mesh": MeshConfig,
     "writers": WriterConfig,
+    "watchdog": WatchdogConfig,
 }
 DERIVED_MODEL_FIELDS = ("vocab_size", "max_length")
 
@@ -116,8 +119,8 @@ def resolve(config: Mapping[str, Any]) -> ExperimentConfig:
     """
     config = plain(config)
     require(isinstance(config, Mapping), "config", config, "a ConfigDict, or the mapping of a config.json")
-    # A run from before there were tasks has the objective's own.
-    config = {"task": {}, **config}
+    # A run from before there were tasks has the objective's own, and one from before there were limits has the usual.
+    config = {"task": {}, "watchdog": {}, **config}
     _check_keys("", config, _names(ExperimentConfig))
     missing = sorted(_names(ExperimentConfig) - config.keys())
     if missing:
@@ -179,6 +182,11 @@ def _check_model(experiment: ExperimentConfig, objective: Any) -> Any:
                 "it, and nothing scales the loss; use 'bfloat16', which has the range of float32"
             )
     model_config = experiment.create_model_config(objective)
+    if model_config.experts and experiment.mesh.stage != 1:
+        raise ValueError(
+            f"mesh.stage={experiment.mesh.stage}: a pipeline does not carry what routers say, and model.experts="
+            f"{model_config.experts}; use --config.mesh.expert or --config.mesh.fsdp in its place"
+        )
     check_master_weights(experiment.optimizer, model.get("param_dtype", EncoderConfig.param_dtype))
     return model_config
 

@@ -17,8 +17,10 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 import threading
+import uuid
 import zlib
 from collections.abc import Sequence
 from typing import Any, BinaryIO
@@ -26,18 +28,47 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
+from maskformer.paths import AnyPath
 from maskformer.training.record import RunRecord
+from maskformer.training.sections import CheckpointConfig
 from maskformer.training.shards import Shards
+from maskformer.training.workdir import replace_text
 
 logger = logging.getLogger(__name__)
 
+RUN_ID = "run_id"
 MANIFEST = "manifest.json"
 ARRAYS = "arrays.bin"
 KEPT = 2
-# Bytes that a record takes at the most, as text.
-LONGEST_RECORD = 4096
+# Bytes that the record of a run takes at the most.
+LONGEST_TEXT = 4096
 
 Buffers = list[np.ndarray]  # one for each device of this process; equal ones are one object
+
+
+def local_tier(config: CheckpointConfig, workdir: AnyPath, abstract_state: Any) -> LocalTier | None:
+    """The local checkpoints of the run in `workdir`, None where its config wants none; call it on every process.
+
+    Raises:
+      RunError: the id that tells the run's from others cannot be kept in the workdir.
+    """
+    if not config.local_every or config.local_folder is None:
+        return None
+    run = _run_id(workdir) if jax.process_index() == 0 else ""
+    return LocalTier(pathlib.Path(config.local_folder).absolute(), _gathered_texts(run)[0], abstract_state)
+
+
+def _run_id(workdir: AnyPath) -> str:
+    """What tells this run from one that was in the same workdir before: it is deleted with its folder."""
+    path = workdir / RUN_ID
+    try:
+        text = path.read_text().strip()
+    except FileNotFoundError:
+        text = ""
+    if not re.fullmatch("[0-9a-f]{32}", text):
+        text = uuid.uuid4().hex
+        replace_text(path, text + "\n")
+    return text
 
 
 class LocalTier:
@@ -83,9 +114,11 @@ class LocalTier:
         Args:
           newer_than: step of the newest checkpoint that is kept for good, -1 for none; no older one is used.
         """
+        # A shared disk may show a new checkpoint to one process before another.
+        newer_than = int(_gathered(np.array(newer_than)).max())
         mine = [step for step in self._steps() if step > newer_than and self._manifest(step) is not None][:KEPT]
         told = _gathered(np.array(mine + [-1] * (KEPT - len(mine))))
-        for step in sorted({step for step in told.flat if step > newer_than}, reverse=True):
+        for step in sorted({int(step) for step in told.flat if step > newer_than}, reverse=True):
             have = [bool((of_process == step).any()) for of_process in told]
             missing = self._shards.missing(have)
             lost = ", ".join(str(process) for process, there in enumerate(have) if not there)
@@ -99,8 +132,15 @@ class LocalTier:
                 logger.warning(
                     "local checkpoint of step %d: process %s has lost its part, and gets it from the others", step, lost
                 )
-            return self._read(int(step), have)
+            return self._read(step, have)
         return None
+
+    def remove(self) -> None:
+        """Leave nothing on this host: the run is over, and what counts is in its workdir."""
+        self.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.folder.parent.rmdir()  # that of the run, where this was the last process of the host
 
     def _off_the_devices(self, array: jax.Array) -> Buffers:
         held = self._shards.held(array)
@@ -174,7 +214,7 @@ class LocalTier:
                         copy = shards.array(leaf, _parts(file, entries, leaf))
                     own = shards.recovered(leaf, own, copy, have)
                 arrays.append(own)
-        record = _from_first(json.dumps(manifest["record"]) if manifest else "", have)
+        record = _gathered_texts(json.dumps(manifest["record"]) if manifest else "")[have.index(True)]
         return shards.structure.unflatten(arrays), RunRecord(**json.loads(record))
 
 
@@ -210,9 +250,9 @@ def _gathered(array: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array))
 
 
-def _from_first(text: str, have: Sequence[bool]) -> str:
-    """The text of the first process that has one."""
-    encoded = np.zeros(LONGEST_RECORD, np.uint8)
+def _gathered_texts(text: str) -> list[str]:
+    """The text of each process."""
+    encoded = np.zeros(LONGEST_TEXT, np.uint8)
     data = text.encode()
     encoded[: len(data)] = np.frombuffer(data, np.uint8)
-    return bytes(_gathered(encoded)[have.index(True)]).rstrip(b"\0").decode()
+    return [bytes(row).rstrip(b"\0").decode() for row in _gathered(encoded)]

@@ -11,6 +11,9 @@ import optax
 
 Axes = tuple[str | None, ...]
 
+# Axes along which a parameter is a stack of the papers' arrays, in the order in which they lead its axes.
+STACKING = ("layers", "experts")
+
 
 def matrix_shape(axes: Axes, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of a parameter as papers write it: the heads and their channels are one side of one matrix.
@@ -19,6 +22,8 @@ def matrix_shape(axes: Axes, shape: tuple[int, ...]) -> tuple[int, ...]:
     (768, 768)
     >>> matrix_shape(("layers", "kv_heads", "head_dim"), (6, 2, 64))
     (6, 128)
+    >>> matrix_shape(("layers", "experts", "embed", "mlp"), (6, 8, 64, 128))
+    (6, 8, 64, 128)
     """
     sides: list[int] = []
     for axis, size in zip(axes, shape, strict=True):
@@ -30,12 +35,13 @@ def matrix_shape(axes: Axes, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def per_matrix(inner: optax.GradientTransformation, logical_axes: Any) -> optax.GradientTransformation:
-    """`inner` on one matrix (or vector) of the papers at a time: one layer of a stack, its heads side by side.
+    """`inner` on one matrix (or vector) of the papers at a time: one layer of a stack, one of its experts, its heads
+    side by side.
 
     For transformations whose update of a weight depends on its neighbours (factored moments, norms of a parameter, of
     its update), as those of Adafactor do. The state has `inner`'s structure with a tree like the parameters' in the
-    place of each array; an array that has a value for each weight has its parameter's shape, the others lead with the
-    layers.
+    place of each array; an array that has a value for each weight has its parameter's shape, the others lead with
+    the layers and the experts.
 
     Args:
       inner: treats every array of its tree alone.
@@ -45,7 +51,9 @@ def per_matrix(inner: optax.GradientTransformation, logical_axes: Any) -> optax.
     structure = jax.tree.structure(jax.eval_shape(inner.init, jax.ShapeDtypeStruct((1,), jnp.float32)))
 
     def on_layers(axes: Axes, function: Callable[..., Any]) -> Callable[..., Any]:
-        return jax.vmap(function) if axes[:1] == ("layers",) else function
+        for axis in STACKING:
+            function = jax.vmap(function) if axis in axes else function
+        return function
 
     def reshaped(tree: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Any:
         return jax.tree.map(lambda leaf: leaf.reshape(new) if leaf.shape == old else leaf, tree)

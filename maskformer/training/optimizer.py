@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maskformer.training.matrices import per_matrix
+from maskformer.training.matrices import STACKING, per_matrix
 from maskformer.training.precision import in_float32, on_master_weights
 from maskformer.training.sections import OptimizerConfig, check_warmup
 
@@ -55,7 +55,7 @@ def decay_mask(logical_axes: Any, decay: str) -> Any:
     """
 
     def decays(axes: tuple[str | None, ...]) -> bool:
-        dimensions = [axis for axis in axes if axis != "layers"]
+        dimensions = [axis for axis in axes if axis not in STACKING]
         table = any(axis in ("vocab", "positions", "token_types") for axis in dimensions)
         # A bias of a head-shaped projection is [heads, head_dim]: two axes, and still a vector of `width`.
         vector = len(dimensions) < 2 or set(dimensions) <= {"heads", "kv_heads", "head_dim"}

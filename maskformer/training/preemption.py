@@ -24,6 +24,8 @@ EX_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 _INTERRUPTED_KEYS = "maskformer/interrupted/"
 _barriers = itertools.count()
+# The places of a run at which the processes may agree to stop; JAX's service knows them by number.
+_moments = itertools.count(1)
 # How long the slowest process may compile after the fastest. One that died ends the wait by itself.
 _SLOWEST_START_MS = 3_600_000
 # How long the first process that fails waits for the others to fail too.
@@ -41,13 +43,15 @@ class Preempted(Exception):
 
 
 class PreemptionGuard:
-    """While entered, `requested(step)` tells whether to stop, with one answer on all processes.
+    """While entered, `requested()` tells whether to stop, with one answer on all processes.
 
     A signal only leaves a note, since an exception raised by a handler is lost where C++ calls Python. A second SIGINT
     is passed on to the handler from before, which in Python raises KeyboardInterrupt.
 
     With several processes the answer comes from JAX's preemption service: signals reach the processes at different
-    steps, and a checkpoint needs all of them at the same one. A SIGINT to any of them goes the same way.
+    moments, and a checkpoint needs all of them at the same one. They agree on one of the next calls of `requested`,
+    so all have to make the same calls: after each step, after each batch of an evaluation. A SIGINT to any of them
+    goes the same way.
 
     Args:
       ends_process: the process is this run and nothing else, as in `maskformer train`. Enter the guard before all
@@ -63,6 +67,7 @@ class PreemptionGuard:
         self._began = False
         self._shared = False
         self._requested = False
+        self._stopping = False
         self._interrupted = False
         self._told_others = False
         self._previous: dict[int, Any] = {}
@@ -105,18 +110,19 @@ class PreemptionGuard:
             if handler is not None and not (self._shared and number == signal.SIGTERM):
                 signal.signal(number, handler)
 
-    def requested(self, step: int) -> bool:
-        """Whether to save and stop now; call it on every process after each step."""
+    def requested(self) -> bool:
+        """Whether to save and stop now; call it alike on every process. Once it is true it stays so."""
         if not self._began:
             self._begin()
         if not self._shared:
             return self._requested
-        from jax.experimental import multihost_utils
+        if not self._stopping:
+            from jax.experimental import multihost_utils
 
-        stop = multihost_utils.reached_preemption_sync_point(step)
-        if stop and _client().key_value_dir_get(_INTERRUPTED_KEYS):
-            self._interrupted = True
-        return stop
+            self._stopping = multihost_utils.reached_preemption_sync_point(next(_moments))
+            if self._stopping and _client().key_value_dir_get(_INTERRUPTED_KEYS):
+                self._interrupted = True
+        return self._stopping
 
     def _begin(self) -> None:
         """From now on there is a step to save."""

@@ -30,6 +30,13 @@ from maskformer.training.step import create_eval_step, create_train_step, maskin
 
 Totals = dict[str, np.ndarray]
 
+# Batches of an evaluation that may wait for the devices: so soon does one that is told to stop.
+_AHEAD = 4
+
+
+class Stopped(Exception):
+    """An evaluation was told to stop, and has no result."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -184,10 +191,28 @@ class Placed:
             self.dropped += whole
 
     def check_batch(self) -> None:
-        """ValueError where a training batch, or a part of an accumulated one, does not divide over the mesh."""
+        """ValueError where a batch of the run, or a part of an accumulated one, does not divide over the mesh."""
+        train, evaluation = self.program.experiment.train, self.program.experiment.evaluation
+        sharding.place_batch(self.mesh, train.batch_size)
+        sharding.place_batch(self.mesh, train.batch_size // self.accumulation_steps)
+        if evaluation.every:
+            sharding.place_batch(self.mesh, evaluation.batch_size, field="evaluation.batch_size")
+        if train.rows_per_device is not None:
+            parts, shards = self.accumulation_steps, sharding.shards_of_batch(self.mesh)
+            at_once = train.batch_size // shards // parts
+            if 2 * at_once < min(train.rows_per_device, parts * at_once):
+                self.dropped.append(
+                    f"train.batch_size={train.batch_size} gives a device {parts * at_once} rows, which run {at_once} "
+                    f"at a time in {parts} parts, far below train.rows_per_device={train.rows_per_device}: choose a "
+                    "batch that divides better"
+                )
+
+    @functools.cached_property
+    def accumulation_steps(self) -> int:
+        """In how many parts a training batch runs here: `train.rows_per_device` makes it follow the mesh."""
         train = self.program.experiment.train
         sharding.place_batch(self.mesh, train.batch_size)
-        sharding.place_batch(self.mesh, train.batch_size // train.accumulation_steps)
+        return train.parts(sharding.shards_of_batch(self.mesh))
 
     @functools.cached_property
     def state(self) -> TrainState:
@@ -237,7 +262,7 @@ class Placed:
             program.optimizer,
             program.schedule,
             seed=experiment.seed,
-            accumulation_steps=experiment.train.accumulation_steps,
+            accumulation_steps=self.accumulation_steps,
             ema_decay=experiment.optimizer.ema_decay,
             placed=self._activations if slices == 1 else self._activations_of_a_slice,
             slices=slices,
@@ -288,17 +313,21 @@ class Placed:
         split: str | None = None,
         changes: Mapping[str, Any] | None = None,
         max_batches: int | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> dict[str, float]:
         """Metrics of `params` over a split, each example once, whatever the number of processes.
 
         Args:
           split: None for `evaluation.split`.
           changes: to the evaluated objective, see `Program.evaluation_objective`.
-          max_batches: see `totals`.
+          max_batches, stop: see `totals`.
+
+        Raises:
+          Stopped: `stop` said so.
         """
         task, step = self.evaluation(changes)
         split = self.program.experiment.evaluation.split if split is None else split
-        return task.finish(self.totals(step, params, split, max_batches))
+        return task.finish(self.totals(step, params, split, max_batches, stop))
 
     def summing(self, step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         """`step(params, batch) -> sums`, compiled for this mesh."""
@@ -310,21 +339,36 @@ class Placed:
         return jax.jit(placed_step, in_shardings=(self.params_at, self.rows), out_shardings=self.everywhere)
 
     def totals(
-        self, compiled: Callable[[Any, Any], Any], params: Any, split: str, max_batches: int | None = None
+        self,
+        compiled: Callable[[Any, Any], Any],
+        params: Any,
+        split: str,
+        max_batches: int | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> Totals:
         """The sums of `compiled(params, batch)`, from `summing`, over a split, each example once.
 
         Args:
           max_batches: batches of `evaluation.batch_size` rows; None for `evaluation.max_batches`.
+          stop: asked after each batch, with one answer on all processes, whether to give up; None never does.
+
+        Raises:
+          Stopped: `stop` said so.
         """
         config = self.program.experiment.evaluation
-        placement = sharding.place_batch(self.mesh, config.batch_size)
+        placement = sharding.place_batch(self.mesh, config.batch_size, field="evaluation.batch_size")
         batches = self.program.dataset(split).eval_batches(
             placement.size, placement.rows, config.max_batches if max_batches is None else max_batches
         )
         # An average may lie split as the optimizer's state does; where it lies as parameters do, nothing moves.
         params = jax.device_put(params, self.params_at)
-        parts = [compiled(params, sharding.to_global(batch, placement)) for batch in batches]
+        parts = []
+        for batch in batches:
+            parts.append(compiled(params, sharding.to_global(batch, placement)))
+            if stop is not None:
+                jax.block_until_ready(parts[-_AHEAD:][0])
+                if stop():
+                    raise Stopped
         # One fetch at the end; added in float64, so that the order and number of batches do not show.
         totals: dict[str, Any] = {}
         for part in jax.device_get(parts):

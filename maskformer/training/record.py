@@ -23,6 +23,7 @@ class RunRecord:
       criterion: `EvaluationConfig.criterion`; None in a record from before there was one.
       evaluations_since_best: for early stopping.
       steps: the length that the run was to have.
+      evaluation_due: the evaluation of this step was stopped by a signal and is still to be made.
     """
 
     next_example: int = 0
@@ -32,6 +33,7 @@ class RunRecord:
     criterion: str | None = None
     evaluations_since_best: int = 0
     steps: int = 0
+    evaluation_due: bool = False
 
 
 def read_record(path: AnyPath, step: int) -> RunRecord:
@@ -53,13 +55,16 @@ def read_record(path: AnyPath, step: int) -> RunRecord:
     criterion = values.get("criterion")
     if criterion is not None and type(criterion) is not str:
         raise DamageError(f"{path}: criterion={shown(criterion)}, expected a string")
+    due = values.get("evaluation_due", False)
+    if type(due) is not bool:
+        raise DamageError(f"{path}: evaluation_due={shown(due)}, expected true or false")
     counts = {}
     for field in dataclasses.fields(RunRecord):
-        if field.name not in ("best", "criterion") and field.name in values:
+        if field.name not in ("best", "criterion", "evaluation_due") and field.name in values:
             value = values[field.name]
             if type(value) is not int or value < 0:
                 raise DamageError(f"{path}: {field.name}={shown(value)}, expected a whole number of at least 0")
             counts[field.name] = value
     # NaN is no value, and was written as one.
     finite = best if best is not None and math.isfinite(best) else None
-    return RunRecord(best=finite, criterion=criterion, **counts)
+    return RunRecord(best=finite, criterion=criterion, evaluation_due=due, **counts)

@@ -9,6 +9,7 @@ import jax
 
 from maskformer.paths import AnyPath
 from maskformer.training.checkpoints import Checkpoints, RunRecord
+from maskformer.training.phases import Phases
 from maskformer.training.program import Placed
 from maskformer.training.progress import Progress
 from maskformer.training.state import NEVER, TrainState, Window
@@ -32,6 +33,7 @@ class Recorder:
       config: the run's config, for writers that keep it.
       record: of the run; counts of tokens are added to it.
       checkpoints: to name the last good one.
+      phases: to say what this host waited for.
       start: the step that the run goes on from.
       leader: whether this process writes.
     """
@@ -43,18 +45,22 @@ class Recorder:
         config: Mapping[str, Any],
         record: RunRecord,
         checkpoints: Checkpoints,
+        phases: Phases,
         start: int,
         leader: bool,
     ):
         program, experiment = placed.program, placed.program.experiment
-        self._task, self._record, self._checkpoints = program.task, record, checkpoints
+        self._task, self._record, self._checkpoints, self._phases = program.task, record, checkpoints, phases
         self._evaluation_task = placed.evaluation()[0] if experiment.evaluation.every else program.task
         self._split = experiment.evaluation.split
         self._flops_per_token = program.task.flops_per_token
         self._clock = Clock(self._flops_per_token, list(placed.mesh.devices.flat))
-        self._writers: list[Writer] = create_writers(workdir, experiment.writers, config, start) if leader else []
+        again = f"{self._split}/" if record.evaluation_due else None
+        self._writers: list[Writer] = (
+            create_writers(workdir, experiment.writers, config, start, again) if leader else []
+        )
         self._progress = Progress(experiment.train.steps, start, experiment.writers.progress) if leader else None
-        self._pending: tuple[int, Window] | None = None
+        self._pending: tuple[int, Window, dict[str, float]] | None = None
         self.line(
             f"{program.model.num_params():,} parameters, {len(program.dataset('train')):,} rows of "
             f"{experiment.data.length} tokens, {placed.mesh.size} {placed.mesh.devices.flat[0].device_kind} device(s), "
@@ -70,7 +76,7 @@ class Recorder:
         """Take the sums since the last window; they are copied to the host while training goes on."""
         self.settle()
         jax.tree.map(lambda array: array.copy_to_host_async(), window)
-        self._pending = step, window
+        self._pending = step, window, self._phases.window_times(step)
 
     def settle(self, *, wait: bool = True) -> None:
         """Write the line of the window that was taken; without `wait`, only if it has arrived.
@@ -78,9 +84,11 @@ class Recorder:
         Raises:
           NonFiniteError: see `check`.
         """
+        for note in self._phases.notes():
+            self.line(note)
         if self._pending is None:
             return
-        step, window = self._pending
+        step, window, waits = self._pending
         if not wait and not all(leaf.is_ready() for leaf in jax.tree.leaves(window)):
             return
         self._pending = None
@@ -95,7 +103,7 @@ class Recorder:
             "flops": self._record.tokens * self._flops_per_token,
         }
         rates = self._clock.rates(tokens)
-        self._write(step, "train", metrics | rates)
+        self._write(step, "train", metrics | rates | waits)
         if self._progress is not None:
             self._progress.train(step, self._task.describe(metrics), rates)
 
@@ -111,7 +119,8 @@ class Recorder:
         Raises:
           NonFiniteError: names the metric that was NaN or infinite, its first step, and the last good checkpoint.
         """
-        host = jax.device_get(window)
+        with self._phases.waiting():
+            host = jax.device_get(window)
         step, name = min((int(step), name) for name, step in host.nonfinite.items())
         if step < NEVER:
             good = self._checkpoints.latest_step()
@@ -129,7 +138,8 @@ class Recorder:
 
     def pause(self, state: TrainState) -> None:
         """Training stops here for something else, when the steps up to `state` are done."""
-        jax.block_until_ready(state)
+        with self._phases.waiting():
+            jax.block_until_ready(state)
         self._clock.pause()
 
     def resume(self) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 
 # When those who wait first say for whom, and how often from then on: seconds.
 FIRST_NOTE, NOTES = 20.0, 60.0
-# Between two questions; without an answer for so long a process is gone. Who is said to be there twice has less time.
+# Between two questions; without an answer for so long a process is gone. One that another one replaces has less time.
 ASK, GONE, RIVAL = 5.0, 20.0, 5.0
 # Bytes of a line, beyond which it is none of ours.
 LONGEST = 8192
@@ -171,7 +171,7 @@ class _Connection:
     heard: float
     caller: Caller | None = None
     data: bytes = b""
-    # It claims the number of another one, which has until then to show that it is still there.
+    # It claims the number of another one. If that answers, and has not ended by then, they are two.
     rival_until: float | None = None
 
     def send(self, message: Mapping[str, Any]) -> None:
@@ -266,10 +266,6 @@ class _Roll:
         for message in messages:
             if connection.caller is None and message is not None:
                 self._greet(connection, message)
-        for rival in self._rivals():
-            assert rival.caller is not None
-            if connection.caller and connection is not rival and connection.caller.process == rival.caller.process:
-                self._mistake = self._twice(connection.caller, rival.caller)
 
     def _greet(self, connection: _Connection, message: Mapping[str, Any]) -> None:
         try:
@@ -310,13 +306,18 @@ class _Roll:
         for rival in self._rivals():
             assert rival.caller is not None
             same = [c for c in self._connections if c.caller and c.caller.process == rival.caller.process]
-            if len(same) == 1 or now > (rival.rival_until or 0.0):
-                # The one before did not answer: it is gone.
-                for other in same:
-                    if other.rival_until is None:
-                        self._forget(other)
-                rival.rival_until = None
-                self._left.pop(rival.caller.process, None)
+            before = next((other for other in same if other.rival_until is None), None)
+            until = rival.rival_until or 0.0
+            if before is not None and now < until:
+                continue
+            if before is not None and before.heard > until - RIVAL:
+                assert before.caller is not None
+                self._mistake = self._twice(before.caller, rival.caller)
+                continue
+            if before is not None:
+                self._forget(before)
+            rival.rival_until = None
+            self._left.pop(rival.caller.process, None)
 
     def _forget(self, connection: _Connection) -> None:
         if connection not in self._connections:

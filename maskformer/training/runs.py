@@ -15,6 +15,7 @@ from maskformer.data import DataConfig, PackedDataset, Tokenizer
 from maskformer.objectives import Objective
 from maskformer.training import recipes
 from maskformer.training.checkpoints import restore_params
+from maskformer.training.compilation import use_cache
 from maskformer.training.experiment import ExperimentConfig, resolve
 from maskformer.training.program import Placed, Program
 from maskformer.training.workdir import read_config
@@ -140,6 +141,7 @@ def load(workdir: str | os.PathLike[str], overrides: Sequence[str] = (), checkpo
                 f"{error}; what recipes register needs --config=RECIPE.py, once for each (in Python: import them first)"
             ) from error
         raise
+    use_cache()
     placed = Program(experiment).on()
     params, step = restore_params(path, placed.params, checkpoint)
     return Run(placed, params, step)

@@ -10,7 +10,7 @@ from typing import Any
 
 from maskformer.checks import choose, integer, number, require, shown, typed_fields
 from maskformer.data.data_config import SPLITS
-from maskformer.paths import why_no_folder
+from maskformer.paths import is_local, why_no_folder
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")
@@ -39,7 +39,7 @@ class OptimizerConfig:
         the last `decay_fraction` of the steps; Hu et al. 2024).
       warmup_steps: linear from 0 to the peak.
       weight_decay: decoupled (Loshchilov & Hutter 2019), multiplied by the learning rate.
-      decay: which parameters decay: "matrices" (two or more dimensions beside the layer axis), "kernels"
+      decay: which parameters decay: "matrices" (two or more dimensions beside those of layers and experts), "kernels"
         (matrices without the embedding tables), "all".
       clip_norm: global gradient norm above which gradients are scaled down; None for no clipping.
       b1, b2, epsilon: moment decays and denominator of adamw and lion (b1, b2).
@@ -105,6 +105,9 @@ class TrainConfig:
       steps: optimizer updates.
       batch_size: rows per update, over all devices and accumulation steps.
       accumulation_steps: the batch is run in this many parts whose gradients are summed, then normalised once.
+      rows_per_device: the most rows that a device (or a group of devices that share rows) runs at once. It decides the
+        parts instead of accumulation_steps, anew at each start, so that the batch stays what it is on any number of
+        devices. None leaves them to accumulation_steps.
       label_smoothing: share of the target's probability spread evenly over the vocabulary.
       log_every: steps between log lines, each an average over the window.
       init_from: workdir whose parameters (best checkpoint, or the newest) start a new run; None for none.
@@ -114,6 +117,7 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 32
     accumulation_steps: int = 1
+    rows_per_device: int | None = None
     label_smoothing: float = 0.0
     log_every: int = 10
     init_from: str | None = None
@@ -127,6 +131,12 @@ class TrainConfig:
             self.batch_size % self.accumulation_steps == 0, "train.accumulation_steps", self.accumulation_steps,
             f"a divisor of train.batch_size={self.batch_size}",
         )
+        if self.rows_per_device is not None:
+            integer("train.rows_per_device", self.rows_per_device, 1, MOST)
+            require(
+                self.accumulation_steps == 1, "train.accumulation_steps", self.accumulation_steps,
+                f"1 beside train.rows_per_device={self.rows_per_device}, which decides it",
+            )
         number("train.label_smoothing", self.label_smoothing, "a share in [0, 1)", 0.0, 1.0)
         for field in ("init_from", "resume"):
             value = getattr(self, field)
@@ -137,6 +147,17 @@ class TrainConfig:
             self.init_from is None or self.resume is None, "train.init_from", self.init_from,
             "None beside train.resume, which already brings the parameters",
         )
+
+    def parts(self, shards: int) -> int:
+        """In how many equal parts a batch runs that divides over `shards` devices: the fewest that fit.
+
+        >>> [TrainConfig(batch_size=768, rows_per_device=32).parts(shards) for shards in (24, 16, 8)]
+        [1, 2, 3]
+        """
+        if self.rows_per_device is None:
+            return self.accumulation_steps
+        rows, most = self.batch_size // shards, self.rows_per_device
+        return next(parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= most)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,15 +219,30 @@ class CheckpointConfig:
     Attributes:
       every: steps between checkpoints; one more follows the last step. 0 saves only there.
       keep: how many of the newest to keep, beside the best by `evaluation.metric`.
+      local_every: steps between checkpoints on each host's own disk (`training/local_tier.py`), from which a run goes
+        on after a failure where they are newer than those of the workdir. 0 for none.
+      local_folder: where, on every host; in its memory below /dev/shm.
     """
 
     every: int = 100
     keep: int = 2
+    local_every: int = 0
+    local_folder: str | None = None
 
     def __post_init__(self) -> None:
         typed_fields(self, "checkpoint")
         integer("checkpoint.every", self.every, 0, MOST)
         integer("checkpoint.keep", self.keep, 1, MOST)
+        integer("checkpoint.local_every", self.local_every, 0, MOST)
+        folder = self.local_folder
+        require(
+            self.local_every == 0 or bool(folder), "checkpoint.local_folder", folder,
+            "a folder of each host's own, such as /dev/shm/maskformer, with checkpoint.local_every above 0",
+        )
+        require(
+            folder is None or is_local(folder), "checkpoint.local_folder", folder,
+            "a folder of each host's own; checkpoints in buckets are those of the workdir",
+        )
 
 
 # Axes whose traffic the network between slices can carry: gradients and activations once a step or a microbatch. The
@@ -276,6 +312,29 @@ class MeshConfig:
             self.dcn_gradients is None or self.dcn.get("data", 1) > 1, "mesh.dcn_gradients", self.dcn_gradients,
             "None, or mesh.dcn with `data` over several slices, such as --config.mesh.dcn.data=2",
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchdogConfig:
+    """How long a run may show no progress before it is ended as hung, in seconds; 0 for no limit.
+
+    Attributes:
+      first_step: the first step of a start, with its compilation on the slowest host.
+      step: from one step to the next.
+      evaluation: one whole evaluation.
+      checkpoint: one save, one restore, or the end of the run with its last save.
+    """
+
+    first_step: float = 7200.0
+    step: float = 1800.0
+    evaluation: float = 14400.0
+    checkpoint: float = 3600.0
+
+    def __post_init__(self) -> None:
+        typed_fields(self, "watchdog")
+        for field in dataclasses.fields(self):
+            expected = "seconds, a number from 0 (no limit) to 1e8"
+            number(f"watchdog.{field.name}", getattr(self, field.name), expected, 0.0, 1e8, closed=True)
 
 
 @dataclasses.dataclass(frozen=True)

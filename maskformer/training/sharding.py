@@ -40,6 +40,7 @@ RULES: Rules = {
     "label": None,
     "head_dim": None,
     "norm": None,
+    "router": None,
     "positions": None,
     "token_types": None,
     "layers": "stage",
@@ -144,6 +145,11 @@ def batch_axes(mesh: Mesh) -> tuple[str, ...]:
     return (SLICE_AXIS, *BATCH_AXES) if SLICE_AXIS in mesh.axis_names else BATCH_AXES
 
 
+def shards_of_batch(mesh: Mesh) -> int:
+    """Over how many devices, or groups of them that share rows, a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
@@ -165,17 +171,19 @@ class BatchPlacement:
     rows: np.ndarray
 
 
-def place_batch(mesh: Mesh, size: int, process: int | None = None) -> BatchPlacement:
-    """The placement of batches of `size` rows, seen from a process (default: this one).
+def place_batch(
+    mesh: Mesh, size: int, process: int | None = None, field: str = "train.batch_size"
+) -> BatchPlacement:
+    """The placement of batches of `size` rows, seen from a process (default: this one); `field` of the config says so.
 
     Raises:
       ValueError: the batch does not divide over the mesh.
     """
     axes = batch_axes(mesh)
-    shards = math.prod(mesh.shape[axis] for axis in axes)
+    shards = shards_of_batch(mesh)
     if size % shards:
         raise ValueError(
-            f"train.batch_size={size}: does not divide over mesh {' x '.join(axes)} = {shards} shards; "
+            f"{field}={size}: does not divide over mesh {' x '.join(axes)} = {shards} shards; "
             f"use a multiple of {shards}"
         )
     process = jax.process_index() if process is None else process

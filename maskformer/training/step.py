@@ -57,10 +57,10 @@ def create_train_step(
     key, dropout_root = masking_key(seed), jax.random.fold_in(jax.random.key(seed), 1)
 
     def gradient_sums(
-        params: Any, example: Any, scales: Mapping[str, jax.Array], dropout_key: jax.Array
+        params: Any, example: Any, scales: Mapping[str, jax.Array], dropout_key: jax.Array, *census: Any
     ) -> tuple[Any, Sums]:
         def scaled(params: Any) -> tuple[jax.Array, Sums]:
-            sums = task.sums(params, example, dropout_key)
+            sums = task.sums(params, example, dropout_key, *census)
             return sum(scales[name] * term for name, term in sums.terms.items()), sums
 
         with placed():
@@ -73,23 +73,37 @@ def create_train_step(
     def accumulate(
         params: Any, example: Any, scales: Mapping[str, jax.Array], dropout_key: jax.Array
     ) -> tuple[Any, Sums]:
+        def count(rows: Any, key: jax.Array) -> Any:
+            with placed():
+                return task.census(params, rows, key)
+
+        def of_all_slices(census: Any) -> tuple[Any, ...]:
+            if not jax.tree.leaves(census):
+                return ()
+            return (census if slices == 1 else jax.lax.psum(census, SLICE_AXIS),)
+
         if accumulation_steps == 1:
-            return gradient_sums(params, example, scales, dropout_key)
+            census = () if slices == 1 else of_all_slices(count(example, dropout_key))
+            return gradient_sums(params, example, scales, dropout_key, *census)
 
         # Part i takes every accumulation_steps-th row, so that each device keeps to the rows it already holds.
         def split(rows: jax.Array) -> jax.Array:
             return rows.reshape(-1, accumulation_steps, *rows.shape[1:]).swapaxes(0, 1)
 
-        def add(total: Any, part: tuple[jax.Array, Any]) -> tuple[Any, None]:
-            index, rows = part
-            new = gradient_sums(params, rows, scales, jax.random.fold_in(dropout_key, index))
-            return jax.tree.map(jnp.add, total, new), None
-
         parts = (jnp.arange(accumulation_steps), jax.tree.map(split, example))
-        first = jax.tree.map(lambda rows: rows[0], parts[1])
-        shapes = jax.eval_shape(gradient_sums, params, first, scales, dropout_key)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return jax.lax.scan(add, zeros, parts)[0]
+
+        def total(of_part: Callable[[Any, jax.Array], Any]) -> Any:
+            def add(total: Any, part: tuple[jax.Array, Any]) -> tuple[Any, None]:
+                index, rows = part
+                new = of_part(rows, jax.random.fold_in(dropout_key, index))
+                return jax.tree.map(jnp.add, total, new), None
+
+            shapes = jax.eval_shape(of_part, jax.tree.map(lambda rows: rows[0], parts[1]), dropout_key)
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            return jax.lax.scan(add, zeros, parts)[0] if jax.tree.leaves(zeros) else zeros
+
+        census = of_all_slices(total(count))
+        return total(lambda rows, key: gradient_sums(params, rows, scales, key, *census))
 
     def over_slices(
         params: Any, example: Any, scales: Mapping[str, jax.Array], dropout_key: jax.Array
@@ -100,9 +114,8 @@ def create_train_step(
         # that the model sees: the sums of all slices stand side by side until here.
         of_slices = jax.tree.map(lambda rows: rows.reshape(slices, -1, *rows.shape[1:]), example)
         keys = jax.vmap(functools.partial(jax.random.fold_in, dropout_key))(jnp.arange(slices))
-        gradients, sums = jax.vmap(accumulate, in_axes=(None, 0, None, 0), spmd_axis_name=SLICE_AXIS)(
-            params, of_slices, scales, keys
-        )
+        each = jax.vmap(accumulate, in_axes=(None, 0, None, 0), axis_name=SLICE_AXIS, spmd_axis_name=SLICE_AXIS)
+        gradients, sums = each(params, of_slices, scales, keys)
         sent = jax.tree.map(lambda leaf: jnp.sum(leaf.astype(jnp.bfloat16), axis=0), gradients)
         received = jax.tree.map(lambda leaf, summed: summed.astype(leaf.dtype), gradients, sent)
         return received, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)

@@ -6,6 +6,7 @@ Nothing else in training knows what kind of run it is. A task has
 - `corrupt`: from a batch to the example that is trained on, whose every array leads with the rows;
 - `weights`: the denominator of each term, from the example alone, so that they are known before any gradient;
 - `sums`: the terms' sums over rows; those of parts of a batch add up to those of the whole;
+- `census`: what `sums` of a part has to know of the whole batch for that, where it depends on the parameters;
 - `evaluate` and `finish`: sums and weights without dropout, and the metrics made of their totals;
 - `describe`: the line that a person reads;
 - `initial_state` and `update`: what it carries from step to step beside the parameters.
@@ -26,10 +27,11 @@ import numpy as np
 
 from maskformer import evaluation, models
 from maskformer.checks import nearest, shown
-from maskformer.evaluation.predictions import predict
+from maskformer.evaluation.predictions import predict, predict_with_routing
 from maskformer.models.electra import ElectraConfig
 from maskformer.objectives import Corrupted, Objective, move_token_losses, token_cross_entropy, token_loss_sums
 from maskformer.objectives.electra import Electra as ElectraObjective
+from maskformer.training import routing
 
 Batch = Mapping[str, jax.Array]
 Pair = tuple[jax.Array, jax.Array]  # a sum and its weight
@@ -57,11 +59,13 @@ class Task:
       factors: term of the loss -> its factor in what is minimised. One term, "loss", unless a class says otherwise.
       means: names of what `sums` records beside the terms.
       predicts_tokens: its model gives logits over the vocabulary, so that its likelihood and guesses can be asked for.
+      trains_routers: it has terms for the routers of a model's experts, without which none is trained.
     """
 
     factors: Mapping[str, float] = {"loss": 1.0}
     means: tuple[str, ...] = ()
     predicts_tokens = False
+    trains_routers = False
 
     def __init__(self, objective: Objective, model: Any):
         self.objective, self.model = objective, model
@@ -83,11 +87,21 @@ class Task:
         return {name: jnp.float32(rows) for name in self.factors}
 
     def sums(self, params: Any, example: Any, key: jax.Array) -> Sums:
-        """The sums of the example's rows; `key` is of dropout."""
+        """The sums of the example's rows; `key` is of dropout. A task with a census takes it as a fourth argument, or
+        None, where the example is the whole batch."""
         raise NotImplementedError(f"{type(self).__name__} does not define sums()")
 
+    def census(self, params: Any, example: Any, key: jax.Array) -> Any:
+        """Sums over rows, without gradient, that `sums` of a part needs to know of the whole batch; None for most.
+
+        Where a batch is computed in parts (accumulation, `mesh.dcn_gradients`), it is made of all of them before any
+        gradient: one more forward pass. Arguments as of `sums`.
+        """
+        return None
+
     def evaluate(self, params: Any, example: Any) -> dict[str, jax.Array]:
-        """Metric -> float32 [2], its sum and weight over the example's rows, without dropout."""
+        """Metric -> float32 [2], its sum and weight over the example's rows, without dropout; or other sums, which
+        `finish` makes metrics of."""
         raise NotImplementedError(f"{type(self).__name__} does not define evaluate()")
 
     def finish(self, totals: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -105,8 +119,8 @@ class Task:
         def sums(params: Any, batch: Batch) -> dict[str, jax.Array]:
             return self.evaluate(params, self.corrupt(jax.random.key(0), batch, 0, None))
 
-        names = jax.eval_shape(sums, self.model.param_shapes(), batch)
-        return tuple(self.finish(dict.fromkeys(names, np.ones(2))))
+        shapes = jax.eval_shape(sums, self.model.param_shapes(), batch)
+        return tuple(self.finish({name: np.ones(shape.shape) for name, shape in shapes.items()}))
 
     def check(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> None:
         """ValueError where its parts do not fit together, on batches of these shapes; computes nothing."""
@@ -146,7 +160,7 @@ class Task:
 
 
 class Tokens(Task):
-    """Predicted tokens under cross-entropy: one network, one term.
+    """Predicted tokens under cross-entropy: one network, one term, and two more for its routers if it has experts.
 
     The state is the running loss of every token, where the objective selects by it (adaptive masking).
 
@@ -160,6 +174,7 @@ class Tokens(Task):
 
     means: tuple[str, ...] = ("accuracy",)
     predicts_tokens = True
+    trains_routers = True
 
     def __init__(
         self,
@@ -178,15 +193,30 @@ class Tokens(Task):
         objective.check_label_smoothing(label_smoothing)
         self.label_smoothing = label_smoothing
         self.unigram = unigram
+        self.routers = routing.Routers(config)
+        self.factors = {**self.factors, **self.routers.factors}
+        self.means = (*self.means, *self.routers.means)
 
     def corrupt(self, key: jax.Array, batch: Batch, step: jax.Array | int, state: Any) -> Any:
         return self.objective(key, batch, step=step, token_weights=state)
 
     def weights(self, example: Any) -> dict[str, jax.Array]:
-        return {"loss": self.objective.weight_sum(example)}
+        return {"loss": self.objective.weight_sum(example), **self.routers.weights(example.segment_ids)}
 
-    def sums(self, params: Any, example: Any, key: jax.Array) -> Sums:
-        return self._of_logits(predict(self.model, self.objective, params, example, key), example)
+    def sums(self, params: Any, example: Any, key: jax.Array, census: Any = None) -> Sums:
+        if not self.routers:
+            return self._of_logits(predict(self.model, self.objective, params, example, key), example)
+        logits, routed = predict_with_routing(self.model, self.objective, params, example, key)
+        terms, means, carry = self._of_logits(logits, example)
+        assigned = routed.assigned if census is None else census
+        terms |= self.routers.terms(routed, assigned)
+        return Sums(terms, means | self.routers.recorded(routed, assigned), carry)
+
+    def census(self, params: Any, example: Any, key: jax.Array) -> Any:
+        """[layers, experts], how many tokens chose each; None without experts."""
+        if not self.routers:
+            return None
+        return predict_with_routing(self.model, self.objective, params, example, key)[1].assigned
 
     def _of_logits(self, logits: jax.Array, corrupted: Corrupted) -> Sums:
         """The sums of the model's logits [batch, predicted, vocabulary]."""
@@ -204,15 +234,19 @@ class Tokens(Task):
         return Sums({"loss": loss_sum}, {"accuracy": (jnp.sum(correct * weights), jnp.sum(weights))}, token_losses)
 
     def evaluate(self, params: Any, example: Any) -> dict[str, jax.Array]:
-        return self._prediction_sums(predict(self.model, self.objective, params, example), example)
+        if not self.routers:
+            return self._prediction_sums(predict(self.model, self.objective, params, example), example)
+        logits, routed = predict_with_routing(self.model, self.objective, params, example)
+        return self._prediction_sums(logits, example) | self.routers.evaluation_sums(routed)
 
     def _prediction_sums(self, logits: jax.Array, corrupted: Corrupted) -> dict[str, jax.Array]:
         unigram = None if self.unigram is None else jnp.asarray(self.unigram)
         return evaluation.objective_sums(self.objective, logits, corrupted, unigram=unigram)
 
     def finish(self, totals: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """As `evaluation.finish`."""
-        return evaluation.finish(totals)
+        """As `evaluation.finish`, and of experts their balance and load over the whole split."""
+        pairs, balance = self.routers.finish(totals)
+        return evaluation.finish(pairs) | balance
 
     def measured(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[str, ...]:
         # A replacement that never happens has no mean.
@@ -221,6 +255,9 @@ class Tokens(Task):
         return tuple(name for name in super().measured(batch) if not name.endswith(never))
 
     def describe(self, metrics: Mapping[str, float]) -> str:
+        return self._describe_predictions(metrics) + routing.describe(metrics)
+
+    def _describe_predictions(self, metrics: Mapping[str, float]) -> str:
         if "loss" not in metrics:
             return "nothing predicted"
         text = f"loss {metrics['loss']:.4f}"
@@ -294,7 +331,7 @@ class Electra(Tokens):
         asked = jnp.sum(self.objective.questions(example.corrupted))
         return {**super().weights(example.corrupted), "discriminator_loss": asked}
 
-    def sums(self, params: Any, example: ElectraExample, key: jax.Array) -> Sums:
+    def sums(self, params: Any, example: ElectraExample, key: jax.Array, census: None = None) -> Sums:
         generator_key, discriminator_key = jax.random.split(key)
         logits = predict(self.model, self.objective, params, example.corrupted, generator_key)
         terms, means, _ = self._of_logits(logits, example.corrupted)
@@ -431,4 +468,10 @@ def create(
     if label_smoothing and "label_smoothing" not in takes:
         raise ValueError(f"train.label_smoothing={label_smoothing!r}: task '{name}' does not take it; set it to 0")
     offered = {"label_smoothing": label_smoothing, "unigram": unigram}
-    return BUILDERS[name](objective, config, **values, **{key: offered[key] for key in _OFFERED if key in takes})
+    task = BUILDERS[name](objective, config, **values, **{key: offered[key] for key in _OFFERED if key in takes})
+    if config.experts and not task.trains_routers:
+        raise ValueError(
+            f"model.experts={config.experts}: task '{name}' has no terms for their routers (Task.trains_routers); set "
+            "model.experts=0, or derive the task from Tokens"
+        )
+    return task

@@ -20,7 +20,9 @@ from maskformer.training.sections import WriterConfig
 from maskformer.training.workdir import METRICS, cannot_write, read_metrics, reason, replace_text
 
 # Fields of a line that say how fast the machine was, not what the model learnt: they differ between equal runs.
-TIMING_FIELDS = ("seconds", "tokens_per_second", "tflops_per_second", "mfu")
+TIMING_FIELDS = (
+    "seconds", "tokens_per_second", "tflops_per_second", "mfu", "data_wait_seconds", "device_wait_seconds",
+)  # fmt: skip
 # Between two times that a display of TensorBoard's sees what is new.
 TENSORBOARD_SECONDS = 20.0
 # Of a file for an object store, which is sent anew as a whole at each flush.
@@ -40,13 +42,20 @@ class Writer(Protocol):
 class JsonlWriter:
     """One JSON object a line. A resumed run first drops the lines after its checkpoint, and writes them anew.
 
+    Args:
+      path: the file.
+      resume_step: the step of the checkpoint.
+      again: prefix of the metrics that the run will write once more at that very step; None for none.
+
     Raises:
       RunError: the file cannot be written, here and in its methods.
     """
 
-    def __init__(self, path: AnyPath, resume_step: int):
+    def __init__(self, path: AnyPath, resume_step: int, again: str | None = None):
         self._path = path
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if lines.exists(path) else []
+        if again is not None:
+            kept = [line for line in kept if line["step"] < resume_step or not any(n.startswith(again) for n in line)]
         with _writing(path):
             lines.rewrite(path, kept)
             self._file = lines.LineFile(path)
@@ -186,10 +195,14 @@ def check_writers(config: WriterConfig) -> None:
 
 
 def create_writers(
-    workdir: AnyPath, config: WriterConfig, run_config: Mapping[str, Any], resume_step: int
+    workdir: AnyPath,
+    config: WriterConfig,
+    run_config: Mapping[str, Any],
+    resume_step: int,
+    again: str | None = None,
 ) -> list[Writer]:
-    """The writers that `config` asks for; call on one process only."""
-    writers: list[Writer] = [JsonlWriter(workdir / METRICS, resume_step)]
+    """The writers that `config` asks for; call on one process only. See `JsonlWriter` for the last two."""
+    writers: list[Writer] = [JsonlWriter(workdir / METRICS, resume_step, again)]
     if config.tensorboard:
         writers.append(TensorBoardWriter(workdir, resume_step))
     if config.wandb_project is not None:

@@ -46,6 +46,16 @@ def test_gpt_has_the_parameters_of_gpt_2(size, parameters):
     assert models.create(experiment.create_model_config(objective)).num_params() == parameters
 
 
+def test_llama_has_the_parameters_of_llama_2():
+    # As the released weights count them, in rows of 4,096 tokens.
+    config = load_config(["--config=configs/gpt.py:llama-7b"])[0]
+    experiment = resolve(config)
+    objective = experiment.create_objective(objectives.Vocabulary(size=config.data.vocabulary_size, pad=0))
+    assert models.create(experiment.create_model_config(objective)).num_params() == 6_738_415_616
+    assert config.data.length == 4096
+    assert load_config(["--config=configs/gpt.py:llama-7b,seq=64"])[0].data.length == 64
+
+
 def test_no_recipe_starts_a_device_before_it_trains():
     # jax.distributed must be initialised before any device, and comes after the config.
     code = f"""

@@ -19,7 +19,7 @@ import jax
 import pytest
 
 GOLDEN = pathlib.Path(__file__).parent / "recipes.json"
-TIMING = ("seconds", "tokens_per_second", "tflops_per_second", "mfu")
+TIMING = ("seconds", "tokens_per_second", "tflops_per_second", "mfu", "data_wait_seconds", "device_wait_seconds")
 RUN = """
 import json, pathlib, sys
 from maskformer.training import train_and_evaluate

@@ -22,7 +22,8 @@ RULES = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     **dict.fromkeys(
-        ("embed", "embed_factor", "embed_out", "head_dim", "label", "norm", "positions", "token_types", "layers")
+        ("embed", "embed_factor", "embed_out", "experts", "head_dim", "label", "layers", "norm", "positions", "router",
+         "token_types")
     ),
 }
 

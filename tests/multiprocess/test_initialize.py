@@ -55,7 +55,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step_with_the_same_exit_
         if step == 5 and jax.process_index() == 1:
             os.kill(os.getpid(), signal.{number})
         time.sleep(0.05)
-        if guard.requested(step):
+        if guard.requested():
             print(step, flush=True)
             sys.exit(guard.exit_code)
 """

@@ -1,10 +1,12 @@
 """The events of a run: what is written is read again, over kills, damage and a folder that cannot be written."""
 
 import json
+import pathlib
 import threading
 
 import pytest
 
+from maskformer.training import lines
 from maskformer.training.events import EVENTS, Events, read_events
 
 
@@ -61,6 +63,35 @@ def test_a_file_that_cannot_be_written_is_said_once_and_stops_nothing(tmp_path, 
     events.write("start", step=0)
     events.write("end", code=0)
     assert caplog.text.count("events.jsonl: cannot be written (No such file or directory)") == 1
+
+
+def test_a_disk_that_is_full_is_said_once_and_the_end_of_the_run_goes_well(tmp_path, monkeypatch, caplog):
+    events = Events(tmp_path, "a")
+    events.write("start", step=0)
+    (tmp_path / EVENTS).unlink()
+    full = pathlib.Path("/dev/full")
+    if not full.exists():
+        pytest.skip("a machine without /dev/full")
+    monkeypatch.setattr(events, "_file", lines.LineFile(full))
+    events.write("phase", name="steps", seconds=1.0)
+    events.write("end", code=1)
+    events.close()
+    assert caplog.text.count("cannot be written (No space left on device)") == 1
+
+
+def test_in_a_bucket_a_start_and_an_end_are_there_at_once(tmp_path, monkeypatch):
+    import fsspec
+
+    from maskformer import paths
+
+    workdir = paths.resolve("memory://bucket/run")
+    events = Events(workdir, "a")
+    events.write("start", step=0)
+    events.write("phase", name="steps", seconds=1.0)
+    assert [line["event"] for line in read_events("memory://bucket/run")] == ["start"]
+    events.write("end", code=0)
+    assert [line["event"] for line in read_events("memory://bucket/run")] == ["start", "phase", "end"]
+    fsspec.filesystem("memory").store.clear()
 
 
 def test_lines_of_several_threads_do_not_mix(tmp_path):

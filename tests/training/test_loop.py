@@ -330,7 +330,7 @@ def test_evaluations_and_saves_are_no_part_of_a_windows_time(corpus, devices, tm
 
     def note(owner, name):
         original = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *arguments: done.append(name) or original(*arguments))
+        monkeypatch.setattr(owner, name, lambda *given, **named: done.append(name) or original(*given, **named))
 
     for name in ("pause", "resume", "rates"):
         note(throughput.Clock, name)

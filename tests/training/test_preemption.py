@@ -22,7 +22,7 @@ def long_call_into_c():  # the main thread runs no Python meanwhile, as in a com
 def train(guard):
     for step in range(1, 10_000):
         time.sleep(0.002)
-        if guard.requested(step):
+        if guard.requested():
             raise Preempted(step, guard.exit_code)
         if step == 2:
             ready()
@@ -76,7 +76,7 @@ def test_a_signal_in_the_loop_stops_at_a_step_boundary_with_its_code_in_one_line
 def test_a_second_sigint_leaves_at_once(step):
     source = f"""
         def body(guard):
-            guard.requested(1)
+            guard.requested()
             ready()
             while not guard._requested: time.sleep(0.001)
             ready()
@@ -95,7 +95,7 @@ def test_a_sigint_where_exceptions_are_lost_is_not_lost():
             def __del__(self):
                 signal.raise_signal(signal.SIGINT)
         def body(guard):
-            guard.requested(1)
+            guard.requested()
             Dropped()
             train(guard)
         main(body)
@@ -107,7 +107,7 @@ def test_a_sigint_where_exceptions_are_lost_is_not_lost():
 def test_a_sigint_after_a_sigterm_is_not_requeued_and_a_second_sigterm_changes_nothing():
     source = """
         def body(guard):
-            guard.requested(1)
+            guard.requested()
             for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
                 signal.raise_signal(number)
             train(guard)
@@ -119,7 +119,7 @@ def test_a_sigint_after_a_sigterm_is_not_requeued_and_a_second_sigterm_changes_n
 def test_an_event_loop_that_diverts_the_signals_hides_none_and_doubles_none():
     source = """
         def body(guard):
-            guard.requested(1)
+            guard.requested()
             signal.raise_signal(signal.SIGINT)  # heard twice: by the thread and by the handler
             time.sleep(0.05)
             ours = signal.set_wakeup_fd(-1)
@@ -140,14 +140,14 @@ def test_a_process_that_has_ended_its_run_keeps_its_exit_code():
 def test_a_signal_to_a_forked_child_is_not_the_parents():
     source = """
         def body(guard):
-            guard.requested(1)
+            guard.requested()
             child = os.fork()
             if not child:
                 time.sleep(60)
             os.kill(child, signal.SIGTERM)
             assert os.waitpid(child, 0)[1] == signal.SIGTERM
             time.sleep(0.05)
-            assert not guard.requested(2)
+            assert not guard.requested()
         main(body)
     """
     assert run(source) == (0, [])
@@ -172,9 +172,9 @@ def installed():
 def test_inside_another_program_the_guard_gives_the_handlers_back(handlers):
     with PreemptionGuard() as guard:
         assert not set(installed()) & set(handlers)
-        assert not guard.requested(1)
+        assert not guard.requested()
         signal.raise_signal(signal.SIGTERM)
-        assert guard.requested(2) and guard.exit_code == EX_TEMPFAIL
+        assert guard.requested() and guard.exit_code == EX_TEMPFAIL
         signal.raise_signal(signal.SIGINT)
         assert guard.exit_code == EX_INTERRUPTED
         with pytest.raises(KeyboardInterrupt):  # the second: somebody means it
@@ -187,7 +187,7 @@ def test_a_guard_inside_another_is_the_outer_one(handlers):
         with PreemptionGuard() as inner:
             assert inner is outer
         signal.raise_signal(signal.SIGTERM)  # still guarded
-        assert outer.requested(1)
+        assert outer.requested()
     assert installed() == handlers
 
 

@@ -116,7 +116,8 @@ def test_an_absent_process_0_is_noted_and_named(port, monkeypatch):
     assert note.startswith(f"waiting: coordinator 127.0.0.1:{port}: process 0 could not be reached there for 0 s")
 
 
-def test_two_processes_of_one_number_are_named_on_all_as_a_mistake(port):
+def test_two_processes_of_one_number_are_named_on_all_as_a_mistake(port, monkeypatch):
+    monkeypatch.setattr(roll, "RIVAL", 0.5)
     processes = [Process(0, port)]
     until_listening(port)
     processes += [Process(1, port, host="a"), Process(1, port, host="b")]
@@ -141,6 +142,18 @@ def test_a_process_that_died_and_was_started_again_is_not_two(port):
     with caller(port, 1):
         time.sleep(0.1)
     processes = [first, Process(1, port), Process(2, port)]
+    assert [process.end() for process in processes] == [None] * 3
+
+
+def test_a_process_that_is_about_to_end_and_the_next_of_its_number_are_not_two(port, monkeypatch):
+    monkeypatch.setattr(roll, "RIVAL", 1.0)
+    first = Process(0, port)
+    until_listening(port)
+    with caller(port, 1) as ending:
+        processes = [first, Process(1, port), Process(2, port)]
+        time.sleep(0.3)
+        ending.sendall(b'{"here": true}\n')
+        time.sleep(0.2)
     assert [process.end() for process in processes] == [None] * 3
 
 

@@ -1,0 +1,77 @@
+"""Layouts of a topology that a program could run on, the fastest that fit first."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+from maskformer.checks import one_line
+from maskformer.planning.estimate import Estimate, estimate
+from maskformer.planning.layouts import Layout, check_batch, resolve
+from maskformer.planning.topologies import Topology
+from maskformer.planning.workload import Workload
+from maskformer.training.sections import MeshConfig
+
+# Beyond these an axis costs more than it gives: its collectives wait for every layer.
+MOST_TENSOR = 16
+# Of a row, what a device should have at least to be worth parting it.
+LEAST_CONTEXT = 1024
+# Step times that differ by less, as a share, are equal.
+SAME_TIME = 0.02
+
+
+def search(workload: Workload, topology: Topology, price: float) -> list[Estimate]:
+    """An estimate of every layout over data, fsdp, tensor and context that divides the model and the batch.
+
+    Those that fit come first, by their step time; then the others, by their memory.
+    """
+    found = [estimate(workload, topology, layout, price) for layout in layouts(workload, topology)]
+    return sorted((one for one in found if not one.whole), key=_rank)
+
+
+def _rank(one: Estimate) -> tuple[bool, float, float, float]:
+    seconds, peak = one.roofline.step_seconds, one.memory.peak
+    # Of times that the model cannot tell apart, the one that leaves more memory.
+    return not one.fits, round(math.log(seconds) / SAME_TIME) if one.fits else peak, peak, seconds
+
+
+def layouts(workload: Workload, topology: Topology) -> Iterator[Layout]:
+    """The layouts that are tried: `data` takes what the others leave, and crosses the slices."""
+    experiment = workload.experiment
+    sizes = workload.program.model_config.axis_sizes
+    length = experiment.data.length
+    within = topology.slice_devices if topology.chip.torus else topology.shape[0]
+    split = [sizes[axis] for axis in ("kv_heads", "mlp", "vocab")]
+    tensors = [n for n in range(1, MOST_TENSOR + 1) if all(size % n == 0 for size in split)]
+    contexts = [n for n in (1, 2, 4, 8, 16) if n == 1 or (length % n == 0 and length // n >= LEAST_CONTEXT)]
+    if not workload.splits_heads:
+        tensors = [1]
+    for tensor, context in itertools.product(tensors, contexts):
+        if within % (tensor * context):
+            continue
+        rest = topology.devices // (tensor * context)
+        for fsdp in _divisors(rest):
+            if sizes["embed"] % fsdp:
+                continue
+            try:
+                config = MeshConfig(fsdp=fsdp, tensor=tensor, context=context, dcn=experiment.mesh.dcn)
+                layout = resolve(config, topology)
+                check_batch(experiment.train, layout)
+            except ValueError:
+                continue
+            yield layout
+
+
+def why_none(workload: Workload, topology: Topology) -> str:
+    """The line that says what no layout divides."""
+    train, devices = workload.experiment.train, topology.devices
+    shards = math.gcd(train.batch_size // train.accumulation_steps, devices)
+    return one_line(
+        f"train.batch_size={train.batch_size}: no layout of {topology} parts it, the nearest has {shards} shards for "
+        f"{devices} devices; use a multiple of {devices}"
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
