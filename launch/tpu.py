@@ -72,7 +72,7 @@ def render(job: Job, request: Request, *, name: str = "maskformer", setup: Seque
         end = "END"
         while end in script.split("\n"):
             end += "_"
-        command = "\"--command=echo $(printf %s \"$run\" | base64 | tr -d '\\n') | base64 -d | bash\""
+        command = '"--command=echo $(printf %s "$run" | base64 | tr -d \'\\n\') | base64 -d | bash"'
         ssh = shlex.join(request.ssh(one, ""))
         lines += [
             "",
@@ -199,9 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = deliver(lambda: render(job, request, **what), str, arguments.output)
             if code or not arguments.submit:
                 return code
-        return submit(
-            job, request, **what, patience=arguments.patience, poll=arguments.poll, keep=arguments.keep
-        )
+        return submit(job, request, **what, patience=arguments.patience, poll=arguments.poll, keep=arguments.keep)
     except ValueError as error:
         parser.error(str(error))
 

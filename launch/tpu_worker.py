@@ -116,9 +116,7 @@ def run(name: str, attempt: str, command: Sequence[str], setup: Sequence[str] = 
       command: each argument as the program is to receive it.
       setup: shell lines, which may change folder and environment; the first one that fails ends the attempt.
     """
-    return _RUN.format(
-        head=_head(name, attempt), mark=MARK, setup="\n".join(setup) or ":", command=shlex.join(command)
-    )
+    return _RUN.format(head=_head(name, attempt), mark=MARK, setup="\n".join(setup) or ":", command=shlex.join(command))
 
 
 def send_signal(name: str, attempt: str, signal: str, code: int) -> str:

@@ -19,7 +19,7 @@ import time
 from launch.local import free_port
 from launch.tpu_resource import hosts
 
-STUB = r'''
+STUB = r"""
 import json, os, re, subprocess, sys, urllib.error, urllib.request
 
 words = sys.argv[1:]
@@ -62,7 +62,7 @@ elif verb == "ssh":
             open(environment["HOME"] + "/clients", "a").write(f"{client.pid}\n")
             clients.append(client)
     sys.exit(next((code for code in [client.wait() for client in clients] if code), 0) & 255)
-'''
+"""
 
 
 class Cloud:

@@ -396,7 +396,11 @@ def test_gcloud_asks_the_cloud_for_what_the_flags_say(tmp_path):
 def test_gcloud_knows_the_flags_of_ssh():
     # It is not run here; its parser refuses what it does not know before it looks for a machine.
     flags = Request("us-east5-b", "v5p-16", ssh_extra=["--internal-ip"]).ssh("bert", "true")
-    environment = {**os.environ, "CLOUDSDK_CORE_PROJECT": "lab", "CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU": "http://127.0.0.1:9/"}
+    environment = {
+        **os.environ,
+        "CLOUDSDK_CORE_PROJECT": "lab",
+        "CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU": "http://127.0.0.1:9/",
+    }
     done = subprocess.run([*flags, "--no-such-flag"], env=environment, capture_output=True, text=True, timeout=60)
     refused = [line for line in done.stderr.splitlines() if "--" in line]
     assert done.returncode == 2 and [line for line in refused if "unrecognized" in line or "no-such-flag" in line]

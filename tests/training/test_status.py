@@ -90,6 +90,7 @@ def test_a_damaged_config_is_said_and_hides_no_other_run(tmp_path):
     assert (status.state, status.steps) == ("failed", None)
     assert "config.json: line 1 column 2 is not JSON" in status.why
 
+
 def test_a_run_in_a_bucket_has_a_status_too(tmp_path):
     folder = make_run("memory://status/run", step=42, saved=40, end=(1, "loss is nan"))
     status = run_status("memory://status/run")
