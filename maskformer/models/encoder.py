@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maskformer.attention.dropout import dropout
+from maskformer.attention.score_mods import Lifted, ScoreMod, lift
 from maskformer.masks import Mask
+from maskformer.masks.arbitrary import open_closures
+from maskformer.models import pipeline
 from maskformer.models.encoder_config import EncoderConfig
 from maskformer.models.layers import Layer, LayerInputs, Norm, Projection, activate, initial_weights
 from maskformer.models.partitioning import constrain
@@ -20,6 +24,7 @@ DROPOUTS_PER_LAYER = 3  # attention probabilities, after attention, after the fe
 
 # Outputs that the "elementwise" policy keeps: loops and kernels (of attention backends) and what a layer names.
 _COSTLY = frozenset({"scan", "while", "cond", "pallas_call", "custom_call", "ffi_call", "shard_map", "name"})
+_TAKEN = frozenset({"dynamic_slice", "squeeze", "reshape", "convert_element_type"})
 
 
 def _keep_costly(primitive: Any, *avals: Any, **params: Any) -> bool:
@@ -29,12 +34,19 @@ def _keep_costly(primitive: Any, *avals: Any, **params: Any) -> bool:
     )
 
 
+def _keep_computed(primitive: Any, *avals: Any, **params: Any) -> bool:
+    """Keep everything but what a layer takes out of larger arrays, which are there again."""
+    return primitive.name not in _TAKEN
+
+
 _REMAT_POLICIES = {
     "elementwise": _keep_costly,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+# A layer of a pipeline takes its weights and masks out of those of all rounds and microbatches, at every tick.
+_STAGE_REMAT_POLICIES = {**_REMAT_POLICIES, "none": _keep_computed}
 
 
 def embedding_axis(config: EncoderConfig) -> tuple[str, int]:
@@ -191,58 +203,111 @@ class Encoder(nnx.Module):
     ) -> jax.Array:
         """Hidden states after the last layer, [batch, length, width]. `masks` repeat over the layers."""
         config = self.config
+        if (over := pipeline.current()) is not None:
+            over.cut(tokens.shape[0])  # what does not divide is said before its embeddings are to lie somewhere
         embedding_key, layer_keys = None, None
         if dropout_key is not None:
             keys = jax.random.split(dropout_key, 1 + config.layers * DROPOUTS_PER_LAYER)
             embedding_key, layer_keys = keys[0], keys[1:].reshape(config.layers, DROPOUTS_PER_LAYER)
         x = self.embeddings(tokens, positions, token_types, embedding_key)
-        x = self._run_layers(x, masks, self._layer_inputs(positions), layer_keys)
+        run = self._run_layers if pipeline.current() is None else self._run_stages
+        x = run(x, masks, positions, layer_keys)
         return x if self.final_norm is None else self.final_norm(x)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """What the head makes of hidden states."""
         return self.head(hidden, self.embeddings.tokens.whole_rows())
 
-    def _layer_inputs(self, positions: jax.Array) -> LayerInputs:
-        config = self.config
-        rotary, score_mod = None, None
+    def _layer_inputs(
+        self, positions: jax.Array, score_mod: ScoreMod | Lifted | None, rows: jax.Array | None = None
+    ) -> LayerInputs:
+        config, rotary = self.config, None
         if config.positions == "rotary":
             rotary = rotary_tables(positions, config.resolved_head_dim, config.rotary_base)
-        if config.positions == "alibi":
-            score_mod = alibi(positions, config.heads)
-        return LayerInputs(rotary, score_mod)
+        return LayerInputs(rotary, score_mod, rows)
+
+    def _score_mod(self, positions: jax.Array) -> ScoreMod | None:
+        return alibi(positions, self.config.heads) if self.config.positions == "alibi" else None
+
+    def _remat(self, layer: Callable[..., Any], policies: Mapping[str, Any] = _REMAT_POLICIES) -> Callable[..., Any]:
+        """The layer with the config's choice of what the backward pass recomputes."""
+        policy = policies.get(self.config.remat)
+        if policy is None:
+            return layer
+        # Inside a scan nothing can be merged across the boundary, so the costly barrier is not needed.
+        scanned = self.config.scan_layers or pipeline.current() is not None
+        return jax.checkpoint(layer, policy=policy, prevent_cse=not scanned)
 
     def _run_layers(
-        self, x: jax.Array, masks: Sequence[Mask | None], inputs: LayerInputs, keys: jax.Array | None
+        self, x: jax.Array, masks: Sequence[Mask | None], positions: jax.Array, keys: jax.Array | None
     ) -> jax.Array:
-        """All layers: groups of one mask pattern each, scanned or unrolled, then the layers left over."""
-        config = self.config
+        """All layers, in order."""
         graph, parameters = nnx.split(self.layers)
-        parameters = nnx.as_pure(parameters)
+        inputs = self._layer_inputs(positions, self._score_mod(positions))
 
         def layer(x: jax.Array, parameters: Any, keys: jax.Array | None, mask: Mask | None) -> jax.Array:
             return nnx.merge(graph, parameters)(x, mask, inputs, keys)
 
-        if config.remat != "none":
-            # Inside a scan nothing can be merged across the boundary, so the costly barrier is not needed.
-            layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
+        return self._run_stack(self._remat(layer), x, (nnx.as_pure(parameters), keys), masks)
+
+    def _run_stack(
+        self, layer: Callable[..., jax.Array], x: jax.Array, stacked: Any, masks: Sequence[Any]
+    ) -> jax.Array:
+        """The layers of `stacked`: groups of one mask pattern each, scanned or unrolled, then the layers left over."""
 
         def group(x: jax.Array, stacked: Any) -> tuple[jax.Array, None]:
             for index, mask in enumerate(masks):
-                here, here_keys = jax.tree.map(lambda leaf, i=index: leaf[i], stacked)
-                x = layer(x, here, here_keys, mask)
+                x = layer(x, *jax.tree.map(lambda leaf, i=index: leaf[i], stacked), mask)
             return x, None
 
-        period = len(masks)
-        groups = config.layers // period
-        stacked = (parameters, keys)
-        if config.scan_layers:
+        layers, period = jax.tree.leaves(stacked)[0].shape[0], len(masks)
+        groups = layers // period
+        if self.config.scan_layers:
             whole = jax.tree.map(lambda leaf: leaf[: groups * period].reshape(groups, period, *leaf.shape[1:]), stacked)
             x, _ = jax.lax.scan(group, x, whole)
             first = groups * period
         else:
             first = 0
-        for index in range(first, config.layers):
-            here, here_keys = jax.tree.map(lambda leaf, i=index: leaf[i], stacked)
-            x = layer(x, here, here_keys, masks[index % period])
+        for index in range(first, layers):
+            x = layer(x, *jax.tree.map(lambda leaf, i=index: leaf[i], stacked), masks[index % period])
         return x
+
+    def _run_stages(
+        self, x: jax.Array, masks: Sequence[Mask | None], positions: jax.Array, keys: jax.Array | None
+    ) -> jax.Array:
+        """All layers, in stages that microbatches pass through; same values, and the same dropout, as in order."""
+        config, over = self.config, pipeline.current()
+        assert over is not None
+        over.check_layers(config.layers)
+        over.check_pattern(config.layers, len(masks))
+        graph, parameters = nnx.split(self.layers)
+        microbatches = over.cut(x.shape[0])
+        cut = functools.partial(pipeline.Rows.of, shards=over.shards, microbatches=microbatches)
+        opened = [mask if mask is None else open_closures(mask) for mask in masks]
+        leads = pipeline.lead_with_rows(opened, x.shape[0])
+        # A score_mod counts the rows of the whole batch.
+        score_mod = self._score_mod(positions)
+        shared = (
+            cut(positions, True),
+            None if score_mod is None else lift(score_mod, jnp.promote_types(x.dtype, jnp.float32)),
+            [cut(mask, lead) for mask, lead in zip(opened, leads, strict=True)],
+        )
+
+        def layer(
+            x: jax.Array, parameters: Any, keys: Any, mask: pipeline.Rows, shared: Any, place: pipeline.Place
+        ) -> jax.Array:
+            parameters, keys = pipeline.of_round((parameters, keys), place)
+            positions, score_mod, _ = shared
+            inputs = self._layer_inputs(positions.at(place.microbatch), score_mod, place.rows)
+            with pipeline.attending(place):
+                return nnx.merge(graph, parameters)(x, mask.at(place.microbatch), inputs, keys)
+
+        layer = self._remat(layer, _STAGE_REMAT_POLICIES)
+
+        def block(layers: Any, keys: Any, x: jax.Array, shared: Any, place: pipeline.Place) -> tuple[jax.Array, None]:
+            def placed(x: jax.Array, parameters: Any, keys: Any, mask: pipeline.Rows) -> jax.Array:
+                return layer(x, parameters, keys, mask, shared, place)
+
+            return self._run_stack(placed, x, (layers, keys), shared[2]), None
+
+        return pipeline.run(over, block, nnx.as_pure(parameters), keys, x, shared)[0]

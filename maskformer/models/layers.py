@@ -31,6 +31,8 @@ class LayerInputs(NamedTuple):
 
     rotary: tuple[jax.Array, jax.Array] | None
     score_mod: ScoreMod | None
+    # int32 [batch], where the rows stand in the whole batch, of which dropout is a function; None for their own order.
+    rows: jax.Array | None = None
 
 
 def initial_weights(rngs: nnx.Rngs, shape: Sequence[int], config: EncoderConfig) -> jax.Array:
@@ -192,8 +194,8 @@ class Layer(nnx.Module):
         rate = self.config.hidden_dropout
         pre = self.config.norm_position == "pre"
         branch = self.attention(self.attention_norm(x) if pre else x, mask, inputs, probabilities)
-        x = constrain(x + dropout(after_attention, branch, rate), "batch", "length", "activation_embed")
+        x = constrain(x + dropout(after_attention, branch, rate, inputs.rows), "batch", "length", "activation_embed")
         x = x if pre else self.attention_norm(x)
         branch = self.mlp(self.mlp_norm(x) if pre else x)
-        x = constrain(x + dropout(after_mlp, branch, rate), "batch", "length", "activation_embed")
+        x = constrain(x + dropout(after_mlp, branch, rate, inputs.rows), "batch", "length", "activation_embed")
         return x if pre else self.mlp_norm(x)

@@ -92,6 +92,11 @@ def logical_rules(mesh: Mesh, rules: Rules) -> Iterator[None]:
         _active.reset(token)
 
 
+def active_rules() -> tuple[Mesh, Rules] | None:
+    """The mesh and the rules in force; None outside of `logical_rules`."""
+    return _active.get()
+
+
 def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
     """Constrain `array` to the sharding that the active rules give its axes; without rules, do nothing."""
     active = _active.get()

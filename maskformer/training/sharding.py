@@ -42,7 +42,8 @@ RULES: Rules = {
     "token_types": None,
     "layers": "stage",
     "experts": "expert",
-    "batch": BATCH_AXES,
+    # Outside of the layers: each stage has its share of the embeddings, the head and the loss.
+    "batch": (*BATCH_AXES, "stage"),
     "length": "context",
     "activation_embed": None,
     "activation_heads": "tensor",
