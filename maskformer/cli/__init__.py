@@ -105,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, _mistakes()) and not arguments.verbose:
             # Code of a recipe may fail by a ValueError too, and is then to be named.
-            code = _refuse(f"{origin(error)}{error}", 1 if isinstance(error, DiskFullError) else EX_USAGE)
+            # What may go well at the next start is no mistake of the command.
+            code = _refuse(f"{origin(error)}{error}", 1 if isinstance(error, _failures()) else EX_USAGE)
         elif owns_process:
             traceback.print_exception(error)
         else:
@@ -121,6 +122,13 @@ def _mistakes() -> tuple[type[Exception], ...]:
     from maskformer.training.distributed import JoinError
 
     return ValueError, CheckpointError, JoinError
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Of `_mistakes`, what comes from outside and not from the command."""
+    from maskformer.training.distributed import JoinError
+
+    return DiskFullError, JoinError
 
 
 def _refuse(error: object, code: int = EX_USAGE) -> int:

@@ -12,16 +12,17 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-from maskformer.checks import require, shown, why_no_folder
+from maskformer.checks import require, shown
+from maskformer.paths import why_no_folder
 
 
 def folder(text: str) -> str:
-    """The type of a `--workdir`: as written, unless it names no folder of this machine.
+    """The type of a `--workdir`: as written, unless it can name no folder here or in a bucket.
 
-    >>> folder("gs://bucket/run")
+    >>> folder("gz://bucket/run")
     Traceback (most recent call last):
         ...
-    argparse.ArgumentTypeError: 'gs://bucket/run': gs:// addresses are not supported; expected a local or mounted folder
+    argparse.ArgumentTypeError: 'gz://bucket/run': unknown address; did you mean 'gs://'?
     """
     if (why := why_no_folder(text)) is not None:
         raise argparse.ArgumentTypeError(f"{shown(text)}: {why}")

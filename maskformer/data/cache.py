@@ -15,7 +15,8 @@ from typing import Any
 
 import filelock
 
-from maskformer.checks import printable, why_no_folder
+from maskformer.checks import printable
+from maskformer.paths import why_no_folder
 from maskformer.textfiles import DataError, DiskFullError, is_text
 
 _BUILDING = ".building."

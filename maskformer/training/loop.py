@@ -144,6 +144,8 @@ def starting_state(placed: Placed, checkpoints: Checkpoints) -> tuple[TrainState
         # An average is wider than the parameters that begin with it.
         params = jax.tree.map(lambda array, wanted: array.astype(wanted.dtype), params, placed.params)
         # The optimizer's state and the average begin at these parameters: both may hold copies of them.
-        ema = None if state.ema is None else average_start(params)
+        ema = None
+        if state.ema is not None:
+            ema = jax.device_put(average_start(params), jax.tree.map(lambda leaf: leaf.sharding, state.ema))
         state = dataclasses.replace(state, params=params, opt_state=placed.init_optimizer(params), ema=ema)
     return state, RunRecord()

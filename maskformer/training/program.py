@@ -175,7 +175,13 @@ class Placed:
         self._activations = functools.partial(
             sharding.activations, mesh, self.rules, experiment.mesh.context_method
         )
+        self._activations_of_a_slice = functools.partial(self._activations, batch=sharding.BATCH_AXES)
         self.params_at = sharding.param_shardings(mesh, program.model.logical_axes(), self.rules)
+        # Where the optimizer has its state, and the gradients of a step are added up.
+        self._optimizer_at = self.params_at
+        if experiment.mesh.shard_optimizer:
+            self._optimizer_at, whole = sharding.split_over_data(mesh, program.model.param_shapes(), self.params_at)
+            self.dropped += whole
 
     def check_batch(self) -> None:
         """ValueError where a training batch, or a part of an accumulated one, does not divide over the mesh."""
@@ -197,9 +203,9 @@ class Placed:
             step=self.everywhere,
             params=self.params_at,
             opt_state=sharding.optimizer_shardings(
-                self.mesh, optimizer, shapes.opt_state, shapes.params, self.params_at
+                self.mesh, optimizer, shapes.opt_state, shapes.params, self._optimizer_at
             ),
-            ema=self.params_at if self.program.averages else None,
+            ema=self._optimizer_at if self.program.averages else None,
             window=jax.tree.map(lambda _: self.everywhere, shapes.window),
             task=jax.tree.map(lambda _: self.everywhere, shapes.task),
         )
@@ -225,6 +231,7 @@ class Placed:
     def train_step(self) -> Callable[[TrainState, Any], TrainState]:
         """`state, batch -> state`, which takes the place of the state it is given."""
         program, experiment = self.program, self.program.experiment
+        slices = self.mesh.shape.get(sharding.SLICE_AXIS, 1)
         step = create_train_step(
             program.task,
             program.optimizer,
@@ -232,7 +239,9 @@ class Placed:
             seed=experiment.seed,
             accumulation_steps=experiment.train.accumulation_steps,
             ema_decay=experiment.optimizer.ema_decay,
-            placed=self._activations,
+            placed=self._activations if slices == 1 else self._activations_of_a_slice,
+            slices=slices,
+            gradients_at=self._optimizer_at if experiment.mesh.shard_optimizer else None,
         )
         return jax.jit(
             step, in_shardings=(self._state_at, self.rows), out_shardings=self._state_at, donate_argnums=0
@@ -313,6 +322,8 @@ class Placed:
         batches = self.program.dataset(split).eval_batches(
             placement.size, placement.rows, config.max_batches if max_batches is None else max_batches
         )
+        # An average may lie split as the optimizer's state does; where it lies as parameters do, nothing moves.
+        params = jax.device_put(params, self.params_at)
         parts = [compiled(params, sharding.to_global(batch, placement)) for batch in batches]
         # One fetch at the end; added in float64, so that the order and number of batches do not show.
         totals: dict[str, Any] = {}

@@ -8,8 +8,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from maskformer.checks import choose, integer, number, require, shown, typed_fields, why_no_folder
+from maskformer.checks import choose, integer, number, require, shown, typed_fields
 from maskformer.data.data_config import SPLITS
+from maskformer.paths import why_no_folder
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")
@@ -229,6 +230,11 @@ class MeshConfig:
       dcn: how many slices an axis spans, such as {"data": 2}; they multiply to the number of slices, and each divides
         its axis. Slices are those of a TPU pod; on GPU and CPU, where there are none, processes. Only `CROSSES_SLICES`
         may. A TPU pod of several slices with {} has `data` across all of them.
+      shard_optimizer: split the optimizer's state, the averaged parameters and the summed gradients over `data` too,
+        which otherwise repeats them (ZeRO, stages 1 and 2; Rajbhandari et al. 2020). A step then gathers the updates.
+      dcn_gradients: "bfloat16" sends gradients between slices in half the bytes and once a step, whatever
+        `train.accumulation_steps` is: each slice first adds up its own in float32. Needs dcn with `data`. None leaves
+        the sum over slices to the compiler. Dropout then draws for each slice by itself.
     """
 
     stage: int = 1
@@ -239,6 +245,8 @@ class MeshConfig:
     context: int = 1
     context_method: str = "all_gather"
     dcn: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    shard_optimizer: bool = False
+    dcn_gradients: str | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -263,6 +271,11 @@ class MeshConfig:
                 )
             choose("mesh.dcn", axis, CROSSES_SLICES)
             integer(f"mesh.dcn.{axis}", across, 1, MOST)
+        choose("mesh.dcn_gradients", self.dcn_gradients, (None, "bfloat16"))
+        require(
+            self.dcn_gradients is None or self.dcn.get("data", 1) > 1, "mesh.dcn_gradients", self.dcn_gradients,
+            "None, or mesh.dcn with `data` over several slices, such as --config.mesh.dcn.data=2",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,8 @@ from maskformer.training.sections import MeshConfig
 # Rows of a batch are split over all three: fsdp shards parameters and expert whole experts, and each shard still sees
 # rows of its own.
 BATCH_AXES = ("data", "fsdp", "expert")
+# The part of `data` that crosses slices, where each slice adds up its own gradients first (`mesh.dcn_gradients`).
+SLICE_AXIS = "slice"
 
 # Logical axis -> mesh axis or axes; None is never split. Every name of `models.partitioning` is here.
 RULES: Rules = {
@@ -64,6 +66,10 @@ def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
     devices = jax.devices() if devices is None else devices
     sizes = _resolved_sizes(config, len(devices))
     dcn = _resolved_dcn(config, sizes, devices)
+    if config.dcn_gradients is not None:
+        across = dcn.pop("data")
+        sizes = {SLICE_AXIS: across, **sizes, "data": sizes["data"] // across}
+        dcn[SLICE_AXIS] = across
     inner = tuple(size // dcn.get(axis, 1) for axis, size in sizes.items())
     # On TPU and GPU the order of devices decides how far collectives travel; jax knows the wiring. An axis may be a
     # part of one of the torus's own, as tensor=2 on a side of 4.
@@ -130,8 +136,13 @@ def _resolved_dcn(config: MeshConfig, sizes: Mapping[str, int], devices: Sequenc
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over the data and fsdp axes."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    """Rows split over the axes of the batch."""
+    return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
+
+
+def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes that rows of a batch are split over, the slowest network first."""
+    return (SLICE_AXIS, *BATCH_AXES) if SLICE_AXIS in mesh.axis_names else BATCH_AXES
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -161,16 +172,17 @@ def place_batch(mesh: Mesh, size: int, process: int | None = None) -> BatchPlace
     Raises:
       ValueError: the batch does not divide over the mesh.
     """
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    axes = batch_axes(mesh)
+    shards = math.prod(mesh.shape[axis] for axis in axes)
     if size % shards:
         raise ValueError(
-            f"train.batch_size={size}: does not divide over mesh {' x '.join(BATCH_AXES)} = {shards} shards; "
+            f"train.batch_size={size}: does not divide over mesh {' x '.join(axes)} = {shards} shards; "
             f"use a multiple of {shards}"
         )
     process = jax.process_index() if process is None else process
     # Each row of this array has the processes of one shard of the batch.
     processes = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
-    at = [mesh.axis_names.index(axis) for axis in BATCH_AXES]
+    at = [mesh.axis_names.index(axis) for axis in axes]
     holders = np.moveaxis(processes, at, range(len(at))).reshape(shards, -1)
     mine = np.flatnonzero((holders == process).any(axis=1))
     each = size // shards
@@ -198,12 +210,20 @@ def create_rules(mesh: Mesh, axis_sizes: Mapping[str, int]) -> tuple[Rules, list
 
 
 @contextlib.contextmanager
-def activations(mesh: Mesh, rules: Rules, context_method: str = "all_gather") -> Iterator[None]:
+def activations(
+    mesh: Mesh, rules: Rules, context_method: str = "all_gather", batch: tuple[str, ...] | None = None
+) -> Iterator[None]:
     """While a model is traced inside, its activations are constrained by `rules`, and each device attends for its own
-    rows and heads."""
+    rows and heads.
+
+    Args:
+      batch: axes that the rows are split over; None for all of `batch_axes`.
+    """
+    batch = batch_axes(mesh) if batch is None else batch
+    rules = {**rules, "batch": batch}
     placement = attention.Placement(
         mesh,
-        batch=BATCH_AXES,
+        batch=batch,
         # Key heads that do not divide are on every device of the axis, and query heads go with them.
         heads="tensor" if rules["activation_heads"] and rules["activation_kv_heads"] else None,
         context="context" if mesh.shape["context"] > 1 else None,
@@ -220,6 +240,38 @@ def param_shardings(mesh: Mesh, logical_axes: Any, rules: Rules) -> Any:
         logical_axes,
         is_leaf=lambda node: isinstance(node, tuple),
     )
+
+
+def split_over_data(mesh: Mesh, shapes: Any, shardings: Any) -> tuple[Any, list[str]]:
+    """Shardings that split each array over `data` too, and a line on what cannot be.
+
+    It is split where most of it is left on a device after `shardings`. What no dimension divides for stays as it was.
+
+    Args:
+      shapes: pytree of `jax.ShapeDtypeStruct`.
+      shardings: the same tree of `NamedSharding`s, none of which names `data`.
+    """
+    parts = mesh.shape["data"]
+    whole: list[int] = []
+
+    def split(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
+        spec = [*sharding.spec, *[None] * (len(shape.shape) - len(sharding.spec))]
+        named = [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec]
+        local = [size // math.prod(mesh.shape[axis] for axis in axes) for size, axes in zip(shape.shape, named)]
+        fitting = [(size, -dimension) for dimension, size in enumerate(local) if size % parts == 0]
+        if not fitting:
+            whole.append(math.prod(shape.shape))
+            return sharding
+        dimension = -max(fitting)[1]
+        spec[dimension] = (*named[dimension], "data")
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    divided = jax.tree.map(split, shapes, shardings)
+    said = (
+        f"mesh.shard_optimizer: arrays with {sum(whole):,} parameters in all do not divide over mesh.data={parts} "
+        "and are whole on every device along data"
+    )
+    return divided, [said] if whole else []
 
 
 def optimizer_shardings(

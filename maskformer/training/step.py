@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from maskformer.training.precision import average, norm, trained_weights, widened
+from maskformer.training.sharding import SLICE_AXIS
 from maskformer.training.state import TrainState
 from maskformer.training.tasks import Batch, Sums, Task
 
@@ -32,6 +34,8 @@ def create_train_step(
     accumulation_steps: int = 1,
     ema_decay: float | None = None,
     placed: Placed = contextlib.nullcontext,
+    gradients_at: Any = None,
+    slices: int = 1,
 ) -> Callable[[TrainState, Batch], TrainState]:
     """The update `state, batch -> state`, to be jitted with the state donated.
 
@@ -47,6 +51,8 @@ def create_train_step(
       accumulation_steps: parts that the batch is run in.
       ema_decay: of the averaged parameters; None keeps no average.
       placed: by default the compiler decides where activations live.
+      gradients_at: shardings of the summed gradients; None leaves them to the compiler, which may keep each whole.
+      slices: of several, each adds up the gradients of its own rows, and they are sent to the others in bfloat16.
     """
     key, dropout_root = masking_key(seed), jax.random.fold_in(jax.random.key(seed), 1)
 
@@ -59,7 +65,10 @@ def create_train_step(
 
         with placed():
             (_, sums), gradients = jax.value_and_grad(scaled, has_aux=True)(params)
-        return widened(gradients), sums
+        gradients = widened(gradients)
+        if gradients_at is not None:
+            gradients = jax.lax.with_sharding_constraint(gradients, gradients_at)
+        return gradients, sums
 
     def accumulate(
         params: Any, example: Any, scales: Mapping[str, jax.Array], dropout_key: jax.Array
@@ -82,6 +91,22 @@ def create_train_step(
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return jax.lax.scan(add, zeros, parts)[0]
 
+    def over_slices(
+        params: Any, example: Any, scales: Mapping[str, jax.Array], dropout_key: jax.Array
+    ) -> tuple[Any, Sums]:
+        if slices == 1:
+            return accumulate(params, example, scales, dropout_key)
+        # Rows of a slice are one run of the batch, so that none moves. A slice is a part of the mesh and of no array
+        # that the model sees: the sums of all slices stand side by side until here.
+        of_slices = jax.tree.map(lambda rows: rows.reshape(slices, -1, *rows.shape[1:]), example)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, dropout_key))(jnp.arange(slices))
+        gradients, sums = jax.vmap(accumulate, in_axes=(None, 0, None, 0), spmd_axis_name=SLICE_AXIS)(
+            params, of_slices, scales, keys
+        )
+        sent = jax.tree.map(lambda leaf: jnp.sum(leaf.astype(jnp.bfloat16), axis=0), gradients)
+        received = jax.tree.map(lambda leaf, summed: summed.astype(leaf.dtype), gradients, sent)
+        return received, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
+
     def train_step(state: TrainState, batch: Batch) -> TrainState:
         example = task.corrupt(key, batch, state.step, state.task)
         weights = task.weights(example)
@@ -90,7 +115,7 @@ def create_train_step(
             name: jnp.where(weights[name] > 0, factor / jnp.where(weights[name] > 0, weights[name], 1.0), 0.0)
             for name, factor in task.factors.items()
         }
-        gradients, sums = accumulate(state.params, example, scales, jax.random.fold_in(dropout_root, state.step))
+        gradients, sums = over_slices(state.params, example, scales, jax.random.fold_in(dropout_root, state.step))
 
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

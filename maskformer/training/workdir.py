@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pathlib
 import re
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from maskformer.checks import printable, shown, why_no_folder
+from maskformer import paths
+from maskformer.checks import printable, shown
 from maskformer.objectives.schedules import in_steps
+from maskformer.paths import AnyPath, why_no_folder
+from maskformer.training import lines
 from maskformer.training.sections import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ class RunError(RuntimeError):
     """A run that cannot go on, through no mistake in its command: one line, and exit code 1."""
 
 
-def prepare_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
+def prepare_workdir(workdir: str | os.PathLike[str]) -> AnyPath:
     """Make the folder and prove that a run can be kept in it.
 
     Args:
@@ -47,8 +49,9 @@ def prepare_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
     text = os.fspath(workdir)
     if (why := why_no_folder(text)) is not None:
         raise ValueError(f"workdir={shown(text)}: {why}")
-    path = pathlib.Path(text).absolute()
+    path = paths.resolve(workdir)
     try:
+        paths.check_store(path)
         path.mkdir(parents=True, exist_ok=True)
         # The processes of a run on several hosts may have one number.
         probe = path / f".write_test_{uuid.uuid4().hex}"
@@ -61,23 +64,23 @@ def prepare_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
     # `is_dir` follows links: `checkpoints` may be one to a larger disk.
     for name, wanted in ((CHECKPOINTS, "a folder"), (CONFIG, "a file"), (METRICS, "a file")):
         entry = path / name
-        if os.path.lexists(entry) and not (entry.is_dir() if wanted == "a folder" else entry.is_file()):
+        if paths.lexists(entry) and not (entry.is_dir() if wanted == "a folder" else entry.is_file()):
             found = "a folder" if entry.is_dir() else "a file" if entry.is_file() else "a link that leads nowhere"
             raise ValueError(f"{entry}: is {found}, expected {wanted}; move it away, or choose another --workdir")
     return path
 
 
-def checkpoint_steps(directory: pathlib.Path) -> list[int]:
+def checkpoint_steps(directory: AnyPath) -> list[int]:
     """Steps of the whole checkpoints in a folder, ascending."""
     return sorted(step for step, entry in _numbered(directory) if entry.is_dir())
 
 
-def stray_steps(directory: pathlib.Path) -> list[int]:
+def stray_steps(directory: AnyPath) -> list[int]:
     """Steps that are named in a folder of checkpoints by what is no folder: a file, or a link that leads nowhere."""
     return sorted(step for step, entry in _numbered(directory) if not entry.is_dir())
 
 
-def _numbered(directory: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
+def _numbered(directory: AnyPath) -> list[tuple[int, AnyPath]]:
     if not directory.is_dir():
         return []
     # As a step is written: no leading zero, and none of the digits of other scripts.
@@ -85,7 +88,7 @@ def _numbered(directory: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
     return [(int(entry.name), entry) for entry in directory.iterdir() if number.fullmatch(entry.name)]
 
 
-def check_same_run(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
+def check_same_run(config: Mapping[str, Any], workdir: AnyPath) -> None:
     """Refuse to continue the run in `workdir` as another one.
 
     Its length, optimizer, evaluation and mesh may change, and what says only how it is computed (`FREE_KEYS`); its
@@ -94,7 +97,7 @@ def check_same_run(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
     Raises:
       ValueError: names the first key that differs, or what is wrong with `config.json`.
     """
-    if not os.path.lexists(workdir / CONFIG) or not checkpoint_steps(workdir / CHECKPOINTS):
+    if not paths.lexists(workdir / CONFIG) or not checkpoint_steps(workdir / CHECKPOINTS):
         return
     before = read_config(workdir, sections=("data", "objective", "model", "train"))
     for section in ("seed", "data", "task", "objective", "model"):
@@ -126,7 +129,7 @@ def check_same_run(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
         )
 
 
-def check_sources(train: TrainConfig, workdir: pathlib.Path) -> None:
+def check_sources(train: TrainConfig, workdir: AnyPath) -> None:
     """Refuse a run in `workdir` that is to begin with another one's checkpoint where there is none.
 
     Raises:
@@ -137,14 +140,14 @@ def check_sources(train: TrainConfig, workdir: pathlib.Path) -> None:
     for field in ("resume", "init_from"):
         source = getattr(train, field)
         # What is no folder counts here: who reads it says what is wrong with it.
-        if source is not None and not _numbered(pathlib.Path(source) / CHECKPOINTS):
+        if source is not None and not _numbered(paths.resolve(source) / CHECKPOINTS):
             raise ValueError(
                 f"train.{field}={shown(source)}: no checkpoint in {printable(os.path.join(source, CHECKPOINTS))}; "
                 "expected the workdir of a run that has one"
             )
 
 
-def _in_their_steps(objective: Any, steps: Any, path: pathlib.Path) -> Any:
+def _in_their_steps(objective: Any, steps: Any, path: AnyPath) -> Any:
     try:
         return in_steps(objective, steps)
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
@@ -153,7 +156,7 @@ def _in_their_steps(objective: Any, steps: Any, path: pathlib.Path) -> Any:
         ) from error
 
 
-def read_config(workdir: pathlib.Path, sections: Sequence[str] = ()) -> dict[str, Any]:
+def read_config(workdir: AnyPath, sections: Sequence[str] = ()) -> dict[str, Any]:
     """The config that a run keeps in its folder.
 
     Args:
@@ -164,7 +167,7 @@ def read_config(workdir: pathlib.Path, sections: Sequence[str] = ()) -> dict[str
       ValueError: there is none, or names what is wrong with it.
     """
     path = workdir / CONFIG
-    if not os.path.lexists(path):
+    if not paths.lexists(path):
         raise ValueError(f"workdir {shown(os.fspath(workdir))}: no {CONFIG} there; expected the folder of a run")
     config = read_object(path, CONFIG_FIX)
     for section in sections:
@@ -174,7 +177,7 @@ def read_config(workdir: pathlib.Path, sections: Sequence[str] = ()) -> dict[str
     return config
 
 
-def write_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+def write_config(workdir: AnyPath, config: Mapping[str, Any]) -> None:
     """Keep the (plain) config in the run's folder.
 
     Raises:
@@ -183,7 +186,7 @@ def write_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     replace_text(workdir / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
+def read_metrics(path: AnyPath) -> list[dict[str, float]]:
     """The lines of a `metrics.jsonl`, one dict each, with an integer `step`.
 
     A last line that a kill cut off is left out. Other damage is left out too, and one warning says where; what follows
@@ -193,41 +196,16 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
       ValueError: the file cannot be read at all.
     """
     try:
-        data = path.read_bytes()
+        return lines.read_lines(path, _is_metrics)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({reason(error)}); expected the metrics of a run") from error
-    lines, damaged = [], []
-    # What follows the last newline is no line yet.
-    *texts, rest = data.split(b"\n")
-    for number, text in enumerate(texts, start=1):
-        # A line is one flat object. Zeros, or a line that was cut off, may stand before it.
-        start = max(text.rfind(b"{"), 0)
-        line = _metrics(text[start:])
-        if line is not None:
-            lines.append(line)
-        if line is None or text[:start].strip():
-            damaged.append(number)
-    if (line := _metrics(rest)) is not None:
-        lines.append(line)
-    if damaged:
-        where = ", ".join(map(str, damaged[:3])) + (f" and {len(damaged) - 3} more" if len(damaged) > 3 else "")
-        logger.warning(
-            "%s: damaged at line %s, which is left out; the other %d lines are used", path, where, len(lines)
-        )
-    return lines
 
 
-def _metrics(text: bytes) -> dict[str, float] | None:
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(line, dict) or type(line.get("step")) is not int:
-        return None
-    return line if all(type(value) in (int, float) for value in line.values()) else None
+def _is_metrics(line: Mapping[str, Any]) -> bool:
+    return type(line.get("step")) is int and all(type(value) in (int, float) for value in line.values())
 
 
-def read_object(path: pathlib.Path, fix: str) -> dict[str, Any]:
+def read_object(path: AnyPath, fix: str) -> dict[str, Any]:
     """The JSON object that a file holds.
 
     Args:
@@ -258,24 +236,19 @@ def read_object(path: pathlib.Path, fix: str) -> dict[str, Any]:
     return value
 
 
-def replace_text(path: pathlib.Path, text: str) -> None:
+def replace_text(path: AnyPath, text: str) -> None:
     """Write a file so that a reader, and a run that is killed meanwhile, find the old text or the new one.
 
     Raises:
       RunError: it cannot be written.
     """
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        paths.replace_bytes(path, text.encode())
     except OSError as error:
         raise cannot_write(path, error) from error
 
 
-def cannot_write(path: pathlib.Path, error: OSError) -> RunError:
+def cannot_write(path: AnyPath, error: OSError) -> RunError:
     """The error of a run that can no longer write one of its files."""
     return RunError(
         f"{path}: cannot be written ({reason(error)}); free some space or mend its folder, and run the same command "

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
-import pathlib
 import re
 import time
 import uuid
@@ -14,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from maskformer.checks import shown
+from maskformer.paths import AnyPath
+from maskformer.training import lines
 from maskformer.training.sections import WriterConfig
 from maskformer.training.workdir import METRICS, cannot_write, read_metrics, reason, replace_text
 
@@ -40,22 +40,20 @@ class JsonlWriter:
       RunError: the file cannot be written, here and in its methods.
     """
 
-    def __init__(self, path: pathlib.Path, resume_step: int):
+    def __init__(self, path: AnyPath, resume_step: int):
         self._path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
-        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if lines.exists(path) else []
         with _writing(path):
-            self._file = path.open("a", encoding="utf-8")
+            lines.rewrite(path, kept)
+            self._file = lines.LineFile(path)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         with _writing(self._path):
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-            self._file.flush()
+            self._file.write({"step": step, **metrics})
 
     def flush(self) -> None:
         with _writing(self._path):
             self._file.flush()
-            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         with _writing(self._path):
@@ -72,7 +70,7 @@ class TensorBoardWriter:
       RunError: the file cannot be written, here and in its methods.
     """
 
-    def __init__(self, directory: pathlib.Path, resume_step: int):
+    def __init__(self, directory: AnyPath, resume_step: int):
         from tensorboardX import event_file_writer
         from tensorboardX.proto import event_pb2
         from tensorboardX.summary import scalar
@@ -108,7 +106,7 @@ class TensorBoardWriter:
 class WandbWriter:
     """Weights & Biases; the run id is kept in the workdir, so that a resumed run continues its curves."""
 
-    def __init__(self, workdir: pathlib.Path, project: str, config: Mapping[str, Any]):
+    def __init__(self, workdir: AnyPath, project: str, config: Mapping[str, Any]):
         import wandb
 
         self._run = wandb.init(
@@ -125,7 +123,7 @@ class WandbWriter:
         self._run.finish()
 
 
-def wandb_id(workdir: pathlib.Path) -> str:
+def wandb_id(workdir: AnyPath) -> str:
     """The id of a run at Weights & Biases, made up at its first start.
 
     Raises:
@@ -156,7 +154,7 @@ def check_writers(config: WriterConfig) -> None:
 
 
 def create_writers(
-    workdir: pathlib.Path, config: WriterConfig, run_config: Mapping[str, Any], resume_step: int
+    workdir: AnyPath, config: WriterConfig, run_config: Mapping[str, Any], resume_step: int
 ) -> list[Writer]:
     """The writers that `config` asks for; call on one process only."""
     writers: list[Writer] = [JsonlWriter(workdir / METRICS, resume_step)]
@@ -168,7 +166,7 @@ def create_writers(
 
 
 @contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
+def _writing(path: AnyPath) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from launch.job import Job, Sweep
+from launch.job import Job, Restarts, Sweep
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -69,7 +69,7 @@ def test_what_is_no_sweep_is_refused_by_value(text):
     [
         ({"processes": 2.0}, "--processes 2.0: expected a whole number"),
         ({"processes": True}, "--processes True: expected a whole number"),
-        ({"requeue": -1}, "--requeue -1: expected at least 0"),
+        ({"restarts": -1}, "--max-restarts -1: expected at least 0"),
         ({"lead": -1}, "--lead -1: expected seconds"),
         ({"lead": float("inf")}, "--lead inf: expected seconds"),
         ({"command": ["x", "\0" * 3000]}, "command '\\x00\\x00"),
@@ -80,3 +80,21 @@ def test_a_job_that_no_launcher_could_honour_is_refused(change, message):
         Job(**({"command": ["true"]} | change))
     assert str(error.value).startswith(message)
     assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("code", [0, 2, 130])
+def test_what_is_done_called_wrongly_or_interrupted_is_never_started_again(code):
+    assert Restarts(10).pause(code, 5000.0) is None
+
+
+def test_failures_are_counted_and_stops_after_saving_are_not():
+    restarts = Restarts(2)
+    pauses = [restarts.pause(code, 5000.0) for code in [75, 75, 137, *[75] * 50, 1, 70]]
+    assert pauses == [1.0] * 54 + [None]
+
+
+def test_the_pauses_of_a_command_that_ends_at_once_double_up_to_a_minute_and_its_tenth_75_is_the_last():
+    restarts = Restarts(0)
+    assert [restarts.pause(75, 0.1) for _ in range(10)] == [1, 2, 4, 8, 16, 32, 60, 60, 60, None]
+    restarts = Restarts(0)
+    assert [restarts.pause(75, seconds) for seconds in [0.1] * 9 + [60.0, 0.1]][-2:] == [1.0, 1.0]

@@ -59,15 +59,19 @@ def test_a_killed_process_gives_128_plus_the_signal(tmp_path):
 
 def test_the_others_may_save_after_the_first_exit_code_75(tmp_path):
     script = """
-        import os, sys, time
+        import os, pathlib, sys, time
+        saved = pathlib.Path(__file__).with_name("saved")
+        if saved.exists():
+            sys.exit(0)
         if os.environ["JAX_PROCESS_ID"] == "0":
             sys.exit(75)
         time.sleep(7)  # longer than the patience after a crash
+        saved.touch()
         print("saved")
         sys.exit(75)
     """
     code, out = finish(start(script, folder=tmp_path))
-    assert code == 75
+    assert code == 0
     assert "[1] saved" in out
 
 
@@ -83,7 +87,7 @@ def test_a_signal_reaches_every_process_and_ends_the_requeueing(number, tmp_path
         print("ready", flush=True)
         time.sleep(600)
     """
-    launcher = start(script, "--requeue", "5", folder=tmp_path)
+    launcher = start(script, "--max-restarts", "5", folder=tmp_path)
     seen = ""
     while seen.count("ready") < 2:
         seen += launcher.stdout.readline()
@@ -155,7 +159,7 @@ def test_a_command_behind_a_shell_may_save(number, code, tmp_path):
 
 
 def test_after_a_sigint_the_others_may_save_and_nothing_is_started_again(tmp_path):
-    launcher = start(SAVES, "--requeue", "5", folder=tmp_path)
+    launcher = start(SAVES, "--max-restarts", "5", folder=tmp_path)
     lines_of(launcher, "ready", 2)
     launcher.send_signal(signal.SIGINT)
     code, out = finish(launcher)
@@ -172,7 +176,7 @@ def test_exit_code_130_of_one_process_is_not_requeued(tmp_path):
         time.sleep(0.3)
         sys.exit(130)
     """
-    code, out = finish(start(script, "--requeue", "5", folder=tmp_path))
+    code, out = finish(start(script, "--max-restarts", "5", folder=tmp_path))
     assert (code, out.count("run")) == (130, 2)
 
 
@@ -190,19 +194,45 @@ def test_every_argument_reaches_the_program_as_it_was_written(capfd):
     assert capfd.readouterr().out == f"[0] {words!a}\n"
 
 
-def test_exit_code_75_starts_again_up_to_the_limit(tmp_path):
-    marks = tmp_path / "marks"
-    script = f"""
-        import sys
-        with open({str(marks)!r}, "a+") as file:
-            file.write("x")
-            file.seek(0)
-            sys.exit(75 if len(file.read()) < 3 else 0)
-    """
-    assert finish(start(script, "--requeue", "1", processes=1, folder=tmp_path))[0] == 75
-    assert marks.read_text() == "xx"
-    assert finish(start(script, "--requeue", "5", processes=1, folder=tmp_path))[0] == 0
-    assert marks.read_text() == "xxx"
+# Ends with the next of these codes at each start, each said by process 0 of so many.
+ENDS = """
+    import os, pathlib, sys
+    marks = pathlib.Path(__file__).with_name("marks")
+    if os.environ["JAX_PROCESS_ID"] == "0":
+        marks.write_text((marks.read_text() if marks.exists() else "") + os.environ["JAX_NUM_PROCESSES"])
+        sys.exit({codes}[len(marks.read_text()) - 1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("codes", "restarts", "starts", "code"),
+    [
+        ([75, 75, 0], 0, 3, 0),
+        ([1, 0], 0, 1, 1),
+        ([70, 75, 1, 0], 1, 3, 1),
+        ([2, 0], 5, 1, 2),
+        ([130, 0], 5, 1, 130),
+    ],
+)
+def test_exit_code_75_starts_again_for_nothing_and_a_failure_is_counted(codes, restarts, starts, code, tmp_path):
+    flags = ("--max-restarts", str(restarts))
+    assert finish(start(ENDS.format(codes=codes), *flags, processes=1, folder=tmp_path))[0] == code
+    assert len((tmp_path / "marks").read_text()) == starts
+
+
+def test_each_start_takes_the_next_count_of_processes_and_the_last_one_stays(tmp_path):
+    code, out = finish(start(ENDS.format(codes=[75, 75, 0]), processes="3,2", folder=tmp_path))
+    assert (code, (tmp_path / "marks").read_text()) == (0, "322")
+    assert out.splitlines()[0] == "[launch] exit code 75 (after saving): starting again in 1 s, 2 processes"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_between_two_starts_ends_the_launcher(number, code, tmp_path):
+    launcher = start(ENDS.format(codes=[1, 0]), "--max-restarts", "5", processes=1, folder=tmp_path)
+    lines_of(launcher, "starting again", 1)
+    launcher.send_signal(number)
+    assert finish(launcher) == (code, "")
+    assert (tmp_path / "marks").read_text() == "1"
 
 
 def test_lines_of_a_progress_bar_are_prefixed_one_by_one(tmp_path):
@@ -246,7 +276,10 @@ def test_a_command_that_is_no_program_is_one_line_and_code_126(tmp_path, capsys)
         (["--devices-per-process", "-1"], "--devices-per-process -1: expected at least 1"),
         (["--port", "0"], "--port 0: expected at least 1"),
         (["--port", "65536"], "--port 65536: expected at most 65535"),
-        (["--requeue", "-1"], "--requeue/--restart-on-75 -1: expected at least 0"),
+        (["--max-restarts", "-1"], "--max-restarts -1: expected at least 0"),
+        (["--processes", "3,0"], "--processes 0: expected at least 1"),
+        (["--processes", "3,"], "--processes '': expected a whole number"),
+        (["--max-parallel", "2"], "--max-parallel 2: expected a sweep: give its runs with --array"),
         (["--grace", "nan"], "--grace 'nan': expected seconds, at least 0"),
         (["--grace", "-1"], "--grace '-1': expected seconds, at least 0"),
         (["--array", "7-0"], "--array '7-0': expected ranges that count upwards; did you mean 0-7?"),

@@ -5,16 +5,16 @@ import sys
 import pytest
 
 from launch import slurm
-from launch.job import Job, Sweep
+from launch.job import Job, Restarts, Sweep
 
 TRAIN = ["maskformer", "train", "--config=configs/bert.py:tiny", "--workdir=runs/x"]
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def render(command=TRAIN, *, processes=1, max_requeues=100, signal_lead=120, array=None, time="60", **options):
+def render(command=TRAIN, *, processes=1, max_restarts=10, signal_lead=120, array=None, time="60", **options):
     """The file for a job with those fields."""
     sweep = None if array is None else Sweep.parse(array)
-    return slurm.render(Job(command, processes, max_requeues, signal_lead, sweep), time=time, **options)
+    return slurm.render(Job(command, processes, max_restarts, signal_lead, sweep), time=time, **options)
 
 
 def arguments_seen_by_srun(script, tmp_path, task="3"):
@@ -54,7 +54,7 @@ def test_a_command_may_place_the_index_itself(tmp_path):
 def test_every_field_reaches_its_sbatch_option():
     script = render(
         TRAIN, name="bert", nodes=2, processes=8, time="8:00:00", cpus_per_task=8, gpus_per_node=4,
-        partition="gpu", array="0-7%2", signal_lead=300, max_requeues=5, logs="logs", setup=["module load cuda"],
+        partition="gpu", array="0-7%2", signal_lead=300, max_restarts=5, logs="logs", setup=["module load cuda"],
         extra=["--account=lab", '--comment=a "b" #c'],
     )  # fmt: skip
     options = {line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")}
@@ -66,7 +66,7 @@ def test_every_field_reaches_its_sbatch_option():
     lines = script.splitlines()
     assert lines.index("module load cuda") < next(i for i, line in enumerate(lines) if line.startswith("srun"))
     assert "--cpus-per-task=8 \\" in next(line for line in lines if line.startswith("srun"))
-    assert '-lt 5 ]; then' in script
+    assert "failure $failures of at most 5" in script
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_every_field_reaches_its_sbatch_option():
         ({"time": "2-0", "signal_lead": 65536}, "--signal-lead 65536: expected 1 to 65535 s"),
         ({"signal_lead": 1.5}, "--signal-lead 1.5: expected 1 to 3599 s"),
         ({"signal_lead": float("nan")}, "--lead nan: expected seconds"),
-        ({"max_requeues": -1}, "--requeue -1: expected at least 0"),
+        ({"max_restarts": -1}, "--max-restarts -1: expected at least 0"),
         ({"processes": 0}, "--processes 0: expected at least 1"),
         ({"processes": 3, "nodes": 2}, "--nodes 2: expected a divisor of the job's 3 processes"),
         ({"cpus_per_task": -1}, "--cpus-per-task -1: expected at least 1"),
@@ -129,12 +129,12 @@ def test_every_time_format_of_slurm_is_read(text, expected):
 
 
 def test_the_command_line_prints_or_writes_the_same_file(tmp_path, capsys):
-    flags = ["--time", "30", "--array", "0-1", "--sbatch-extra=--account=x", "--", *TRAIN]
+    flags = ["--time", "30", "--array", "0-1", "--max-parallel", "1", "--sbatch-extra=--account=x", "--", *TRAIN]
     assert slurm.main(flags) == 0
     printed = capsys.readouterr().out
     assert slurm.main(["--output", str(tmp_path / "job.sh"), *flags]) == 0
     assert (tmp_path / "job.sh").read_text() == printed == render(
-        TRAIN, time="30", array="0-1", extra=["--account=x"]
+        TRAIN, time="30", array="0-1%1", extra=["--account=x"]
     )
 
 
@@ -152,7 +152,7 @@ def test_an_error_is_one_line_and_code_2(capsys):
         (["--nodes", "1_0"], "--nodes '1_0': expected a whole number"),
         (["--tasks-per-node", "0"], "--tasks-per-node 0: expected at least 1"),
         (["--cpus-per-task", "9" * 5000], "--cpus-per-task '" + "9" * 119 + ": expected a whole number"),
-        (["--max-requeues", "-1"], "--max-requeues -1: expected at least 0"),
+        (["--max-restarts", "-1"], "--max-restarts -1: expected at least 0"),
         (["--signal-lead", "inf"], "--signal-lead 'inf': expected seconds, at least 0"),
     ],
 )
@@ -162,17 +162,58 @@ def test_a_wrong_flag_is_one_line_and_code_2(flags, message, capsys):
     assert capsys.readouterr().err == f"error: {message}\n"
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (75, True), (130, False), (143, False)])
-def test_only_exit_code_75_is_requeued(code, requeued, tmp_path):
-    for name, text in (("srun", f"exit {code}"), ("scontrol", 'echo "$@"')):
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
-    done = subprocess.run(
-        ["bash"], input=render(bin_dir=str(tmp_path)), text=True, env=environ, stdout=subprocess.PIPE
-    )
-    assert done.returncode == code
-    assert ("requeue 7" in done.stdout.splitlines()) == requeued
+class Starts:
+    """A job of which each start is the same file, run by bash with an `srun` that takes no time."""
+
+    def __init__(self, folder, **options):
+        (folder / "logs").mkdir()
+        self.folder, self.script = folder, render(bin_dir=str(folder), logs="logs", name="x", **options)
+        self.program("scontrol", 'echo "$@"')
+
+    def program(self, name, text):
+        (self.folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (self.folder / name).chmod(0o755)
+
+    def requeued(self, code, seconds=0):
+        """Whether a start that ends with this code, after so many seconds, is requeued."""
+        # Bash counts the seconds of the file; a line of the setup could set them as well.
+        self.program("srun", f"exit {code}")
+        script = self.script.replace("code=$?", f"code=$? SECONDS={seconds}")
+        environ = {"PATH": f"{self.folder}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+        done = subprocess.run(
+            ["bash"], input=script, text=True, env=environ, stdout=subprocess.PIPE, cwd=self.folder, timeout=30
+        )
+        assert done.returncode == code
+        return "requeue 7" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("code", "requeued"),
+    [(0, False), (1, True), (2, False), (70, True), (75, True), (130, False), (137, True), (143, True)],
+)
+def test_what_is_requeued_is_told_by_the_exit_code(code, requeued, tmp_path):
+    assert Starts(tmp_path).requeued(code) == requeued
+    assert (tmp_path / "logs" / "x-7.ends").exists() == requeued, "what has ended for good leaves no count"
+
+
+def test_a_stop_after_saving_is_not_counted_and_a_failure_is(tmp_path):
+    starts = Starts(tmp_path, max_restarts=2)
+    ends = [(75, 100), (137, 5), *[(75, 100)] * 12, (1, 5), (70, 5)]
+    assert [starts.requeued(*end) for end in ends] == [True] * 15 + [False]
+
+
+def test_a_command_that_exits_75_at_once_is_not_requeued_for_ever(tmp_path):
+    starts, restarts = Starts(tmp_path), Restarts(10)
+    ends = [(75, 3), (1, 3), (75, 3), (75, 61), *[(75, 59)] * 10]
+    answers = [starts.requeued(*end) for end in ends]
+    assert answers == [True] * 13 + [False]
+    assert answers == [restarts.pause(*end) is not None for end in ends], "the shell has the rules of Python"
+
+
+def test_what_cannot_be_counted_is_not_requeued(tmp_path):
+    starts = Starts(tmp_path)
+    (tmp_path / "logs").rmdir()
+    assert not starts.requeued(75)
 
 
 def test_bytes_that_are_not_text_reach_the_file_as_they_are(tmp_path):
@@ -271,10 +312,10 @@ def test_slurm_requeues_only_the_array_task_that_asked(submit, slurm_cluster, tm
     assert events(logs[f"maskformer-{job}_1"]) == ["0: resumed", "0: saved", "0: started"]
 
 
-def test_slurm_gives_up_after_the_last_requeue(submit, slurm_cluster):
-    job, logs = submit("print('try', flush=True); raise SystemExit(75)", max_requeues=1)
+def test_slurm_gives_up_after_the_last_restart(submit, slurm_cluster):
+    job, logs = submit("print('try', flush=True); raise SystemExit(70)", max_restarts=1)
     assert logs[f"maskformer-{job}"].count("0: try") == 2
-    assert (slurm_cluster.field(job, "JobState"), slurm_cluster.field(job, "ExitCode")) == ("FAILED", "75:0")
+    assert (slurm_cluster.field(job, "JobState"), slurm_cluster.field(job, "ExitCode")) == ("FAILED", "70:0")
 
 
 def test_slurm_does_not_requeue_a_cancelled_job(submit, slurm_cluster, tmp_path):

@@ -1,3 +1,4 @@
+import socket
 import subprocess
 import sys
 import time
@@ -88,6 +89,113 @@ def test_a_sigterm_while_waiting_for_the_others_ends_the_process_at_once():
         for process in alone:
             process.kill()
             process.wait()
+
+
+def started(number, processes, port, source=JOIN, **extra):
+    """One process; its two streams are one."""
+    return subprocess.Popen(
+        [sys.executable, "-c", source], env=environment(number, processes, port) | extra, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def ended(processes, timeout=60):
+    """Exit codes, and what each said last."""
+    said = []
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=timeout)
+            said.append((process.returncode, output.strip().splitlines()[-1]))
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return said
+
+
+# Joining inside of a command, whose errors are a line and an exit code.
+COMMAND = """
+import sys, types
+from maskformer import cli
+def run(arguments, config_flags):
+    from maskformer.training import distributed
+    distributed.initialize()
+    return 0
+join = types.ModuleType("join", "Join.")
+join.add_arguments, join.run = lambda parser: None, run
+cli.commands = lambda: {"join": join}
+sys.argv = ["maskformer", "join"]
+sys.exit(cli.main())
+"""
+
+
+def test_a_missing_process_is_named_by_all_that_came_with_a_code_that_starts_them_again():
+    port = free_port()
+    processes = [started(i, 3, port, COMMAND, MASKFORMER_JOIN_TIMEOUT="4") for i in (0, 2)]
+    host = socket.gethostname()
+    line = f"error: 1 of 3 processes have not come within 4 s: 1; there: 0 on {host}, 2 on {host}"
+    assert ended(processes) == [(1, line)] * 2
+
+
+def test_two_processes_of_one_number_are_a_mistake_on_all():
+    port = free_port()
+    processes = [started(i, 3, port, COMMAND) for i in (0, 1, 1)]
+    (first, *others) = ended(processes)
+    assert first[0] == 2 and first[1].startswith("error: process 1 came twice, from ") and others == [first] * 2
+
+
+def test_a_process_that_comes_when_the_run_has_begun_says_so():
+    port = free_port()
+    running = [started(i, 2, port, JOIN + "print('joined', flush=True)\nimport time; time.sleep(60)") for i in (0, 1)]
+    try:
+        for process in running:
+            assert "joined\n" in iter(process.stdout.readline, "")
+        ((code, line),) = ended([started(1, 2, port, COMMAND, MASKFORMER_JOIN_TIMEOUT="2")])
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    assert code == 1
+    assert "the run there has begun without this process 1, which waits within 2 s: it was started twice" in line
+
+
+# What JAX sees on a TPU VM under GKE, without its chips.
+ON_A_POD = """
+import jax
+from jax._src.clusters import cloud_tpu_cluster
+from maskformer.training import distributed
+distributed._on_tpu_vm = lambda: True
+cloud_tpu_cluster.running_in_cloud_tpu_vm = True
+"""
+
+
+def on_a_pod(number, port, source, **extra):
+    ours = ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    env = {name: value for name, value in environment(0, 1, port).items() if name not in ours}
+    env |= {
+        "TPU_WORKER_ID": str(number), "TPU_WORKER_HOSTNAMES": "127.0.0.1,localhost", "JAX_COORDINATOR_PORT": str(port),
+        "TPU_SKIP_MDS_QUERY": "1", "MEGASCALE_COORDINATOR_ADDRESS": "", "MEGASCALE_NUM_SLICES": "1",
+        "MEGASCALE_SLICE_ID": "0", "MASKFORMER_DISTRIBUTED": "on",
+    }  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", ON_A_POD + source], env=env | extra, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def test_the_workers_of_a_pod_find_each_other_on_the_port_that_is_given():
+    port = free_port()
+    source = JOIN + "from jax._src.distributed import global_state as state\n"
+    source += "print(jax.process_index(), jax.process_count(), state.coordinator_address)"
+    said = ended([on_a_pod(number, port, source) for number in (0, 1)])
+    assert said == [(0, f"{number} 2 127.0.0.1:{port}") for number in (0, 1)]
+
+
+def test_worker_0_of_a_pod_alone_is_told_to_run_on_all():
+    ((code, line),) = ended([on_a_pod(0, free_port(), COMMAND, MASKFORMER_JOIN_TIMEOUT="1")])
+    assert code == 1
+    assert "1 of 2 processes have not come within 1 s: 1; there: 0 on " in line
+    assert line.endswith("has to run on every worker (gcloud compute tpus tpu-vm ssh --worker=all), not on one alone")
 
 
 def test_a_failing_process_fails_the_test_with_its_output(run_processes):

@@ -67,6 +67,8 @@ def test_a_tpu_vm_is_detected_unless_another_platform_is_asked_for(monkeypatch):
         ({"JAX_COORDINATOR_ADDRESS": "host:65536"}, "a port of 1 to 65535"),
         ({"JAX_COORDINATOR_ADDRESS": "host:\u0668\u0660"}, "expected host:port"),
         ({"JAX_COORDINATOR_ADDRESS": "http://host:80"}, "expected host:port"),
+        ({"JAX_COORDINATOR_PORT": "0"}, "JAX_COORDINATOR_PORT='0': expected a port of 1 to 65535"),
+        ({"JAX_COORDINATOR_PORT": "all"}, "JAX_COORDINATOR_PORT='all': expected a port"),
         ({"MASKFORMER_DISTRIBUTED": "yes"}, "MASKFORMER_DISTRIBUTED='yes': expected auto, on or off"),
     ],
 )
@@ -74,6 +76,53 @@ def test_contradicting_variables_are_named_with_the_fix(change, message):
     environ = {key: value for key, value in (EXPLICIT | change).items() if value is not None}
     with pytest.raises(ValueError, match=message):
         detect(environ)
+
+
+def test_the_port_of_the_coordinator_may_stand_alone_and_an_address_with_a_port_keeps_its_own():
+    apart = EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "10.0.0.1", "JAX_COORDINATOR_PORT": "8482"}
+    assert detect(apart)["coordinator_address"] == "10.0.0.1:8482"
+    assert detect(EXPLICIT | {"JAX_COORDINATOR_PORT": "8482"})["coordinator_address"] == "10.0.0.1:8476"
+
+
+TWO_SLICES = {
+    "MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1",
+}  # fmt: skip
+EVERY_WORKER = ". On a TPU pod the same command has to run on every worker"
+
+
+@pytest.mark.parametrize("environ", [{}, TWO_SLICES, TWO_SLICES | EXPLICIT])
+def test_variables_of_slices_that_agree_are_left_alone(environ):
+    distributed.check_slices(environ)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"MEGASCALE_NUM_SLICES": "1"}, "MEGASCALE_SLICE_ID='1': expected 0 to 0, since MEGASCALE_NUM_SLICES=1; unset"),
+        ({"MEGASCALE_NUM_SLICES": "0"}, "MEGASCALE_NUM_SLICES='0': expected at least 1"),
+        ({"MEGASCALE_NUM_SLICES": "two"}, "MEGASCALE_NUM_SLICES='two': expected a whole number"),
+        ({"TPU_WORKER_ID": "2"}, "TPU_WORKER_ID='2': expected 0 to 1, since TPU_WORKER_HOSTNAMES names 2; unset"),
+        (EXPLICIT | {"MEGASCALE_NUM_SLICES": "4"}, "2 hosts of TPU_WORKER_HOSTNAMES each, which make JAX_NUM"),
+        (EXPLICIT | {"MEGASCALE_NUM_SLICES": "3", "TPU_WORKER_HOSTNAMES": ""}, "the same number of hosts each"),
+    ],
+)
+def test_a_variable_of_slices_that_an_earlier_run_left_is_named(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        detect(TWO_SLICES | change)
+
+
+@pytest.mark.parametrize(
+    ("environ", "absent", "hint"),
+    [
+        ({}, [1], ""),
+        ({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, [1, 3], f", expected on b, d{EVERY_WORKER}"),
+        (TWO_SLICES, [2, 3], ". Nobody of slice 1 has come: is MEGASCALE_NUM_SLICES=2 left of an earlier run?"),
+        (TWO_SLICES, [3], EVERY_WORKER),
+    ],
+)
+def test_what_may_be_behind_missing_processes_is_said(environ, absent, hint):
+    said = distributed.missing_hint(environ, 4, absent)
+    assert said.startswith(hint) and (hint or not said)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ LINES = [{"step": step, "train/loss": 1.0 / step} for step in (1, 2, 3, 4)]
     "name, said",
     [
         ("", "workdir='': expected a folder; '.' is the current one"),
-        ("gs://bucket/run", "workdir='gs://bucket/run': gs:// addresses are not supported; expected a local"),
-        (pathlib.Path("s3://bucket/run"), "s3:// addresses are not supported"),
+        ("gz://bucket/run", "workdir='gz://bucket/run': unknown address; did you mean 'gs://'"),
+        (pathlib.Path("gz://bucket/run"), "unknown address; did you mean 'gs://'"),
         ("two\nlines\0", r"workdir='two\\nlines\\x00': cannot be written to \(embedded null byte\)"),
         ("/proc/nothing", "cannot be written to"),
     ],

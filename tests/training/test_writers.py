@@ -129,7 +129,7 @@ def test_a_disk_that_is_full_stops_the_run_in_one_line(kind, tmp_path):
     if kind is writers.TensorBoardWriter:
         writer._file._py_recordio_writer._writer = full
     else:
-        writer._file = full
+        writer._file._file = full
     with pytest.raises(RunError, match=r"cannot be written \(No space left on device\); free some space") as failure:
         for step in range(1, 5):
             writer.write(step, {f"train/{name}": 0.5 for name in range(2000)})
