@@ -39,8 +39,8 @@ class Placement:
         device falls with the axis).
       balanced: give each device an early and a late part of the queries, so that causal work is even. Inputs and
         outputs stay in natural order either way.
-      first, apart: of the rows that dropout and score_mods count, the call's on the first device begin at `first` (which
-        may be traced), and those of each device `apart` after those of the one before; None: without a gap.
+      first, apart: dropout and score_mods count the call's rows on the first device from `first` on, which may be
+        traced, and those of each further device from `apart` after those of the one before; None: without a gap.
     """
 
     mesh: Mesh

@@ -14,7 +14,7 @@ from maskformer.attention.dropout import dropout
 from maskformer.attention.score_mods import Lifted, ScoreMod, lift
 from maskformer.masks import Mask
 from maskformer.masks.arbitrary import open_closures
-from maskformer.models import pipeline
+from maskformer.models import pipeline, stages
 from maskformer.models.encoder_config import EncoderConfig
 from maskformer.models.layers import Layer, LayerInputs, Norm, Projection, activate, initial_weights
 from maskformer.models.partitioning import constrain
@@ -282,9 +282,9 @@ class Encoder(nnx.Module):
         over.check_pattern(config.layers, len(masks))
         graph, parameters = nnx.split(self.layers)
         microbatches = over.cut(x.shape[0])
-        cut = functools.partial(pipeline.Rows.of, shards=over.shards, microbatches=microbatches)
+        cut = functools.partial(stages.Rows.of, shards=over.shards, microbatches=microbatches)
         opened = [mask if mask is None else open_closures(mask) for mask in masks]
-        leads = pipeline.lead_with_rows(opened, x.shape[0])
+        leads = stages.lead_with_rows(opened, x.shape[0])
         # A score_mod counts the rows of the whole batch.
         score_mod = self._score_mod(positions)
         shared = (
@@ -294,20 +294,20 @@ class Encoder(nnx.Module):
         )
 
         def layer(
-            x: jax.Array, parameters: Any, keys: Any, mask: pipeline.Rows, shared: Any, place: pipeline.Place
+            x: jax.Array, parameters: Any, keys: Any, mask: stages.Rows, shared: Any, place: stages.Place
         ) -> jax.Array:
-            parameters, keys = pipeline.of_round((parameters, keys), place)
+            parameters, keys = stages.of_round((parameters, keys), place)
             positions, score_mod, _ = shared
             inputs = self._layer_inputs(positions.at(place.microbatch), score_mod, place.rows)
-            with pipeline.attending(place):
+            with stages.attending(place):
                 return nnx.merge(graph, parameters)(x, mask.at(place.microbatch), inputs, keys)
 
         layer = self._remat(layer, _STAGE_REMAT_POLICIES)
 
-        def block(layers: Any, keys: Any, x: jax.Array, shared: Any, place: pipeline.Place) -> tuple[jax.Array, None]:
-            def placed(x: jax.Array, parameters: Any, keys: Any, mask: pipeline.Rows) -> jax.Array:
+        def block(layers: Any, keys: Any, x: jax.Array, shared: Any, place: stages.Place) -> tuple[jax.Array, None]:
+            def placed(x: jax.Array, parameters: Any, keys: Any, mask: stages.Rows) -> jax.Array:
                 return layer(x, parameters, keys, mask, shared, place)
 
             return self._run_stack(placed, x, (layers, keys), shared[2]), None
 
-        return pipeline.run(over, block, nnx.as_pure(parameters), keys, x, shared)[0]
+        return stages.run(over, block, nnx.as_pure(parameters), keys, x, shared)[0]

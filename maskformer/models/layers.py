@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maskformer.attention import dot_product_attention
 from maskformer.attention.dropout import dropout
-from maskformer.attention.score_mods import ScoreMod
+from maskformer.attention.score_mods import Lifted, ScoreMod
 from maskformer.masks import Mask
 from maskformer.models.encoder_config import EncoderConfig
 from maskformer.models.partitioning import constrain
@@ -30,7 +30,7 @@ class LayerInputs(NamedTuple):
     """What every layer reads besides the hidden state; the same for all layers."""
 
     rotary: tuple[jax.Array, jax.Array] | None
-    score_mod: ScoreMod | None
+    score_mod: ScoreMod | Lifted | None
     # int32 [batch], where the rows stand in the whole batch, of which dropout is a function; None for their own order.
     rows: jax.Array | None = None
 
