@@ -119,8 +119,3 @@ def test_a_recipe_takes_experts_as_an_option():
 
     experiment = resolve(gpt.get_config("demo,experts=8"))
     assert experiment.model["experts"] == 8 and not resolve(gpt.get_config("demo")).model["experts"]
-
-
-def test_a_pipeline_with_experts_is_refused_by_name(corpus):
-    with pytest.raises(ValueError, match="mesh.stage=2: a pipeline does not carry what routers say"):
-        resolve(tiny_config(corpus, **EXPERTS, mesh__stage=2))
