@@ -39,9 +39,9 @@ class Routers:
         >>> Routers(EncoderConfig(vocab_size=100, layers=12, experts=8, moe_period=2, router_z_loss=0.0)).factors
         {'balance_loss': 0.06, 'router_z_loss': 0.0}
         """
-        config, layers = self.config, self.config.expert_layers
         if not self:
             return {}
+        config, layers = self.config, self.config.expert_layers
         return {"balance_loss": config.balance_loss * layers, "router_z_loss": config.router_z_loss * layers}
 
     @property
@@ -55,6 +55,8 @@ class Routers:
 
     def weights(self, segment_ids: jax.Array) -> dict[str, jax.Array]:
         """Denominators of the terms: tokens that are not padding, by layers with experts."""
+        if not self:
+            return {}
         tokens = jnp.sum(segment_ids > 0, dtype=jnp.int32).astype(jnp.float32)
         return dict.fromkeys(self.factors, tokens * self.config.expert_layers)
 
