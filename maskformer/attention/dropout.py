@@ -123,13 +123,16 @@ def static_rate(rate: float) -> float:
     return number
 
 
-def keep_mask(key: jax.Array | int, shape: Sequence[int], rate: float) -> jax.Array:
+def keep_mask(
+    key: jax.Array | int, shape: Sequence[int], rate: float, rows: jax.Array | None = None
+) -> jax.Array:
     """A keep-mask for an array: True (keep) with probability ``1 - rate``.
 
     Args:
       key: one PRNG key (typed or raw) or an integer.
       shape: shape of the mask; the last axis is the column, the others are folded into the row.
       rate: probability of dropping, in [0, 1).
+      rows: int ``[shape[0]]``, where the entries of the first axis stand in the whole array; None for their own order.
 
     Returns:
       bool array of ``shape``; the same for any sharding, device count and backend.
@@ -144,23 +147,26 @@ def keep_mask(key: jax.Array | int, shape: Sequence[int], rate: float) -> jax.Ar
     shape = tuple(shape)
     if not shape:
         return keep_mask(key, (1,), rate)[0]
-    rows = (*shape[:-1], 1)
-    counters = [jax.lax.broadcasted_iota(jnp.uint32, rows, axis) for axis in range(len(shape) - 1)]
+    places = (*shape[:-1], 1)
+    counters = [jax.lax.broadcasted_iota(jnp.uint32, places, axis) for axis in range(len(shape) - 1)]
+    if rows is not None:
+        counters[0] = jnp.broadcast_to(rows.astype(jnp.uint32).reshape(-1, *(1,) * (len(shape) - 1)), places)
     # One linear row index costs one hash per row; only rows past 2^32 would repeat.
-    row = jnp.zeros(rows, jnp.uint32)
+    row = jnp.zeros(places, jnp.uint32)
     for axis, counter in enumerate(counters):
         row = row + counter * jnp.uint32(int(np.prod(shape[axis + 1 : -1], dtype=np.int64)) % 2**32)
     column = jax.lax.broadcasted_iota(jnp.uint32, (*(1,) * (len(shape) - 1), shape[-1]), len(shape) - 1)
     return keep(row_state(seed_words(key), row), column, rate)
 
 
-def dropout(key: jax.Array | int | None, x: jax.Array, rate: float) -> jax.Array:
+def dropout(key: jax.Array | int | None, x: jax.Array, rate: float, rows: jax.Array | None = None) -> jax.Array:
     """Inverted dropout: zeroes elements with probability ``rate``, divides the others by ``1 - rate``.
 
     Args:
       key: one PRNG key, or None for the identity (evaluation).
       x: array of any shape.
       rate: probability of dropping, in [0, 1).
+      rows: of a part of an array, as in `keep_mask`.
 
     Returns:
       Array like ``x``.
@@ -171,4 +177,4 @@ def dropout(key: jax.Array | int | None, x: jax.Array, rate: float) -> jax.Array
     threshold(rate)
     if key is None or rate == 0.0:
         return x
-    return jnp.where(keep_mask(key, x.shape, rate), x * (1.0 / (1.0 - rate)), jnp.zeros((), x.dtype))
+    return jnp.where(keep_mask(key, x.shape, rate, rows), x * (1.0 / (1.0 - rate)), jnp.zeros((), x.dtype))

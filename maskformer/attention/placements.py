@@ -39,6 +39,8 @@ class Placement:
         device falls with the axis).
       balanced: give each device an early and a late part of the queries, so that causal work is even. Inputs and
         outputs stay in natural order either way.
+      first, apart: dropout and score_mods count the call's rows on the first device from `first` on, which may be
+        traced, and those of each further device from `apart` after those of the one before; None: without a gap.
     """
 
     mesh: Mesh
@@ -47,6 +49,8 @@ class Placement:
     context: str | None = None
     context_method: str = "all_gather"
     balanced: bool = True
+    first: int | jax.Array = 0
+    apart: int | None = None
 
     def __post_init__(self):
         for name in ("batch", "heads", "context"):
@@ -90,10 +94,13 @@ def use(placement: Placement | None) -> Iterator[None]:
 def attend(call: Call, placement: Placement, local: Callable[[Call], Any]) -> tuple[jax.Array, jax.Array]:
     """Runs ``local`` on each device's share of the call, under `jax.shard_map`.
 
+    Inside of a `jax.shard_map` over other axes, whose mesh the placement then has, it maps those that are left.
+
     Raises:
       ValueError: if a mesh axis does not divide the dimension it carries.
     """
     _check(call, placement)
+    call = dataclasses.replace(call, batch_start=placement.first)
     batch, heads, context = placement.batch, placement.heads, placement.context
     sequence = PartitionSpec(batch, context, heads, None)
 
@@ -127,12 +134,13 @@ def attend(call: Call, placement: Placement, local: Callable[[Call], Any]) -> tu
         local_batch, _, local_heads, _ = mine.query.shape
         head_start = _index(heads) * local_heads
         mask = HeadsFrom(mine.mask, head_start, local_heads) if picks_heads and mine.mask is not None else mine.mask
-        batch_start = _index(batch) * local_batch
+        batch_start = mine.batch_start + _index(batch) * (placement.apart or local_batch)
         return local(dataclasses.replace(mine, mask=mask, batch_start=batch_start, head_start=head_start))
 
     run = jax.shard_map(
         shard,
         mesh=placement.mesh,
+        axis_names=set(placement.mesh.axis_names) - set(placement.mesh.manual_axes),
         in_specs=(specs,),
         out_specs=(sequence, PartitionSpec(batch, context, heads)),
         check_vma=False,  # Pallas kernels state no varying axes

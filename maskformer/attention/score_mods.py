@@ -32,15 +32,19 @@ class Lifted:
     captured: tuple[jax.Array, ...]
 
 
-def lift(score_mod: ScoreMod, dtype: Any = jnp.float32) -> Lifted:
+def lift(score_mod: ScoreMod | Lifted, dtype: Any = jnp.float32) -> Lifted:
     """Traces ``score_mod`` on scalars and turns whatever arrays it captures into explicit arguments.
 
     Args:
+      score_mod: one that is lifted already stays as it is: inside of a `jax.shard_map` over some axes of a mesh, around
+        which it was lifted, JAX cannot evaluate under attention's own what was traced in between.
       dtype: of the scores.
 
     Raises:
       ValueError: if it is no function of these, or does not return one scalar.
     """
+    if isinstance(score_mod, Lifted):
+        return score_mod
     _check_function(score_mod)
     scalar = jax.ShapeDtypeStruct((), dtype)
     index = jax.ShapeDtypeStruct((), jnp.int32)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maskformer.attention.dropout import dropout
+from maskformer.attention.score_mods import Lifted, ScoreMod, lift
 from maskformer.masks import Mask
+from maskformer.masks.arbitrary import open_closures
+from maskformer.models import pipeline, stages
 from maskformer.models.encoder_config import EncoderConfig
 from maskformer.models.experts import Experts, Routing
 from maskformer.models.layers import FeedForward, Layer, LayerInputs, Norm, Projection, activate, initial_weights
@@ -22,6 +25,7 @@ DROPOUTS_PER_LAYER = 3  # attention probabilities, after attention, after the fe
 
 # Outputs that the "elementwise" policy keeps: loops and kernels (of attention backends) and what a layer names.
 _COSTLY = frozenset({"scan", "while", "cond", "pallas_call", "custom_call", "ffi_call", "shard_map", "name"})
+_TAKEN = frozenset({"dynamic_slice", "squeeze", "reshape", "convert_element_type"})
 
 
 def _keep_costly(primitive: Any, *avals: Any, **params: Any) -> bool:
@@ -31,12 +35,19 @@ def _keep_costly(primitive: Any, *avals: Any, **params: Any) -> bool:
     )
 
 
+def _keep_computed(primitive: Any, *avals: Any, **params: Any) -> bool:
+    """Keep everything but what a layer takes out of larger arrays, which are there again."""
+    return primitive.name not in _TAKEN
+
+
 _REMAT_POLICIES = {
     "elementwise": _keep_costly,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+# A layer of a pipeline takes its weights and masks out of those of all rounds and microbatches, at every tick.
+_STAGE_REMAT_POLICIES = {**_REMAT_POLICIES, "none": _keep_computed}
 
 
 def embedding_axis(config: EncoderConfig) -> tuple[str, int]:
@@ -202,48 +213,90 @@ class Encoder(nnx.Module):
         """Hidden states after the last layer, [batch, length, width], and what the routers of its experts did (None
         without experts). `masks` repeat over the layers; `real` is False at padding, None where nothing is."""
         config = self.config
+        if (over := pipeline.current()) is not None:
+            over.cut(tokens.shape[0])  # what does not divide is said before its embeddings are to lie somewhere
         embedding_key, layer_keys = None, None
         if dropout_key is not None:
             keys = jax.random.split(dropout_key, 1 + config.layers * DROPOUTS_PER_LAYER)
             embedding_key, layer_keys = keys[0], keys[1:].reshape(config.layers, DROPOUTS_PER_LAYER)
         x = self.embeddings(tokens, positions, token_types, embedding_key)
-        x, routing = self._run_layers(x, masks, self._layer_inputs(positions, real), layer_keys)
+        run = self._run_layers if pipeline.current() is None else self._run_stages
+        x, routing = run(x, masks, positions, layer_keys, real if config.experts else None)
         return (x if self.final_norm is None else self.final_norm(x)), routing
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """What the head makes of hidden states."""
         return self.head(hidden, self.embeddings.tokens.whole_rows())
 
-    def _layer_inputs(self, positions: jax.Array, real: jax.Array | None) -> LayerInputs:
-        config = self.config
-        rotary, score_mod = None, None
+    def _layer_inputs(
+        self,
+        positions: jax.Array,
+        score_mod: ScoreMod | Lifted | None,
+        real: jax.Array | None,
+        rows: jax.Array | None = None,
+    ) -> LayerInputs:
+        config, rotary = self.config, None
         if config.positions == "rotary":
             rotary = rotary_tables(positions, config.resolved_head_dim, config.rotary_base)
-        if config.positions == "alibi":
-            score_mod = alibi(positions, config.heads)
-        return LayerInputs(rotary, score_mod, real if config.experts else None)
+        return LayerInputs(rotary, score_mod, real, rows)
 
-    def _run_layers(
-        self, x: jax.Array, masks: Sequence[Mask | None], inputs: LayerInputs, keys: jax.Array | None
-    ) -> tuple[jax.Array, Routing | None]:
-        """All layers: groups of one period of masks and experts, scanned or unrolled, then the layers left over."""
-        config = self.config
+    def _score_mod(self, positions: jax.Array) -> ScoreMod | None:
+        return alibi(positions, self.config.heads) if self.config.positions == "alibi" else None
+
+    def _remat(self, layer: Callable[..., Any], policies: Mapping[str, Any] = _REMAT_POLICIES) -> Callable[..., Any]:
+        """The layer, whose first argument is the name of its stack, with the config's choice of what the backward pass
+        recomputes."""
+        policy = policies.get(self.config.remat)
+        if policy is None:
+            return layer
+        # Inside a scan nothing can be merged across the boundary, so the costly barrier is not needed.
+        scanned = self.config.scan_layers or pipeline.current() is not None
+        return jax.checkpoint(layer, policy=policy, prevent_cse=not scanned, static_argnums=0)
+
+    def _stacks(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Structure and parameters of each stack of layers that there is."""
         graphs, parameters = {}, {}
         for name, stack in (("layers", self.layers), ("expert_layers", self.expert_layers)):
             if stack is not None:
                 graphs[name], state = nnx.split(stack)
                 parameters[name] = nnx.as_pure(state)
+        return graphs, parameters
+
+    def _run_layers(
+        self,
+        x: jax.Array,
+        masks: Sequence[Mask | None],
+        positions: jax.Array,
+        keys: jax.Array | None,
+        real: jax.Array | None,
+    ) -> tuple[jax.Array, Routing | None]:
+        """All layers, in order."""
+        graphs, parameters = self._stacks()
+        inputs = self._layer_inputs(positions, self._score_mod(positions), real)
 
         def layer(
             name: str, x: jax.Array, parameters: Any, keys: jax.Array | None, mask: Mask | None
         ) -> tuple[jax.Array, Routing | None]:
             return nnx.merge(graphs[name], parameters)(x, mask, inputs, keys)
 
-        if config.remat != "none":
-            # Inside a scan nothing can be merged across the boundary, so the costly barrier is not needed.
-            layer = jax.checkpoint(
-                layer, policy=_REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers, static_argnums=0
-            )
+        return self._run_stack(self._remat(layer), x, (parameters, keys), masks, self.config.layers)
+
+    def _run_stack(
+        self,
+        layer: Callable[..., tuple[jax.Array, Routing | None]],
+        x: jax.Array,
+        stacked: Any,
+        masks: Sequence[Any],
+        layers: int,
+    ) -> tuple[jax.Array, Routing | None]:
+        """`layers` layers: groups of one period of masks and experts, scanned or unrolled, then the layers left over.
+
+        Args:
+          layer: `(name, x, parameters, keys, mask) -> x, routing` runs one layer of the stack `name`.
+          stacked: the parameters of each stack, and the keys of all layers.
+        """
+        config = self.config
+        parameters, keys = stacked
 
         def run(x: jax.Array, stacked: Any, indices: range) -> tuple[jax.Array, list[Routing]]:
             """The layers `indices`, of parameters and keys that begin with the first layer of a group."""
@@ -251,15 +304,15 @@ class Encoder(nnx.Module):
             routings = []
             for index in indices:
                 name, place = config.stack_of(index)
-                here = jax.tree.map(lambda leaf, i=place: leaf[i], parameters[name])
-                here_keys = None if keys is None else keys[index]
+                here, here_keys = jax.tree.map(lambda leaf, i=place: leaf[i], parameters[name]), None
+                if keys is not None:
+                    here_keys = keys[index]
                 x, routing = layer(name, x, here, here_keys, masks[index % len(masks)])
                 routings += [] if routing is None else [routing]
             return x, routings
 
-        period = math.lcm(len(masks), config.moe_period if config.experts else 1)
-        groups = config.layers // period if config.scan_layers else 0
-        stacked, routings = (parameters, keys), []
+        period = config.period(len(masks))
+        groups, routings = layers // period if config.scan_layers else 0, []
         if groups:
             with_experts = period // config.moe_period if config.experts else 0
 
@@ -272,6 +325,57 @@ class Encoder(nnx.Module):
             # From one array for each layer of a group, which leads with the groups, to one that leads with the layers.
             flat = lambda *leaves: jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:])
             routings = [jax.tree.map(flat, *scanned)] if scanned else []
-        x, rest = run(x, stacked, range(groups * period, config.layers))
+        x, rest = run(x, stacked, range(groups * period, layers))
         routings += [jax.tree.map(lambda leaf: leaf[None], routing) for routing in rest]
         return x, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routings) if routings else None
+
+    def _run_stages(
+        self,
+        x: jax.Array,
+        masks: Sequence[Mask | None],
+        positions: jax.Array,
+        keys: jax.Array | None,
+        real: jax.Array | None,
+    ) -> tuple[jax.Array, Routing | None]:
+        """All layers, in stages that microbatches pass through; same values, and the same dropout, as in order."""
+        config, over = self.config, pipeline.current()
+        assert over is not None
+        over.check_layers(config.layers)
+        over.check_pattern(config.layers, config.period(len(masks)))
+        graphs, parameters = self._stacks()
+        microbatches = over.cut(x.shape[0])
+        cut = functools.partial(stages.Rows.of, shards=over.shards, microbatches=microbatches)
+        opened = [mask if mask is None else open_closures(mask) for mask in masks]
+        leads = stages.lead_with_rows(opened, x.shape[0])
+        # A score_mod counts the rows of the whole batch.
+        score_mod = self._score_mod(positions)
+        shared = (
+            cut(positions, True),
+            None if score_mod is None else lift(score_mod, jnp.promote_types(x.dtype, jnp.float32)),
+            [cut(mask, lead) for mask, lead in zip(opened, leads, strict=True)],
+            None if real is None else cut(real, True),
+        )
+
+        def layer(
+            name: str, x: jax.Array, parameters: Any, keys: Any, mask: stages.Rows, shared: Any, place: stages.Place
+        ) -> tuple[jax.Array, Routing | None]:
+            parameters, keys = stages.of_round((parameters, keys), place)
+            positions, score_mod, _, real = shared
+            here = None if real is None else real.at(place.microbatch)
+            inputs = self._layer_inputs(positions.at(place.microbatch), score_mod, here, place.rows)
+            with stages.attending(place):
+                return nnx.merge(graphs[name], parameters)(x, mask.at(place.microbatch), inputs, keys)
+
+        layer = self._remat(layer, _STAGE_REMAT_POLICIES)
+
+        depth = config.layers // (over.stages * over.rounds)
+
+        def block(
+            layers: Any, keys: Any, x: jax.Array, shared: Any, place: stages.Place
+        ) -> tuple[jax.Array, Routing | None]:
+            def placed(name: str, x: jax.Array, parameters: Any, keys: Any, mask: stages.Rows) -> Any:
+                return layer(name, x, parameters, keys, mask, shared, place)
+
+            return self._run_stack(placed, x, (layers, keys), shared[2], depth)
+
+        return stages.run(over, block, parameters, keys, x, shared)

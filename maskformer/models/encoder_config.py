@@ -307,6 +307,10 @@ class EncoderConfig:
         """How many layers have experts in the place of the dense feed-forward layer."""
         return self.layers // self.moe_period if self.experts else 0
 
+    def period(self, masks: int) -> int:
+        """Layers after which masks that repeat after so many, and experts, begin again together."""
+        return math.lcm(masks, self.moe_period if self.experts else 1)
+
     def stack_of(self, layer: int) -> tuple[str, int]:
         """Which stack of parameters has this layer, and where: "layers", or "expert_layers" for one with experts.
 

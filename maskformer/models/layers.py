@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maskformer.attention import dot_product_attention
 from maskformer.attention.dropout import dropout
-from maskformer.attention.score_mods import ScoreMod
+from maskformer.attention.score_mods import Lifted, ScoreMod
 from maskformer.masks import Mask
 from maskformer.models.encoder_config import EncoderConfig
 from maskformer.models.partitioning import constrain
@@ -30,9 +30,11 @@ class LayerInputs(NamedTuple):
     """What every layer reads besides the hidden state; the same for all layers."""
 
     rotary: tuple[jax.Array, jax.Array] | None
-    score_mod: ScoreMod | None
+    score_mod: ScoreMod | Lifted | None
     # bool [batch, length], False at padding; None where nobody asks, or nothing is padding.
     real: jax.Array | None = None
+    # int32 [batch], where the rows stand in the whole batch, of which dropout is a function; None for their own order.
+    rows: jax.Array | None = None
 
 
 def initial_weights(rngs: nnx.Rngs, shape: Sequence[int], config: EncoderConfig) -> jax.Array:
@@ -202,8 +204,8 @@ class Layer(nnx.Module):
         rate = self.config.hidden_dropout
         pre = self.config.norm_position == "pre"
         branch = self.attention(self.attention_norm(x) if pre else x, mask, inputs, probabilities)
-        x = constrain(x + dropout(after_attention, branch, rate), "batch", "length", "activation_embed")
+        x = constrain(x + dropout(after_attention, branch, rate, inputs.rows), "batch", "length", "activation_embed")
         x = x if pre else self.attention_norm(x)
         branch, routing = self.mlp(self.mlp_norm(x) if pre else x, inputs.real)
-        x = constrain(x + dropout(after_mlp, branch, rate), "batch", "length", "activation_embed")
+        x = constrain(x + dropout(after_mlp, branch, rate, inputs.rows), "batch", "length", "activation_embed")
         return (x if pre else self.mlp_norm(x)), routing

@@ -182,11 +182,6 @@ def _check_model(experiment: ExperimentConfig, objective: Any) -> Any:
                 "it, and nothing scales the loss; use 'bfloat16', which has the range of float32"
             )
     model_config = experiment.create_model_config(objective)
-    if model_config.experts and experiment.mesh.stage != 1:
-        raise ValueError(
-            f"mesh.stage={experiment.mesh.stage}: a pipeline does not carry what routers say, and model.experts="
-            f"{model_config.experts}; use --config.mesh.expert or --config.mesh.fsdp in its place"
-        )
     check_master_weights(experiment.optimizer, model.get("param_dtype", EncoderConfig.param_dtype))
     return model_config
 

@@ -170,6 +170,7 @@ class Placed:
     Attributes:
       program, mesh: what is placed where.
       rows, everywhere: shardings of a batch's rows, and of what every device holds.
+      pipeline: how layers run in stages; None for one stage.
       dropped: a line for each axis that does not divide over the mesh and is held by every device.
       state: the state as `jax.ShapeDtypeStruct`s with shardings, for restoring and lowering.
     """
@@ -179,8 +180,11 @@ class Placed:
         experiment = program.experiment
         self.rows, self.everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         self.rules, self.dropped = sharding.create_rules(mesh, program.model_config.axis_sizes)
+        self.pipeline = sharding.create_pipeline(mesh, experiment.mesh)
+        if self.pipeline is not None:
+            sharding.check_stacks(self.pipeline, program.model.logical_axes(), program.model.param_shapes())
         self._activations = functools.partial(
-            sharding.activations, mesh, self.rules, experiment.mesh.context_method
+            sharding.activations, mesh, self.rules, experiment.mesh.context_method, pipeline=self.pipeline
         )
         self._activations_of_a_slice = functools.partial(self._activations, batch=sharding.BATCH_AXES)
         self.params_at = sharding.param_shardings(mesh, program.model.logical_axes(), self.rules)
@@ -191,12 +195,19 @@ class Placed:
             self.dropped += whole
 
     def check_batch(self) -> None:
-        """ValueError where a batch of the run, or a part of an accumulated one, does not divide over the mesh."""
+        """ValueError where a batch of the run, or a part of an accumulated one, does not divide over the mesh, or over
+        its stages."""
         train, evaluation = self.program.experiment.train, self.program.experiment.evaluation
+        part = train.batch_size // self.accumulation_steps
         sharding.place_batch(self.mesh, train.batch_size)
-        sharding.place_batch(self.mesh, train.batch_size // self.accumulation_steps)
+        sharding.place_batch(self.mesh, part)
         if evaluation.every:
             sharding.place_batch(self.mesh, evaluation.batch_size, field="evaluation.batch_size")
+        if self.pipeline is not None:
+            accumulated = " / train.accumulation_steps" if self.accumulation_steps > 1 else ""
+            self.pipeline.check_microbatches(part, f"train.batch_size{accumulated}")
+            if evaluation.every:
+                self.pipeline.cut(evaluation.batch_size, "evaluation.batch_size")
         if train.rows_per_device is not None:
             parts, shards = self.accumulation_steps, sharding.shards_of_batch(self.mesh)
             at_once = train.batch_size // shards // parts
@@ -213,6 +224,11 @@ class Placed:
         train = self.program.experiment.train
         sharding.place_batch(self.mesh, train.batch_size)
         return train.parts(sharding.shards_of_batch(self.mesh))
+
+    def describe_pipeline(self) -> str | None:
+        """The schedule of a training step over the stages, and its bubble, on one line; None for one stage."""
+        part = self.program.experiment.train.batch_size // self.accumulation_steps
+        return None if self.pipeline is None else self.pipeline.describe(part)
 
     @functools.cached_property
     def state(self) -> TrainState:

@@ -255,7 +255,7 @@ class MeshConfig:
     """Devices per mesh axis; at most one may be -1, "all that remain".
 
     Attributes:
-      stage: parts of the layer stack, each on devices of its own (a pipeline).
+      stage: parts of the layer stack, each on devices of its own (a pipeline, see `models.pipeline`).
       data: replicas of the parameters; each sees its own rows of the batch.
       fsdp: shards of the parameters; each also sees its own rows.
       expert: shards of the experts of a mixture; each also sees its own rows.
@@ -263,6 +263,10 @@ class MeshConfig:
       context: parts of the sequence, for rows too long for one device.
       context_method: how attention reaches the other parts: "all_gather" collects the keys and values, "ring" passes
         them around, with memory that falls with the axis.
+      microbatches: how many a batch, or a part of an accumulated one, is cut into to pass through the stages: a
+        multiple of `stage`. None for four for each stage, or the most below that divide the rows.
+      rounds: how often a microbatch passes each device: more rounds of fewer layers wait less at the beginning and the
+        end of a step, send hidden states more often, and move the weights to the devices of their rounds in every step.
       dcn: how many slices an axis spans, such as {"data": 2}; they multiply to the number of slices, and each divides
         its axis. Slices are those of a TPU pod; on GPU and CPU, where there are none, processes. Only `CROSSES_SLICES`
         may. A TPU pod of several slices with {} has `data` across all of them.
@@ -280,6 +284,8 @@ class MeshConfig:
     tensor: int = 1
     context: int = 1
     context_method: str = "all_gather"
+    microbatches: int | None = None
+    rounds: int = 1
     dcn: Mapping[str, int] = dataclasses.field(default_factory=dict)
     shard_optimizer: bool = False
     dcn_gradients: str | None = None
@@ -299,6 +305,18 @@ class MeshConfig:
         require(
             list(sizes.values()).count(-1) <= 1, "mesh", sizes, "at most one axis of -1, since only one can be inferred"
         )
+        integer("mesh.rounds", self.rounds, 1, MOST)
+        if self.microbatches is not None:
+            integer("mesh.microbatches", self.microbatches, 1, MOST)
+            require(
+                self.stage == -1 or self.microbatches % self.stage == 0, "mesh.microbatches", self.microbatches,
+                f"a multiple of mesh.stage={self.stage}",
+            )
+        for field, default in (("microbatches", None), ("rounds", 1)):
+            require(
+                self.stage != 1 or getattr(self, field) == default, f"mesh.{field}", getattr(self, field),
+                f"{default} with mesh.stage=1, whose layers run in order; set mesh.stage to the number of stages",
+            )
         for axis, across in self.dcn.items():
             if axis in sizes and axis not in CROSSES_SLICES:
                 raise ValueError(
@@ -308,6 +326,10 @@ class MeshConfig:
             choose("mesh.dcn", axis, CROSSES_SLICES)
             integer(f"mesh.dcn.{axis}", across, 1, MOST)
         choose("mesh.dcn_gradients", self.dcn_gradients, (None, "bfloat16"))
+        require(
+            self.dcn_gradients is None or self.stage == 1, "mesh.dcn_gradients", self.dcn_gradients,
+            f"None with mesh.stage={self.stage}, whose stages add up their gradients on each device and send them once",
+        )
         require(
             self.dcn_gradients is None or self.dcn.get("data", 1) > 1, "mesh.dcn_gradients", self.dcn_gradients,
             "None, or mesh.dcn with `data` over several slices, such as --config.mesh.dcn.data=2",

@@ -20,6 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maskformer import attention
 from maskformer.models.partitioning import Rules, logical_rules, partition_spec
+from maskformer.models.pipeline import Pipeline
+from maskformer.models.pipeline import use as use_pipeline
 from maskformer.training.sections import MeshConfig
 
 # Rows of a batch are split over all three: fsdp shards parameters and expert whole experts, and each shard still sees
@@ -218,16 +220,22 @@ def create_rules(mesh: Mesh, axis_sizes: Mapping[str, int]) -> tuple[Rules, list
 
 @contextlib.contextmanager
 def activations(
-    mesh: Mesh, rules: Rules, context_method: str = "all_gather", batch: tuple[str, ...] | None = None
+    mesh: Mesh,
+    rules: Rules,
+    context_method: str = "all_gather",
+    batch: tuple[str, ...] | None = None,
+    pipeline: Pipeline | None = None,
 ) -> Iterator[None]:
-    """While a model is traced inside, its activations are constrained by `rules`, and each device attends for its own
-    rows and heads.
+    """While a model is traced inside, its activations are constrained by `rules`, each device attends for its own rows
+    and heads, and layers run in stages.
 
     Args:
       batch: axes that the rows are split over; None for all of `batch_axes`.
+      pipeline: how, if there are several stages.
     """
     batch = batch_axes(mesh) if batch is None else batch
-    rules = {**rules, "batch": batch}
+    # Outside of the layers, each stage has its share of the rows: of the embeddings, the head and the loss.
+    rules = {**rules, "batch": batch if pipeline is None else (*batch, "stage")}
     placement = attention.Placement(
         mesh,
         batch=batch,
@@ -236,8 +244,31 @@ def activations(
         context="context" if mesh.shape["context"] > 1 else None,
         context_method=context_method,
     )
-    with logical_rules(mesh, rules), attention.placements.use(placement if mesh.size > 1 else None):
+    of_batch = None if pipeline is None else dataclasses.replace(pipeline, batch=batch)
+    placed = attention.placements.use(placement if mesh.size > 1 else None)
+    with logical_rules(mesh, rules), placed, use_pipeline(of_batch):
         yield
+
+
+def create_pipeline(mesh: Mesh, config: MeshConfig) -> Pipeline | None:
+    """How layers run over the stages of a mesh; None for one stage."""
+    return Pipeline(mesh, batch_axes(mesh), config.microbatches, config.rounds) if mesh.shape["stage"] > 1 else None
+
+
+def check_stacks(pipeline: Pipeline, logical_axes: Any, shapes: Any) -> None:
+    """Raise the one-line `ValueError` of a stack of layers that does not divide into the stages.
+
+    Args:
+      logical_axes, shapes: of a model's parameters.
+    """
+    names = jax.tree.leaves(logical_axes, is_leaf=lambda node: isinstance(node, tuple))
+    depths = {
+        leaf.shape[0]
+        for axes, leaf in zip(names, jax.tree.leaves(shapes), strict=True)
+        if axes[:1] == ("layers",)
+    }
+    for depth in sorted(depths):
+        pipeline.check_layers(depth)
 
 
 def param_shardings(mesh: Mesh, logical_axes: Any, rules: Rules) -> Any:

@@ -126,9 +126,9 @@ def test_evaluation_attends_across_devices_by_the_method_of_the_run(load, monkey
     methods = []
     activations = sharding.activations
 
-    def spy(mesh, rules, method="all_gather"):
+    def spy(mesh, rules, method="all_gather", **options):
         methods.append((method, mesh.shape["context"]))
-        return activations(mesh, rules, method)
+        return activations(mesh, rules, method, **options)
 
     monkeypatch.setattr(sharding, "activations", spy)
     alone = load("causal_lm").measure("loss")

@@ -121,6 +121,18 @@ def test_a_recipe_takes_experts_as_an_option():
     assert experiment.model["experts"] == 8 and not resolve(gpt.get_config("demo")).model["experts"]
 
 
-def test_a_pipeline_with_experts_is_refused_by_name(corpus):
-    with pytest.raises(ValueError, match="mesh.stage=2: a pipeline does not carry what routers say"):
-        resolve(tiny_config(corpus, **EXPERTS, mesh__stage=2))
+def test_a_pipeline_carries_what_routers_say(corpus, quick_compilation):
+    """Microbatches in stages: statistics are those of the batch, and so are balance and gradients."""
+    shape = dict(model__layers=4, model__expert_capacity=0.8)
+    after = []
+    for sizes in (dict(data=1), dict(stage=2, data=1, expert=2)):
+        mesh = sharding.create_mesh(MeshConfig(**sizes), jax.devices()[: 2 * len(sizes) - 2 or 1])
+        program = placed(corpus, mesh, **shape)
+        state = program.init()
+        before = jax.device_get(state.params)
+        state = program.train_step(state, next(iter(program.train_batches(0))))
+        after.append((jax.tree.map(np.subtract, jax.device_get(state.params), before), state.window.means()))
+    (change, metrics), (other, told) = after
+    assert metrics["balance_loss"] > 1 and told == pytest.approx(metrics, rel=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(other), jax.tree.leaves(change), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max() + 1e-7)
