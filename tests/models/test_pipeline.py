@@ -118,9 +118,10 @@ CASES = {
         dict(mask="segments", norm_position="pre", hidden_dropout=0.3, attention_dropout=0.3, scan_layers=False),
     ),
 }
+SLOW = ("stages, fsdp and context",)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
 def test_loss_and_gradients_in_stages_are_those_in_order(name):
     with jax.enable_x64(True):
         case = CASES[name]
@@ -208,7 +209,6 @@ def test_every_block_of_layers_reaches_the_stage_that_runs_it(stage, rounds):
 CONFIG = dict(
     mesh__stage=2, mesh__data=2, model__layers=4, train__accumulation_steps=2, train__batch_size=16,
     model__mask=PATTERN, model__hidden_dropout=0.1, model__attention_dropout=0.1, evaluation__batch_size=4,
-    model__param_dtype="float64", model__compute_dtype="float64", model__output_dtype="float64",
     # Adam would divide by the root of second moments that are nothing but rounding.
     optimizer__name="sgd", optimizer__momentum=0.9, optimizer__learning_rate=0.1,
 )  # fmt: skip
@@ -223,26 +223,24 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(corpus):
     """One device and four, in stages: the program, its state after three steps, and a score."""
-    with jax.enable_x64(True):
-        found = []
-        for changes, count in ((ALONE, 1), ({}, 4)):
-            program = Program.of(tiny_config(corpus, **{**CONFIG, **changes}))
-            placed = program.on(sharding.create_mesh(program.experiment.mesh, jax.devices()[:count]))
-            placed.check_batch()
-            state, batches = placed.init(), iter(placed.train_batches(0))
-            for _ in range(3):
-                state = placed.train_step(state, next(batches))
-            found.append((placed, state, placed.evaluate(state.params, max_batches=1)))
-        yield found
+    found = []
+    for changes, count in ((ALONE, 1), ({}, 4)):
+        program = Program.of(tiny_config(corpus, **{**CONFIG, **changes}))
+        placed = program.on(sharding.create_mesh(program.experiment.mesh, jax.devices()[:count]))
+        placed.check_batch()
+        state, batches = placed.init(), iter(placed.train_batches(0))
+        for _ in range(3):
+            state = placed.train_step(state, next(batches))
+        found.append((placed, state, placed.evaluate(state.params, max_batches=1)))
+    return found
 
 
 def test_three_steps_in_stages_give_the_state_of_one_device(trained):
     (_, alone, alone_scored), (placed, staged, scored) = trained
     assert int(staged.step) == 3
     for (path, one), other in zip(jax.tree.leaves_with_path(alone), jax.tree.leaves(staged), strict=True):
-        # The scales of the loss and the sums of the window are float32.
-        np.testing.assert_allclose(other, one, rtol=1e-6, atol=1e-8, err_msg=jax.tree_util.keystr(path))
-    assert scored == pytest.approx(alone_scored, rel=1e-6)
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6, err_msg=jax.tree_util.keystr(path))
+    assert scored == pytest.approx(alone_scored, rel=1e-5)
     assert placed.train_step._cache_size() == 1
 
 
@@ -268,9 +266,7 @@ def test_the_schedule_is_told_with_its_bubble(trained):
 
 
 def refused(corpus, **changes):
-    single = dict.fromkeys(("model__param_dtype", "model__compute_dtype", "model__output_dtype"), "float32")
-    base = dict(mesh__rounds=2, model__mask="causal", **single)
-    program = Program.of(tiny_config(corpus, **{**CONFIG, **base, **changes}))
+    program = Program.of(tiny_config(corpus, **{**CONFIG, "mesh__rounds": 2, "model__mask": "causal", **changes}))
     mesh = program.experiment.mesh
     placed = program.on(sharding.create_mesh(mesh, jax.devices()[: int(np.prod(list(mesh.sizes.values())))]))
     placed.check_batch()
