@@ -9,7 +9,7 @@ import jax
 from maskformer import masks
 from maskformer.attention import arguments, dispatch
 from maskformer.attention.explanation import Explanation, explain_call
-from maskformer.attention.score_mods import ScoreMod
+from maskformer.attention.score_mods import Lifted, ScoreMod
 
 
 def dot_product_attention(
@@ -19,7 +19,7 @@ def dot_product_attention(
     *,
     mask: masks.Mask | None = None,
     bias: jax.Array | None = None,
-    score_mod: ScoreMod | None = None,
+    score_mod: ScoreMod | Lifted | None = None,
     sink_logits: jax.Array | None = None,
     scale: float | jax.Array | None = None,
     logits_soft_cap: float | None = None,

@@ -1,4 +1,4 @@
-"""Layers in stages compute what layers in order compute, with the same dropout, and stages send each other no weights."""
+"""Layers in stages compute what layers in order compute, with the same dropout, and send each other no weights."""
 
 import dataclasses
 import functools
@@ -118,9 +118,10 @@ CASES = {
         dict(mask="segments", norm_position="pre", hidden_dropout=0.3, attention_dropout=0.3, scan_layers=False),
     ),
 }
+SLOW = ("stages, fsdp and context",)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
 def test_loss_and_gradients_in_stages_are_those_in_order(name):
     with jax.enable_x64(True):
         case = CASES[name]
@@ -189,7 +190,7 @@ def test_a_stage_waits_for_as_many_ticks_as_the_bubble_says(stage, rounds, count
 def scan_lengths(jaxpr):
     found = [equation.params["length"] for equation in jaxpr.eqns if equation.primitive.name == "scan"]
     inner = (scan_lengths(inner) for equation in jaxpr.eqns for inner in jaxprs_in_params(equation.params))
-    return found + sum(inner, [])
+    return found + [length for lengths in inner for length in lengths]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4, 6, 8])
@@ -206,11 +207,12 @@ def test_every_block_of_layers_reaches_the_stage_that_runs_it(stage, rounds):
 
 
 CONFIG = dict(
-    mesh__stage=2, mesh__data=2, mesh__rounds=2, model__layers=4, train__accumulation_steps=2, train__batch_size=16,
+    mesh__stage=2, mesh__data=2, model__layers=4, train__accumulation_steps=2, train__batch_size=16,
     model__mask=PATTERN, model__hidden_dropout=0.1, model__attention_dropout=0.1, evaluation__batch_size=4,
-    model__param_dtype="float64", model__compute_dtype="float64", model__output_dtype="float64",
+    # Adam would divide by the root of second moments that are nothing but rounding.
+    optimizer__name="sgd", optimizer__momentum=0.9, optimizer__learning_rate=0.1,
 )  # fmt: skip
-ALONE = dict(mesh__stage=1, mesh__data=1, mesh__rounds=1)
+ALONE = dict(mesh__stage=1, mesh__data=1)
 
 
 @pytest.fixture(scope="module")
@@ -221,30 +223,28 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(corpus):
     """One device and four, in stages: the program, its state after three steps, and a score."""
-    with jax.enable_x64(True):
-        found = []
-        for changes, count in ((ALONE, 1), ({}, 4)):
-            program = Program.of(tiny_config(corpus, **{**CONFIG, **changes}))
-            placed = program.on(sharding.create_mesh(program.experiment.mesh, jax.devices()[:count]))
-            placed.check_batch()
-            state, batches = placed.init(), iter(placed.train_batches(0))
-            for _ in range(3):
-                state = placed.train_step(state, next(batches))
-            found.append((placed, state, placed.evaluate(state.params, max_batches=1)))
-        yield found
+    found = []
+    for changes, count in ((ALONE, 1), ({}, 4)):
+        program = Program.of(tiny_config(corpus, **{**CONFIG, **changes}))
+        placed = program.on(sharding.create_mesh(program.experiment.mesh, jax.devices()[:count]))
+        placed.check_batch()
+        state, batches = placed.init(), iter(placed.train_batches(0))
+        for _ in range(3):
+            state = placed.train_step(state, next(batches))
+        found.append((placed, state, placed.evaluate(state.params, max_batches=1)))
+    return found
 
 
 def test_three_steps_in_stages_give_the_state_of_one_device(trained):
     (_, alone, alone_scored), (placed, staged, scored) = trained
     assert int(staged.step) == 3
     for (path, one), other in zip(jax.tree.leaves_with_path(alone), jax.tree.leaves(staged), strict=True):
-        # Window sums are float32; Adam divides by the root of second moments that are nothing but rounding.
-        np.testing.assert_allclose(other, one, rtol=1e-6, atol=1e-8, err_msg=jax.tree_util.keystr(path))
-    assert scored == pytest.approx(alone_scored, rel=1e-6)
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6, err_msg=jax.tree_util.keystr(path))
+    assert scored == pytest.approx(alone_scored, rel=1e-5)
     assert placed.train_step._cache_size() == 1
 
 
-def test_each_device_holds_the_layers_of_its_own_stage_and_their_moments(trained):
+def test_each_device_holds_the_layers_of_its_own_stage_and_their_momentum(trained):
     _, (placed, state, _) = trained
     held = 0
     for tree in (state.params, state.opt_state):
@@ -256,18 +256,17 @@ def test_each_device_holds_the_layers_of_its_own_stage_and_their_moments(trained
                 stage = int(np.argwhere(placed.mesh.devices == shard.device)[0, 0])
                 assert shard.index[0] == slice(2 * stage, 2 * stage + 2)
                 assert shard.data.shape == (2, *leaf.shape[1:])
-    assert held >= 3 * 16
+    assert held == 2 * 16
 
 
 def test_the_schedule_is_told_with_its_bubble(trained):
     (alone, _, _), (placed, _, _) = trained
     assert alone.describe_pipeline() is None
-    assert placed.describe_pipeline() == "2 stages x 2 rounds, 4 microbatches of 2 rows: bubble 11.1%"
+    assert placed.describe_pipeline() == "2 stages, 4 microbatches of 2 rows: bubble 20.0%"
 
 
 def refused(corpus, **changes):
-    program = Program.of(tiny_config(corpus, **{**CONFIG, **dict.fromkeys(
-        ("model__param_dtype", "model__compute_dtype", "model__output_dtype"), "float32"), **changes}))  # fmt: skip
+    program = Program.of(tiny_config(corpus, **{**CONFIG, "mesh__rounds": 2, "model__mask": "causal", **changes}))
     mesh = program.experiment.mesh
     placed = program.on(sharding.create_mesh(mesh, jax.devices()[: int(np.prod(list(mesh.sizes.values())))]))
     placed.check_batch()
@@ -278,13 +277,17 @@ def refused(corpus, **changes):
     ("changes", "message"),
     [
         (dict(model__layers=6), r"model\.layers=6: does not divide into mesh\.stage=2 x mesh\.rounds=2 blocks.*4 or 8"),
-        (dict(model__layers=3, mesh__rounds=1, model__mask="causal"), r"model\.layers=3: .*mesh\.stage=2 blocks.*2 or 4"),
-        (dict(model__mask=("causal", "segments", "causal")), r"model\.mask: a pattern of 3 .* 1 layers .*model\.layers=4"),
+        (dict(model__layers=3, mesh__rounds=1), r"model\.layers=3: does not divide .*mesh\.stage=2 blocks.*2 or 4"),
+        (dict(model__mask=PATTERN), r"model\.mask: a pattern of 2 masks .* 1 layers .*model\.layers=4"),
         (dict(mesh__microbatches=3), r"mesh\.microbatches=3: expected a multiple of mesh\.stage=2"),
-        (dict(mesh__microbatches=8), r"mesh\.microbatches=8: does not divide the 4 rows.*accumulation_steps=8.*=4"),
-        (dict(train__batch_size=12, train__accumulation_steps=2), r"train\.batch_size / .*=6: .*use a multiple of 4"),
+        (dict(mesh__microbatches=8), r"mesh\.microbatches=8: does not divide the 4 rows.*microbatches=4$"),
+        (dict(train__batch_size=12), r"train\.batch_size / .*=6: .*use a multiple of 4"),
         (dict(evaluation__batch_size=6), r"evaluation\.batch_size=6: does not divide .* mesh\.stage=2; use a mult.* 4"),
         (dict(mesh__stage=1), r"mesh\.rounds=2: expected 1 with mesh\.stage=1"),
+        (
+            dict(mesh__dcn_gradients="bfloat16", mesh__dcn={"data": 2}),
+            r"mesh\.dcn_gradients='bfloat16': expected None with mesh\.stage=2",
+        ),
     ],
 )
 def test_what_does_not_fit_into_stages_is_refused_in_one_line(corpus, changes, message):
