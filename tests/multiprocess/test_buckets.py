@@ -65,7 +65,7 @@ def kill(folder, step):
     write(folder, step)
 if killed == "killed":
     checkpoints.write_checksums = kill
-train_and_evaluate(tiny_config(corpus, mesh__fsdp=2, train__steps=10, evaluation__every=0), workdir)
+train_and_evaluate(tiny_config(corpus, mesh__data=2, train__steps=10, evaluation__every=0), workdir)
 """
 
 
