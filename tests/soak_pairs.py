@@ -21,6 +21,8 @@ from collections.abc import Callable, Mapping
 
 ROOT = pathlib.Path(__file__).parents[1]
 HUNG = 400.0
+# Longer than any watchdog of these runs waits.
+UNSEEN = 120.0
 # A program that is cheap to start and to compile, and hangs that are soon noticed.
 RUN = {
     "data.length": 16, "data.vocabulary_size": 256, "model.layers": 1, "model.width": 16, "model.heads": 2,
@@ -120,8 +122,12 @@ def disturb(pair: Pair, number: int, both: bool, whole: Undisturbed, generator: 
         except ProcessLookupError:
             pass
     # What comes next is the next start, or the end.
-    deadline = time.monotonic() + HUNG
-    while pair.starts == starts and pair.process.poll() is None and time.monotonic() < deadline:
+    sent = time.monotonic()
+    while pair.starts == starts and pair.process.poll() is None and time.monotonic() - sent < HUNG:
+        if number == signal.SIGSTOP and time.monotonic() - sent > UNSEEN:
+            # Stopped on its last way out, where no watchdog looks any more: whoever looks after the machine ends it.
+            for child in set(pair.children()) & set(children[:1]):
+                os.kill(child, signal.SIGKILL)
         time.sleep(0.05)
 
 
@@ -140,7 +146,7 @@ LOST = (1, 134)
 KINDS: Mapping[str, tuple[Callable[[Pair, Undisturbed, random.Random], None], tuple[int, ...]]] = {
     "pair-kill": (one_of("kill"), (137, *LOST)),
     "pair-sigterm": (one_of("term"), (75, *LOST)),
-    "pair-hang": (one_of("hang"), (70, *LOST)),
+    "pair-hang": (one_of("hang"), (70, 137, *LOST)),
     "pair-any": (one_of("kill", "term", "hang"), (137, 75, 70, *LOST)),
 }
 
