@@ -75,7 +75,8 @@ class Pipeline:
         Raises:
           ValueError: not even one row for each stage; `name` is what the batch is called.
 
-        >>> mesh = jax.sharding.AbstractMesh((4, 2), ("stage", "data"))
+        >>> from jax.sharding import AbstractMesh
+        >>> mesh = AbstractMesh((4, 2), ("stage", "data"))
         >>> pipeline = Pipeline(mesh, ("data",), microbatches=8)
         >>> pipeline.cut(32), pipeline.cut(24), pipeline.cut(8)
         (8, 4, 4)
