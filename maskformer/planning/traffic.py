@@ -158,6 +158,13 @@ def _activations(
                 # The gradients of what query, key and value read, or up and gate, are summed before they travel.
                 began.add(one.path[:-2])
                 add(["tensor"], "all-reduce", embed, False, parts * layers)
+        if "expert" in one.split and one.path[:-1] not in began:
+            began.add(one.path[:-1])
+            if one.axes[-1] != "embed":
+                continue
+            # To the experts and back, and the gradients the same ways.
+            tokens = positions * experiment.model.get("experts_per_token", 1) * width * itemsize
+            add(["expert"], "all-to-all", tokens, False, 4 * parts * layers)
         if one.stacked and "kv_heads" in one.axes and layout.sizes["context"] > 1:
             split = layout.sizes["tensor"] if "tensor" in one.split else 1
             whole = rows * objective.output_length * one.size("kv_heads") * one.size("head_dim") * itemsize / split

@@ -163,7 +163,9 @@ def _trace(program: Planned, target: str, heads: bool) -> Workload:
         sizes |= {"heads": axes["kv_heads"], "mlp": axes["mlp"]}
     kept = _kept(_changed(program, vocabulary, model), marks, target)
     # Layers whose masks differ are one body of the loop, but each is rematerialised by itself.
-    one = {**model, "layers": 1, "mask": config.mask_pattern[-1], "remat": "none", "scan_layers": True}
+    # A mixture's layers come in groups, of which the last has experts.
+    group = model.get("moe_period", 1) if model.get("experts") else 1
+    one = {**model, "layers": group, "mask": config.mask_pattern[-1], "remat": "none", "scan_layers": True}
     layer = tuple(
         array for array in _kept(_changed(program, vocabulary, one), marks, target) if array.kind == "layers"
     )
