@@ -3,7 +3,8 @@
     python -m launch.local --processes 2 -- maskformer train --config=configs/bert.py:tiny --workdir=runs/x
 
 Every line of output carries the number of its process. SIGTERM and SIGINT are passed on. When a process fails the
-others are stopped, and the exit code is that of the first failure (128 + n for a process killed by signal n). Exit
+others are stopped, and the exit code is that of the first failure (128 + n for a process killed by signal n). Once one
+has ended well the others have two minutes. Exit
 code 75 means "stopped after saving, run me again", which is done unless the launcher itself was told to stop; so is any
 other failure with `--max-restarts N`, up to N times. However the launcher ends, even by SIGKILL, its processes and
 theirs end with it.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import os
 import signal
 import socket
@@ -33,6 +35,9 @@ from launch.job import EX_INTERRUPTED, EX_TEMPFAIL, Job, Parser, Restarts, check
 from launch.watchdog import Watchdog, kill_group
 
 _CRASH_GRACE = 5.0
+# What the others have once one has ended well, as under `launch.slurm`: all processes of a run end together, and one
+# that is stuck on its last way out would be waited for for ever.
+_LAST_GRACE = 120.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,9 +152,11 @@ class _Group:
                 deadline = time.monotonic() + (lead if saved else _CRASH_GRACE)
                 if not saved:
                     self.signal(signal.SIGTERM)
+            elif deadline is None and not first and 0 in [child.returncode for child in self.children]:
+                deadline = time.monotonic() + _LAST_GRACE
             if deadline is not None and time.monotonic() > deadline:
                 self.signal(signal.SIGKILL)
-                deadline = None
+                deadline = math.inf
             time.sleep(0.05)
         self._tell_orphans()
         # The output ends with the last process that has it open: a command of a shell that the signal ended may save.

@@ -115,7 +115,7 @@ def memory(
     working = max(0.0, WORKING * layer - (VMEM if target == "tpu" else 0))
     gradients = sum(one.local * max(4, one.itemsize) for one in parameters)
     # The sum over parts of a batch stands beside the gradient of the part at hand.
-    parts = 2 if train.accumulation_steps > 1 else 1
+    parts = 2 if train.parts(layout.shards) > 1 else 1
     copies, gathered = _weights(workload, parameters, layout, target)
     state = _state(placed)
     batch = _batch(workload, layout)
@@ -152,7 +152,7 @@ def local_sizes(workload: Workload, placed: Placed, layout: Layout) -> dict[str,
     """Sizes of the marked axes on one device; an axis that does not divide is whole on each."""
     train, rules, tensor = workload.experiment.train, placed.rules, layout.sizes["tensor"]
     sizes: dict[str, float] = dict(workload.sizes)
-    sizes["rows"] = train.batch_size / train.accumulation_steps / layout.shards
+    sizes["rows"] = train.batch_size / train.parts(layout.shards) / layout.shards
     for axis, rule in (("heads", "activation_kv_heads"), ("mlp", "activation_mlp"), ("vocab", "activation_vocab")):
         if axis in sizes and rules[rule]:
             sizes[axis] /= tensor

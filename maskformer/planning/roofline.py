@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from maskformer.models.pipeline import bubble
 from maskformer.planning.collectives import DCN
 from maskformer.planning.layouts import Layout
 from maskformer.planning.memory import Memory
@@ -75,11 +76,10 @@ def roofline(
         rate /= 2
     # A step is a forward pass and twice that; full rematerialisation adds one of the layers.
     compute = workload.flops * (1 + workload.repeated_share / 3) / topology.devices / rate
-    stages = layout.sizes["stage"]
-    parts = experiment.train.accumulation_steps
-    if stages > 1:
-        # The first and the last stage wait for each other once in every pass.
-        compute *= (parts + stages - 1) / parts
+    parts = experiment.train.parts(layout.shards)
+    if (pipeline := workload.program.placed(layout.sizes).pipeline) is not None:
+        microbatches = pipeline.cut(experiment.train.batch_size // parts)
+        compute /= 1 - bubble(pipeline.stages, microbatches, pipeline.rounds)
     hbm = _memory_bytes(workload, layout, memory, parameters, parts) / chip.memory_bandwidth
 
     axes: dict[str, float] = {}

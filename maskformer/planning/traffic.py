@@ -83,7 +83,7 @@ def traffic(
             between[0] += runs * part
             between[1] += runs * sent(kind, part, outside)
 
-    parts = workload.experiment.train.accumulation_steps
+    parts = workload.experiment.train.parts(layout.shards)
     _gradients(workload, layout, parameters, target, parts, add)
     _activations(workload, placed, layout, parameters, parts, add)
     return [Flow(axis, kind, round(a), round(b), overlaps) for (axis, kind, overlaps), (a, b) in found.items()]
@@ -171,4 +171,5 @@ def _activations(
             add(["context"], "all-gather", whole, False, 2 * parts * layers)
             add(["context"], "reduce-scatter", whole, False, parts * layers)
     if stages > 1:
-        add(["stage"], "collective-permute", positions * widest * itemsize, False, 2 * parts)
+        runs = 2 * parts * workload.experiment.mesh.rounds
+        add(["stage"], "collective-permute", positions * widest * itemsize, False, runs)

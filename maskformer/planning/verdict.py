@@ -90,15 +90,27 @@ def _on_these_chips(
     mesh, train = workload.experiment.mesh, workload.experiment.train
     if best := _best(workload, topology, price):
         yield Change(f"{what}another layout", f"{flags}{best.layout.flags(mesh)}".rstrip(), best)
+    for words, flag, in_parts in _more_parts(train):
+        changed = _with(workload, train=in_parts)
+        if here := _same_layout(changed, topology, price):
+            yield Change(f"{what}{words}", f"{flags}{flag}", here)
+        if best := _best(changed, topology, price):
+            yield Change(f"{what}{words} on another layout", f"{flags}{flag} {best.layout.flags(mesh)}".rstrip(), best)
+
+
+def _more_parts(train: TrainConfig) -> Iterator[tuple[str, str, TrainConfig]]:
+    """The batch in more parts: in words, as a flag, and as a config."""
+    if train.rows_per_device is not None:
+        rows = train.rows_per_device // 2
+        while rows:
+            changed = dataclasses.replace(train, rows_per_device=rows)
+            yield f"{rows} rows at once on a device", f"--config.train.rows_per_device={rows}", changed
+            rows //= 2
+        return
     parts = train.accumulation_steps * 2
     while parts <= MOST_PARTS and train.batch_size % parts == 0:
-        changed = _with(workload, train=dataclasses.replace(train, accumulation_steps=parts))
-        flag = f"{flags}--config.train.accumulation_steps={parts}"
-        if here := _same_layout(changed, topology, price):
-            yield Change(f"{what}the batch in {parts} parts", flag, here)
-        if best := _best(changed, topology, price):
-            words = f"{what}the batch in {parts} parts on another layout"
-            yield Change(words, f"{flag} {best.layout.flags(mesh)}".rstrip(), best)
+        changed = dataclasses.replace(train, accumulation_steps=parts)
+        yield f"the batch in {parts} parts", f"--config.train.accumulation_steps={parts}", changed
         parts *= 2
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from maskformer.paths import AnyPath
-from maskformer.training.checkpoints import Checkpoints, RunRecord
+from maskformer.training.checkpoints import Checkpoints, RunRecord, SaveError
 from maskformer.training.phases import Phases
 from maskformer.training.program import Placed
 from maskformer.training.progress import Progress
@@ -123,6 +124,8 @@ class Recorder:
             host = jax.device_get(window)
         step, name = min((int(step), name) for name, step in host.nonfinite.items())
         if step < NEVER:
+            with contextlib.suppress(SaveError):
+                self._checkpoints.wait()  # the newest may be on its way
             good = self._checkpoints.latest_step()
             raise NonFiniteError(
                 f"train/{name} is NaN or infinite at step {step}; the last good checkpoint is "

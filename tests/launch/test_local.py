@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from launch import local
+from launch import job, local
 
 
 def start(script, *options, processes=2, folder, shell=None):
@@ -55,6 +55,15 @@ def test_a_crash_stops_the_others_and_gives_its_exit_code(tmp_path):
 def test_a_killed_process_gives_128_plus_the_signal(tmp_path):
     code, _ = finish(start("import os; os.kill(os.getpid(), 9)", processes=1, folder=tmp_path))
     assert code == 137
+
+
+def test_a_process_that_is_stuck_after_another_has_ended_well_is_not_waited_for_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "_LAST_GRACE", 0.5)
+    script = tmp_path / "script.py"
+    script.write_text("import os, time\nos.environ['JAX_PROCESS_ID'] == '0' or time.sleep(600)")
+    begin = time.monotonic()
+    assert local.submit(job.Job(["python", str(script)], processes=2)) == 137
+    assert time.monotonic() - begin < 30
 
 
 def test_the_others_may_save_after_the_first_exit_code_75(tmp_path):
