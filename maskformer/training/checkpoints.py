@@ -104,7 +104,7 @@ class Checkpoints:
     def complete(self, step: int, record: RunRecord, metric: float | None) -> None:
         """Give the checkpoint of `step`, saved in the middle of its evaluation, what `save` after it would have.
 
-        A run that began with another one's checkpoint (`train.resume`) has none of its own there, and leaves that alone.
+        A run that began with another one's checkpoint (`train.resume`) has none of its own, and leaves that alone.
 
         Raises:
           RunError: its small files cannot be written.
