@@ -104,6 +104,8 @@ class Checkpoints:
     def complete(self, step: int, record: RunRecord, metric: float | None) -> None:
         """Give the checkpoint of `step`, saved in the middle of its evaluation, what `save` after it would have.
 
+        A run that began with another one's checkpoint (`train.resume`) has none of its own, and leaves that alone.
+
         Raises:
           RunError: its small files cannot be written.
         """
@@ -111,7 +113,12 @@ class Checkpoints:
             "record/metadata": json.dumps({"step": step, **dataclasses.asdict(record)}),
             "metrics/metrics": json.dumps(self._scored(metric)),
         }
-        self._on_leader(lambda: replace_files(self.directory / str(step), step, texts), f"complete {step}")
+
+        def replace() -> None:
+            if step in checkpoint_steps(self.directory):
+                replace_files(self.directory / str(step), step, texts)
+
+        self._on_leader(replace, f"complete {step}")
 
     def _scored(self, metric: float | None) -> dict[str, Any]:
         # Empty rather than None, which Orbax would warn of at every save between two evaluations.

@@ -202,13 +202,20 @@ def rewrite(path: AnyPath, lines: Sequence[Mapping[str, Any]]) -> None:
             if part != path:
                 part.unlink()
         return
-    # A file in one piece, of a run that was copied here, stays the first part, whatever its length.
-    whole = paths.size(path) if path in old else 0
-    wanted = [b""]
-    for text in texts:
-        if len(wanted[-1]) >= (whole if whole and len(wanted) == 1 else PART_BYTES):
+    # Parts end where they did, whatever their length: where lines were dropped from the end, one object changes.
+    wanted: list[bytes] = []
+    rest = b"".join(texts)
+    for held in (part.read_bytes() for part in old):
+        if not rest or not (rest.startswith(held) or held.startswith(rest)):
+            break
+        wanted.append(rest[: len(held)])
+        rest = rest[len(held) :]
+    unchanged = len(wanted)
+    for text in rest.splitlines(keepends=True):
+        if len(wanted) == unchanged or len(wanted[-1]) >= PART_BYTES:
             wanted.append(b"")
         wanted[-1] += text
+    wanted = wanted or [b""]
     # The last ones go first; a part that holds the same lines as before, since none of them was dropped, is left alone.
     for part in reversed(old[len(wanted) :]):
         part.unlink(missing_ok=True)

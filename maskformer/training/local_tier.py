@@ -7,6 +7,10 @@ was lost gets its part from the others: what is replicated (over `data`, say) fr
 
 Orbax's emergency checkpoint manager does this for slices that are replicas of one another. Here any layout will do,
 from two processes on, and a state is used only if every part of it can be had and every byte is as it was written.
+
+A host may come back with what it wrote before the run went on elsewhere, from an older step. So each start writes under
+a name of its own, and a small file in the workdir says whose checkpoints are of the run as it now is: what a start from
+another one's local checkpoint goes on from, up to there, and its own.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import shutil
 import threading
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 import jax
@@ -36,7 +40,7 @@ from maskformer.training.workdir import replace_text
 
 logger = logging.getLogger(__name__)
 
-RUN_ID = "run_id"
+LINEAGE = "local_tier.json"
 MANIFEST = "manifest.json"
 ARRAYS = "arrays.bin"
 KEPT = 2
@@ -50,25 +54,43 @@ def local_tier(config: CheckpointConfig, workdir: AnyPath, abstract_state: Any) 
     """The local checkpoints of the run in `workdir`, None where its config wants none; call it on every process.
 
     Raises:
-      RunError: the id that tells the run's from others cannot be kept in the workdir.
+      RunError: what tells the run's from others cannot be kept in the workdir.
     """
     if not config.local_every or config.local_folder is None:
         return None
-    run = _run_id(workdir) if jax.process_index() == 0 else ""
-    return LocalTier(pathlib.Path(config.local_folder).absolute(), _gathered_texts(run)[0], abstract_state)
+    return LocalTier(pathlib.Path(config.local_folder).absolute(), workdir, abstract_state)
 
 
-def _run_id(workdir: AnyPath) -> str:
-    """What tells this run from one that was in the same workdir before: it is deleted with its folder."""
-    path = workdir / RUN_ID
-    try:
-        text = path.read_text().strip()
-    except FileNotFoundError:
-        text = ""
-    if not re.fullmatch("[0-9a-f]{32}", text):
-        text = uuid.uuid4().hex
-        replace_text(path, text + "\n")
-    return text
+@dataclasses.dataclass(frozen=True)
+class Lineage:
+    """Whose local checkpoints are of a run.
+
+    Attributes:
+      run: tells this run from one that was in the same workdir before: the file is deleted with its folder.
+      starts: name of a start -> its last step that counts, None for all.
+    """
+
+    run: str
+    starts: Mapping[str, int | None]
+
+    @classmethod
+    def of(cls, workdir: AnyPath) -> Lineage:
+        """That of the run in `workdir`, of a run without local checkpoints where nothing can be read."""
+        try:
+            says = json.loads((workdir / LINEAGE).read_bytes())
+            run, starts = says["run"], dict(says["starts"])
+            if re.fullmatch("[0-9a-f]{32}", run) and all(type(last) in (int, type(None)) for last in starts.values()):
+                return cls(run, starts)
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            pass
+        return cls(uuid.uuid4().hex, {})
+
+    def has(self, start: str, step: int) -> bool:
+        """Whether the checkpoint that a start wrote at a step is of the run."""
+        return start in self.starts and ((last := self.starts[start]) is None or step <= last)
+
+    def text(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
 
 
 class LocalTier:
@@ -76,23 +98,45 @@ class LocalTier:
 
     Args:
       folder: on a disk of this host, or in its memory (below /dev/shm).
-      run: names the run; what another one has left in the folder is not its.
+      workdir: of the run; what another one has left in the folder is not its.
       abstract_state: the state as `jax.ShapeDtypeStruct`s with `NamedSharding`s of one mesh over all devices.
     """
 
-    def __init__(self, folder: pathlib.Path, run: str, abstract_state: Any):
-        self._shards = Shards(abstract_state)
-        self.folder = folder / run / f"process-{jax.process_index()}"
+    def __init__(self, folder: pathlib.Path, workdir: AnyPath, abstract_state: Any):
+        self._shards, self._workdir = Shards(abstract_state), workdir
+        # A shared disk may show what the leader wrote to one process before another.
+        told = _gathered_texts(Lineage.of(workdir).text() if jax.process_index() == 0 else "")[0]
+        self._lineage = Lineage(**json.loads(told))
+        self.folder = folder / self._lineage.run / f"process-{jax.process_index()}"
+        self._start = ""
+        self._restored: tuple[str, int] | None = None
         self._writing: threading.Thread | None = None
 
+    def begin(self) -> None:
+        """Go on from what `restore` returned, or from elsewhere if that was nothing; call it before the first `save`.
+
+        Every other local checkpoint is of a run that did not come to be, and is removed.
+
+        Raises:
+          RunError: the file that says so cannot be written in the workdir.
+        """
+        self._start = _gathered_texts(uuid.uuid4().hex)[0]
+        before = {} if self._restored is None else {self._restored[0]: self._restored[1]}
+        self._lineage = Lineage(self._lineage.run, {**before, self._start: None})
+        if jax.process_index() == 0:
+            replace_text(self._workdir / LINEAGE, self._lineage.text() + "\n")
+        for step in self._steps():
+            if not self._lineage.has(self._started(step), step):
+                shutil.rmtree(self.folder / str(step), ignore_errors=True)
+
     def save(self, step: int, state: Any, record: RunRecord) -> None:
-        """Copy the state off the devices, and write it while training goes on.
+        """Copy the state off the devices, and write it while training goes on; after `begin`.
 
         A disk that cannot take it costs this process its part, with a warning, and not the run.
         """
         arrays = jax.tree.leaves(state)
         own = [self._off_the_devices(array) for array in arrays]
-        copies = {n: self._off_the_devices(self._shards.shifted(arrays[n])) for n in self._shards.alone}
+        copies = {n: self._off_the_devices(self._shards.shifted(arrays[n]), shifted=True) for n in self._shards.alone}
         self.wait()
         self._writing = threading.Thread(
             target=self._write,
@@ -116,7 +160,8 @@ class LocalTier:
         """
         # A shared disk may show a new checkpoint to one process before another.
         newer_than = int(_gathered(np.array(newer_than)).max())
-        mine = [step for step in self._steps() if step > newer_than and self._manifest(step) is not None][:KEPT]
+        ours = [step for step in self._steps() if step > newer_than and self._lineage.has(self._started(step), step)]
+        mine = [step for step in ours if self._manifest(step) is not None][:KEPT]
         told = _gathered(np.array(mine + [-1] * (KEPT - len(mine))))
         for step in sorted({int(step) for step in told.flat if step > newer_than}, reverse=True):
             have = [bool((of_process == step).any()) for of_process in told]
@@ -133,6 +178,7 @@ class LocalTier:
                     "local checkpoint of step %d: process %s has lost its part, and gets it from the others", step, lost
                 )
             return self._read(step, have)
+        self._restored = None
         return None
 
     def remove(self) -> None:
@@ -142,15 +188,15 @@ class LocalTier:
         with contextlib.suppress(OSError):
             self.folder.parent.rmdir()  # that of the run, where this was the last process of the host
 
-    def _off_the_devices(self, array: jax.Array) -> Buffers:
-        held = self._shards.held(array)
+    def _off_the_devices(self, array: jax.Array, shifted: bool = False) -> Buffers:
+        held = self._shards.held(array, shifted)
         # Copies: the next step overwrites the array where it is, and on CPU a view would see that.
         copied = {index: np.array(part, copy=True) for index, part in dict(held).items()}
         return [copied[index] for index, _ in held]
 
     def _write(self, step: int, record: dict[str, Any], own: Sequence[Buffers], copies: dict[int, Buffers]) -> None:
         partial, final = self.folder / f"{step}.partial", self.folder / str(step)
-        manifest = {"step": step, "layout": self._shards.fingerprint, "record": record}
+        manifest = {"step": step, "start": self._start, "layout": self._shards.fingerprint, "record": record}
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -179,6 +225,12 @@ class LocalTier:
         if not self.folder.is_dir():
             return []
         return sorted((int(entry.name) for entry in self.folder.iterdir() if entry.name.isdecimal()), reverse=True)
+
+    def _started(self, step: int) -> str:
+        """Which start wrote the checkpoint of a step; empty where that cannot be read."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return str(json.loads((self.folder / str(step) / MANIFEST).read_bytes())["start"])
+        return ""
 
     def _manifest(self, step: int) -> dict[str, Any] | None:
         """The manifest of a checkpoint whose every byte is as it was written, if it is of this mesh and state."""
@@ -214,8 +266,10 @@ class LocalTier:
                         copy = shards.array(leaf, _parts(file, entries, leaf))
                     own = shards.recovered(leaf, own, copy, have)
                 arrays.append(own)
-        record = _gathered_texts(json.dumps(manifest["record"]) if manifest else "")[have.index(True)]
-        return shards.structure.unflatten(arrays), RunRecord(**json.loads(record))
+        told = {"start": manifest["start"], "record": manifest["record"]} if manifest else {}
+        told = json.loads(_gathered_texts(json.dumps(told))[have.index(True)])
+        self._restored = told["start"], step
+        return shards.structure.unflatten(arrays), RunRecord(**told["record"])
 
 
 def _append(file: BinaryIO, buffers: Buffers) -> list[tuple[int, int, int]]:

@@ -98,6 +98,8 @@ def train_and_evaluate(
             on_exit.callback(local.wait)
         with phases("restore"):
             state, record = starting_state(placed, checkpoints, local)
+        if local is not None:
+            local.begin()
         continue_record(record, train.steps, evaluation)
         start = int(state.step)
         if leader:

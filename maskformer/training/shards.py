@@ -77,10 +77,16 @@ class Shards:
                     return self.names[number]
         return None
 
-    def held(self, array: jax.Array) -> list[tuple[str, jax.Array]]:
-        """What each of this process's devices holds of an array, in the order of the mesh: which part, and its data."""
-        held = {shard.device: shard for shard in array.addressable_shards}
-        return [(str(held[device].index), held[device].data) for device in self._devices if device in held]
+    def held(self, array: jax.Array, shifted: bool = False) -> list[tuple[str, jax.Array]]:
+        """What each of this process's devices holds of an array, in the order of the mesh: which part, and its data.
+
+        Args:
+          shifted: the array comes from `shifted`, and its data is the part of the device before in the ring.
+        """
+        held = {shard.device: shard.data for shard in array.addressable_shards}
+        part = array.sharding.devices_indices_map(array.shape)
+        before = {self._devices[to]: self._devices[source] for source, to in self._ring} if shifted else {}
+        return [(str(part[before.get(device, device)]), held[device]) for device in self._devices if device in held]
 
     def array(self, leaf: jax.ShapeDtypeStruct, parts: Sequence[np.ndarray]) -> jax.Array:
         """The array of which this process's devices hold `parts`, in the order of the mesh."""

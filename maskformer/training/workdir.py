@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -12,6 +13,8 @@ from typing import Any
 
 from maskformer import paths
 from maskformer.checks import printable, shown
+from maskformer.data import DataConfig
+from maskformer.models import EncoderConfig
 from maskformer.objectives.schedules import in_steps
 from maskformer.paths import AnyPath, why_no_folder
 from maskformer.training import lines
@@ -31,6 +34,9 @@ FREE_KEYS = {
     "data": ("prefetch", "reader_threads", "data_dir"),
     "model": ("attention_implementation", "remat", "scan_layers"),
 }
+
+# Sections whose keys are the fields of a class, and may grow.
+DESCRIBED: Mapping[str, type] = {"data": DataConfig, "model": EncoderConfig}
 
 CONFIG_FIX = "put back a copy of it, or delete it and run the same `maskformer train` command, which writes it anew"
 
@@ -145,7 +151,7 @@ def check_same_run(config: Mapping[str, Any], workdir: AnyPath) -> None:
             ours = in_steps(ours, config["train"]["steps"])
             theirs = _in_their_steps(theirs, before["train"].get("steps"), workdir / CONFIG)
         if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            # A run from before a key existed lacks it, and had what is now its empty default.
+            ours, theirs = ({**_defaults(section), **values} for values in (ours, theirs))
             unset = (None, {})
             keys = [
                 key
@@ -163,6 +169,16 @@ def check_same_run(config: Mapping[str, Any], workdir: AnyPath) -> None:
             f"{section}={shown(ours)}: the run in {workdir} has {shown(theirs)}; use a new --workdir "
             "(train.init_from takes over its parameters)"
         )
+
+
+def _defaults(section: str) -> dict[str, Any]:
+    """What a run had that is from before a key existed: the default of now, which changes nothing.
+
+    >>> _defaults("model")["experts"], _defaults("seed")
+    (0, {})
+    """
+    fields = dataclasses.fields(DESCRIBED[section]) if section in DESCRIBED else ()
+    return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
 
 
 def check_sources(train: TrainConfig, workdir: AnyPath) -> None:

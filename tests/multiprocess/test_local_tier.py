@@ -40,24 +40,27 @@ def same(restored, step):
             assert np.asarray(shard.data).tobytes() == np.ascontiguousarray(expected).tobytes(), name
 
 folder = pathlib.Path(sys.argv[1])
-tier = LocalTier(folder, "run", abstract)
+workdir, elsewhere = (folder / name for name in ("workdir", "elsewhere"))
+workdir.mkdir(parents=True, exist_ok=True)
+tier = LocalTier(folder, workdir, abstract)
+tier.begin()
 for step in (3, 5, 8):
     tier.save(step, state(step), RunRecord(next_example=step))
 tier.wait()
 assert sorted(path.name for path in tier.folder.iterdir()) == ["5", "8"]
 multihost_utils.sync_global_devices("saved")
 
-restored, record = LocalTier(folder, "run", abstract).restore(-1)
+restored, record = LocalTier(folder, workdir, abstract).restore(-1)
 same(restored, 8)
 assert record.next_example == 8
-assert LocalTier(folder, "run", abstract).restore(8) is None
-assert LocalTier(folder, "other", abstract).restore(-1) is None
+assert LocalTier(folder, workdir, abstract).restore(8) is None
+assert LocalTier(folder, elsewhere, abstract).restore(-1) is None
 
 for victim in (0, 1):
     if jax.process_index() == victim:
         tier.folder.rename(tier.folder.with_name("away"))
     multihost_utils.sync_global_devices("lost")
-    restored, record = LocalTier(folder, "run", abstract).restore(4)
+    restored, record = LocalTier(folder, workdir, abstract).restore(4)
     same(restored, 8)
     assert record.next_example == 8
     if jax.process_index() == victim:
@@ -70,13 +73,53 @@ data = bytearray(arrays.read_bytes())
 data[11] ^= 1
 arrays.write_bytes(data)
 multihost_utils.sync_global_devices("damaged")
-restored, record = LocalTier(folder, "run", abstract).restore(-1)
+restored, record = LocalTier(folder, workdir, abstract).restore(-1)
 same(restored, 5)
 
 other = {name: leaf.update(shape=(*leaf.shape, 2)) for name, leaf in abstract.items()}
-assert LocalTier(folder, "run", other).restore(-1) is None
+assert LocalTier(folder, workdir, other).restore(-1) is None
 print("ok")
 """
+
+
+# Along a torus the devices of one process may stand beside each other on one axis, and those of the next on another.
+CROSSED = """
+import pathlib, sys
+sys.path.insert(0, ".")
+from maskformer.training import distributed
+distributed.initialize()
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from maskformer.training.local_tier import LocalTier
+from maskformer.training.record import RunRecord
+
+devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+crossed = np.array([devices[number] for number in (0, 2, 1, 3, 4, 5, 6, 7)]).reshape(4, 2)
+at = NamedSharding(Mesh(crossed, ("fsdp", "tensor")), P("fsdp"))
+value = np.arange(8, dtype=np.float32)
+abstract = {"split": jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=at)}
+folder = workdir = pathlib.Path(sys.argv[1])
+tier = LocalTier(folder, workdir, abstract)
+tier.begin()
+tier.save(3, {"split": jax.make_array_from_callback(value.shape, at, lambda index: value[index])}, RunRecord())
+tier.wait()
+if jax.process_index() < 2:
+    tier.folder.rename(tier.folder.with_suffix(".away"))
+multihost_utils.sync_global_devices("lost")
+restored, _ = LocalTier(folder, workdir, abstract).restore(-1)
+for shard in restored["split"].addressable_shards:
+    assert np.asarray(shard.data).tolist() == value[shard.index].tolist(), (shard.index, shard.data)
+print("ok")
+"""
+
+
+@pytest.mark.slow
+def test_two_neighbours_that_hold_the_parts_of_a_torus_differently_are_restored_from_the_third(run_processes, tmp_path):
+    (tmp_path / "run").mkdir()
+    outputs = run_processes(CROSSED, processes=4, devices_per_process=2, arguments=[str(tmp_path / "run")])
+    assert outputs == ["ok\n"] * 4
 
 
 @pytest.mark.parametrize("layout", ["data", "fsdp"])

@@ -1,5 +1,6 @@
 """Files of JSON lines: one file on a file system, numbered parts on an object store, and copies between the two."""
 
+import contextlib
 import json
 import pathlib
 
@@ -75,6 +76,32 @@ def test_rewriting_drops_the_end_and_leaves_whole_parts_alone(bucket, emulator, 
     assert contents(emulator, bucket[5:])["run/metrics.00001.jsonl"]["generation"] == first
     written(path, [6])
     assert steps(path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_kill_while_parts_that_were_flushed_by_many_lines_are_rewritten_loses_none(bucket, monkeypatch):
+    monkeypatch.setattr(lines, "PART_BYTES", 30)
+    path = paths.resolve(bucket) / "run" / "metrics.jsonl"
+    file = lines.LineFile(path)
+    for first in (1, 6, 11):
+        for step in range(first, first + 5):
+            file.write({"step": step})
+        file.flush()
+
+    class Killed(Exception):
+        pass
+
+    write, writes = paths.StorePath.write_bytes, []
+
+    def killed(*arguments):
+        if writes:
+            raise Killed
+        writes.append(write(*arguments))
+
+    kept = lines.read_lines(path)[:12]
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(paths.StorePath, "write_bytes", killed)
+        lines.rewrite(path, kept)
+    assert steps(path)[:12] == list(range(1, 13))
 
 
 def test_two_writers_of_one_file_do_not_overwrite_each_other(bucket):

@@ -67,14 +67,61 @@ def test_a_new_run_in_the_same_folder_takes_nothing_from_the_one_before(
     assert starts(tmp_path / "run") == [0]
 
 
-def test_a_disk_that_takes_nothing_costs_the_checkpoint_and_not_the_run(tmp_path, caplog):
-    (tmp_path / "file").write_text("")
+def shapes(size):
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     at = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    state = {"weight": jax.device_put(jax.numpy.ones(3), at)}
-    tier = LocalTier(tmp_path / "file", "run", {"weight": jax.ShapeDtypeStruct((3,), "float32", sharding=at)})
-    tier.save(1, state, RunRecord())
+    return {"weight": jax.ShapeDtypeStruct((size,), "float32", sharding=at)}
+
+
+def save(tier, *steps, size=3):
+    for step in steps:
+        made = jax.device_put(jax.numpy.full(size, float(step)), shapes(size)["weight"].sharding)
+        tier.save(step, {"weight": made}, RunRecord(next_example=step))
     tier.wait()
+
+
+def test_a_start_on_another_mesh_keeps_its_own_beside_newer_ones_of_the_one_before(tmp_path):
+    """What is of no use any more does not take the place of what is."""
+    before = LocalTier(tmp_path / "local", tmp_path, shapes(3))
+    before.begin()
+    save(before, 8, 10)
+    tier = LocalTier(tmp_path / "local", tmp_path, shapes(4))
+    assert tier.restore(newer_than=1) is None
+    tier.begin()
+    save(tier, 2, 4, size=4)
+    restored, record = LocalTier(tmp_path / "local", tmp_path, shapes(4)).restore(newer_than=1)
+    assert restored["weight"].tolist() == [4.0] * 4 and record.next_example == 4
+    assert sorted(path.name for path in tier.folder.iterdir()) == ["2", "4"]
+
+
+def test_a_host_that_comes_back_does_not_bring_steps_that_the_run_has_since_made_anew(tmp_path):
+    first = LocalTier(tmp_path / "local", tmp_path, shapes(3))
+    first.begin()
+    save(first, 2, 4)
+    first.folder.rename(tmp_path / "of a host that was lost")
+    # The run goes on elsewhere from step 1, which is in its workdir, and drops the later lines of its metrics.
+    elsewhere = LocalTier(tmp_path / "local", tmp_path, shapes(3))
+    assert elsewhere.restore(newer_than=1) is None
+    elsewhere.begin()
+    save(elsewhere, 2)
+    (tmp_path / "of a host that was lost" / "4").rename(elsewhere.folder / "4")
+    back = LocalTier(tmp_path / "local", tmp_path, shapes(3))
+    assert back.restore(newer_than=1)[1].next_example == 2
+    back.begin()
+    assert [path.name for path in back.folder.iterdir()] == ["2"]
+    # A start that ends before its first save leaves what it went on from; what it makes anew takes its place.
+    again = LocalTier(tmp_path / "local", tmp_path, shapes(3))
+    assert again.restore(newer_than=1)[1].next_example == 2
+    again.begin()
+    save(again, 4)
+    assert LocalTier(tmp_path / "local", tmp_path, shapes(3)).restore(newer_than=1)[1].next_example == 4
+
+
+def test_a_disk_that_takes_nothing_costs_the_checkpoint_and_not_the_run(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    tier = LocalTier(tmp_path / "file", tmp_path, shapes(3))
+    tier.begin()
+    save(tier, 1)
     assert "local checkpoint of step 1: cannot be written" in caplog.text and tier.restore(-1) is None
 
 

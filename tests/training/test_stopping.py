@@ -86,6 +86,20 @@ def test_the_last_evaluation_is_made_up_for_and_not_twice(undisturbed, corpus, d
         assert not read_record(tmp_path / "checkpoints" / "4" / "record" / "metadata", 4).evaluation_due
 
 
+def test_a_run_that_resumes_another_one_in_its_stopped_evaluation_makes_up_for_it_and_leaves_the_other_alone(
+    undisturbed, corpus, devices, tmp_path, batches
+):
+    batches(3)
+    with pytest.raises(Preempted):
+        train_and_evaluate(tiny_config(corpus, **CHANGES), tmp_path / "stopped")
+    batches()
+    before = outcome(tmp_path / "stopped")
+    train_and_evaluate(tiny_config(corpus, **CHANGES, train__resume=str(tmp_path / "stopped")), tmp_path / "run")
+    lines, scores = outcome(tmp_path / "run")
+    assert lines == undisturbed[0][1:] and scores == {"4": undisturbed[1]["4"]}
+    assert outcome(tmp_path / "stopped") == before
+
+
 @pytest.mark.parametrize("before", [False, True])
 def test_a_kill_while_the_checkpoint_is_completed_leaves_one_that_is_whole(
     before, undisturbed, corpus, devices, tmp_path, batches, monkeypatch

@@ -137,6 +137,18 @@ def test_a_run_does_not_go_on_as_another(run, key, value):
         workdir.check_same_run(changed(key, value), run)
 
 
+def test_a_run_from_before_a_key_existed_had_its_default(run):
+    """Experts, say, came later than many a run that is to go on."""
+    old = json.loads(json.dumps(CONFIG))
+    later = ("experts", "experts_per_token", "moe_period", "router_softmax", "balance_loss", "router_z_loss")
+    for key in later:
+        del old["model"][key]
+    workdir.write_config(run, old)
+    workdir.check_same_run(CONFIG, run)
+    with pytest.raises(ValueError, match=r"model\.experts=8: the run in .* has 0; use a new --workdir"):
+        workdir.check_same_run(changed("model.experts", 8), run)
+
+
 @pytest.mark.parametrize("before", [None, {}, {"name": None}])
 @pytest.mark.parametrize("now", [None, {}, {"name": None}])
 def test_no_task_of_its_own_is_the_objectives_however_it_is_written(run, before, now):
