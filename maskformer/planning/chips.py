@@ -1,9 +1,9 @@
 """What a plan knows of each chip: memory, peak rates, links, and what an hour of it is said to cost.
 
-Rates are the vendors' data sheets', one way for links; peaks are those that measured MFU is a share of. `usable` is what
-the TPU compiler itself says is free for a program (its out-of-memory message names it); of a GPU it is the share that JAX
-preallocates by default. Prices are on-demand list prices of one region at the time of writing, rounded: estimates to be
-overridden (`maskformer plan --price`).
+Rates are the vendors' data sheets', one way for links; peaks are those that measured MFU is a share of. `usable` is
+what the TPU compiler itself says is free for a program (its out-of-memory message names it); of a GPU it is the share
+that JAX preallocates by default. Prices are on-demand list prices of one region at the time of writing, rounded:
+estimates to be overridden (`maskformer plan --price`).
 """
 
 from __future__ import annotations
