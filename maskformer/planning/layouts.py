@@ -127,7 +127,7 @@ def _across_hosts(sizes: Mapping[str, int], topology: Topology) -> dict[str, int
 
 def check_batch(train: TrainConfig, layout: Layout) -> None:
     """ValueError where a training batch, or a part of an accumulated one, does not divide over the layout."""
-    # With `train.rows_per_device` a batch is divided among the devices first, and then into parts: it has to divide whole.
+    # With `train.rows_per_device` a batch is divided among the devices first, and its parts follow from that.
     part = train.batch_size // train.accumulation_steps
     if part % layout.shards:
         nearest = max(1, round(part / layout.shards)) * layout.shards * train.accumulation_steps
