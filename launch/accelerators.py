@@ -1,6 +1,6 @@
 """What Google's machines hold: the hosts and chips of a TPU slice, the GPUs of a machine, by the names GKE gives them.
 
-From "Plan TPUs in GKE" and "GPU machine types" of Google Cloud's documentation (2026-10).
+From "Plan TPUs in GKE", "GPU machine types" and the page of each TPU of Google Cloud's documentation (2026-10).
 """
 
 from __future__ import annotations
@@ -48,11 +48,12 @@ class _Generation:
 _TPUS = {
     "v4": _Generation("tpu-v4-podslice", "ct4p-hightpu-{}t", 4096, flat=False),
     "v5e": _Generation("tpu-v5-lite-podslice", "ct5lp-hightpu-{}t", 256, flat=True),
-    "v5p": _Generation("tpu-v5p-slice", "ct5p-hightpu-{}t", 8960, flat=False),
+    "v5p": _Generation("tpu-v5p-slice", "ct5p-hightpu-{}t", 6144, flat=False),  # of a pod of 8960
     "v6e": _Generation("tpu-v6e-slice", "ct6e-standard-{}t", 256, flat=True),
     "tpu7x": _Generation("tpu7x", "tpu7x-standard-{}t", 9216, flat=False),
 }
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+# Shapes of all that is flat.
+FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 
 # Name -> GKE's label, and the machine for each number of GPUs of a host.
 _GPUS: Mapping[str, tuple[str, Mapping[int, str]]] = {
@@ -92,7 +93,7 @@ def tpu_slice(topology: str, chips_per_host: int | None = None) -> Target:
     sides = [int(side) for side in shape.split("x")]
     chips = math.prod(sides)
     if generation.flat:
-        check(shape in _FLAT, field, topology, f"one of {', '.join(_FLAT)}")
+        check(shape in FLAT, field, topology, f"one of {', '.join(FLAT)}")
     else:
         check(len(sides) == 3, field, topology, "three sides, for example 2x2x4")
         # From 64 chips on a slice is made of cubes of 4x4x4; smaller ones are parts of one cube.

@@ -5,7 +5,7 @@ its flags with `Parser` (`docs/launch.md` shows one).
 
 Exit codes are the contract with the command, and `Restarts` is what every launcher makes of them: 75 (`EX_TEMPFAIL`)
 means "stopped after saving, run me again" and costs nothing; 0, 2 (usage) and 130 (somebody pressed Ctrl-C) are never
-started again; all others, such as 1, 70 (`EX_HUNG`) and 137 (killed), are counted.
+started again; all others, such as 1, 70 (hung) and 137 (killed), are counted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 EX_USAGE = 2
-EX_HUNG = 70
 EX_TEMPFAIL = 75
 EX_INTERRUPTED = 130
 # A command that is stopped again and again within this time makes no progress: after so many in a row it has failed.

@@ -248,7 +248,8 @@ def _leave(run: Run, choice: int, found: Mapping[str, Any], kubectl: Kubectl, sa
 
 
 def _take_over(run: Run, found: Mapping[str, Any], now: float, say: Callable[[str], None]) -> None:
-    slices, left = size(found), found["spec"]["failurePolicy"]["maxRestarts"]
+    # Fields that are 0 may be missing: JobSet's webhook writes them as Go does.
+    slices, left = size(found), found["spec"].get("failurePolicy", {}).get("maxRestarts", 0)
     known = slices in run.sizes
     wanted = run.make(slices, 0) if known else {}
     run.failures = wanted["spec"]["failurePolicy"]["maxRestarts"] - left if known else 0
@@ -266,9 +267,13 @@ def _within(part: Any, whole: Any) -> bool:
 
     >>> _within({"a": [1]}, {"a": [1, 2], "b": 3}), _within({"a": 1}, {"a": 2})
     (True, False)
+    >>> _within({"a": 0}, {}), _within({"a": 1}, {})  # a 0 need not be written
+    (True, False)
     """
     if isinstance(part, Mapping):
-        return isinstance(whole, Mapping) and all(key in whole and _within(part[key], whole[key]) for key in part)
+        return isinstance(whole, Mapping) and all(
+            _within(part[key], whole[key]) if key in whole else part[key] == 0 for key in part
+        )
     if isinstance(part, list | tuple):
         return isinstance(whole, list) and len(part) <= len(whole) and all(map(_within, part, whole))
     return part == whole

@@ -32,6 +32,7 @@ from launch.job import Job, Parser, check, counts, deliver, number
 from launch.tpu_life import Life, Stop
 from launch.tpu_resource import Request, accelerator
 
+PATIENCE = 1800.0
 # What a node of a slice adds to the name, and a run of a sweep, has to fit as well.
 _LONGEST_NAME = 40
 
@@ -48,13 +49,16 @@ def _names(job: Job, name: str) -> dict[int | None, str]:
     return {index: name if index is None else f"{name}-{index}" for index in job.runs()}
 
 
-def render(job: Job, request: Request, *, name: str = "maskformer", setup: Sequence[str] = ()) -> str:
+def render(
+    job: Job, request: Request, *, name: str = "maskformer", setup: Sequence[str] = (), keep: bool = False
+) -> str:
     """The text of a shell script that asks for the machines, runs the job on them once, and gives them back.
 
     Args:
       job: runs of its sweep follow one another; what is stopped is not started again.
       request: which machines; the first of its counts of slices.
       setup: shell lines that each worker runs first, in its home folder; they may change folder and environment.
+      keep: leave the machines when the run has ended.
 
     Raises:
       ValueError: a field that no machine could honour, naming it.
@@ -87,7 +91,7 @@ def render(job: Job, request: Request, *, name: str = "maskformer", setup: Seque
             "done",
             # Of all workers, whatever became of them; then the machines cost no more.
             f"{ssh.replace('--command=', command)} || true",
-            shlex.join(request.delete(one)),
+            f"# They cost money until: {shlex.join(request.delete(one))}" if keep else shlex.join(request.delete(one)),
         ]
     return "\n".join([*lines, ""])
 
@@ -98,7 +102,7 @@ def submit(
     *,
     name: str = "maskformer",
     setup: Sequence[str] = (),
-    patience: float = 1800.0,
+    patience: float = PATIENCE,
     poll: float = 30.0,
     keep: bool = False,
 ) -> int:
@@ -165,8 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     kind.add_argument("--topology", metavar="KIND:SHAPE", help="of each slice, such as v5e:4x4 or v5p:4x4x8")
     kind.add_argument("--accelerator-type", metavar="TYPE", help="instead, in the words of the Cloud: v5p-384")
     add("--slices", type=counts, default=[1], metavar="N[,N...]", help="how many; 4,2,1 takes what can be had")
-    add("--patience", type=number, default=1800.0, metavar="S",
-        help="seconds to wait for a number of slices before the next one is tried (default 1800)")  # fmt: skip
+    add("--patience", type=number, metavar="S",
+        help=f"with --slices 4,2: wait so long for a number of slices (default {PATIENCE:g})")  # fmt: skip
     add("--runtime-version", metavar="IMAGE", help="default: that of the generation")
     add("--spot", action="store_true", help="machines that cost less and may be taken away")
     add("--reserved", action="store_true", help="machines of a reservation")
@@ -181,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.job_flags()
     arguments = parser.parse(argv)
     try:
+        patience, several = arguments.patience, len(arguments.slices) > 1
+        check(patience is None or several, "--patience", patience, "--slices of several counts")
         request = Request(
             zone=arguments.zone,
             accelerator_type=arguments.accelerator_type or accelerator(arguments.topology),
@@ -194,12 +200,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             ssh_extra=tuple(arguments.ssh_extra),
         )
         job = parser.job(arguments, request.workers(request.slices[0]))
-        what = dict(name=arguments.name, setup=arguments.setup)
+        what = dict(name=arguments.name, setup=arguments.setup, keep=arguments.keep)
         if arguments.output or not arguments.submit:
             code = deliver(lambda: render(job, request, **what), str, arguments.output)
             if code or not arguments.submit:
                 return code
-        return submit(job, request, **what, patience=arguments.patience, poll=arguments.poll, keep=arguments.keep)
+        return submit(job, request, **what, patience=PATIENCE if patience is None else patience, poll=arguments.poll)
     except ValueError as error:
         parser.error(str(error))
 

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 
+from launch.accelerators import FLAT
 from launch.job import check, check_count
 
 
@@ -27,7 +28,6 @@ class Kind:
     shapes: tuple[str, ...]
 
 
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBIC = (
     "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16",
 )  # fmt: skip
@@ -35,9 +35,9 @@ _CUBIC = (
 # https://cloud.google.com/tpu/docs/runtimes and the page of each generation.
 KINDS = {
     "v4": Kind("v4", "tpu-ubuntu2204-base", 2, 4, _CUBIC),
-    "v5e": Kind("v5litepod", "v2-alpha-tpuv5-lite", 1, 8, _FLAT),
+    "v5e": Kind("v5litepod", "v2-alpha-tpuv5-lite", 1, 8, FLAT),
     "v5p": Kind("v5p", "v2-alpha-tpuv5", 2, 4, (*_CUBIC, "16x16x24")),
-    "v6e": Kind("v6e", "v2-alpha-tpuv6e", 1, 8, _FLAT),
+    "v6e": Kind("v6e", "v2-alpha-tpuv6e", 1, 8, FLAT),
 }
 
 

@@ -22,14 +22,19 @@ def add_arguments(parser: Parser) -> None:
         "--compile", action=argparse.BooleanOptionalAction, default=None,
         help="ask the TPU's compiler, which takes minutes (default: where maskformer[tpu] is installed)",
     )  # fmt: skip
-    parser.add_argument("--best", type=int, default=1, help="with --search: how many layouts are compiled, 1 to 3")
+    parser.add_argument("--best", type=int, help="with --search: how many layouts are compiled, 1 to 3 (default 1)")
     parser.add_argument("--price", type=float, help="US dollars for one chip and hour (default: an estimate)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON; docs/plan.md has its keys")
     parser.add_argument("--workdir", type=folder, help="folder of the run, in which plan.json is stored for report")
 
 
 def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
-    integer("--best", arguments.best, 1, 3)
+    if arguments.best is not None:
+        integer("--best", arguments.best, 1, 3)
+        if not arguments.search or arguments.compile is False:
+            raise ValueError(
+                f"--best={arguments.best}: says how many of --search are compiled; give both, or leave it out"
+            )
     if arguments.price is not None:
         number("--price", arguments.price, "dollars from 0 to below 10000", 0.0, 1e4)
     # Of this machine nothing is asked but its processor: an accelerator that is here may be at work.
@@ -44,7 +49,7 @@ def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
         topology,
         search=arguments.search,
         compile=arguments.compile,
-        best=arguments.best,
+        best=arguments.best or 1,
         price=arguments.price,
         tell=lambda line: print(line, file=sys.stderr, flush=True),
     )

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from maskformer.checks import one_line
+from maskformer.checks import one_line, shown
 from maskformer.cli.files import folder
 from maskformer.cli.parser import CONFIG_HELP, Parser
 from maskformer.training.preemption import EX_INTERRUPTED, EX_TEMPFAIL
@@ -37,7 +37,7 @@ THREADS = 16
 def add_arguments(parser: Parser) -> None:
     parser.epilog = CONFIG_HELP
     parser.add_argument("--workdir", default="runs/sweep", type=folder)
-    parser.add_argument("--sweep", default="sweep", metavar="NAME", help="which sweep of the recipe (sweep_NAME)")
+    parser.add_argument("--sweep", metavar="NAME", help="which sweep of the recipe (sweep_NAME)")
     parser.add_argument("--list", action="store_true", help="list and check the runs only")
     parser.add_argument(
         "--status", action="store_true", help="show how each run is doing; without --config, those below the workdir"
@@ -55,9 +55,12 @@ def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     from maskformer.training import recipes, resolve, sweeps
 
     if arguments.status and not config_flags:
+        if arguments.sweep is not None:
+            raise ValueError(f"--sweep={shown(arguments.sweep)}: is one of a recipe; give its --config too")
         return _show_folders(arguments.workdir)
     values, recipe = recipes.load_config(config_flags)
-    runs = recipes.load_sweep(recipe, arguments.sweep)
+    sweep = arguments.sweep or "sweep"
+    runs = recipes.load_sweep(recipe, sweep)
     for overrides in runs:
         resolve(sweeps.apply(values, overrides))
     if arguments.status:
@@ -71,7 +74,7 @@ def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
         print(f"{index:03d}  {_words(overrides)}", flush=True)
         if not arguments.list:
             command = [sys.executable, "-m", "maskformer.cli", "train", *config_flags, f"--workdir={arguments.workdir}"]
-            code = _train([*command, f"--sweep={arguments.sweep}", f"--sweep-index={index}"])
+            code = _train([*command, f"--sweep={sweep}", f"--sweep-index={index}"])
             if code in (EX_TEMPFAIL, EX_INTERRUPTED):
                 return code  # told to stop, which is meant for all of them
             if code:

@@ -1,9 +1,9 @@
 """What a plan knows of each chip: memory, peak rates, links, and what an hour of it is said to cost.
 
-Rates are the vendors' data sheets', dense bfloat16, one way for links. `usable` is what the TPU compiler itself says is
-free for a program (its out-of-memory message names it); of a GPU it is the share that JAX preallocates by default.
-Prices are on-demand list prices of one region at the time of writing, rounded: estimates to be overridden
-(`maskformer plan --price`).
+Rates are the vendors' data sheets', one way for links; peaks are those that measured MFU is a share of. `usable` is
+what the TPU compiler itself says is free for a program (its out-of-memory message names it); of a GPU it is the share
+that JAX preallocates by default. Prices are on-demand list prices of one region at the time of writing, rounded:
+estimates to be overridden (`maskformer plan --price`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 
 from maskformer.checks import nearest, shown
+from maskformer.training.throughput import PEAK_FLOPS
 
 GIB = 2**30
 
@@ -49,17 +50,17 @@ class Chip:
 
 
 def _tpu(
-    name: str, gib: float, usable_gib: float, bandwidth: float, flops: float, torus: int, link: float, price: float,
+    name: str, kind: str, gib: float, usable_gib: float, bandwidth: float, torus: int, link: float, price: float,
     devices: int = 1,
-) -> Chip:
+) -> Chip:  # fmt: skip
     return Chip(
-        name, "tpu", gib * GIB / devices, usable_gib * GIB, bandwidth / devices, flops / devices, devices, 4, torus,
+        name, "tpu", gib * GIB / devices, usable_gib * GIB, bandwidth / devices, PEAK_FLOPS[kind], devices, 4, torus,
         link, 2.5e10, price,
     )  # fmt: skip
 
 
-def _gpu(name: str, gigabytes: float, bandwidth: float, flops: float, nvlink: float, port: float, price: float) -> Chip:
-    memory = gigabytes * 1e9
+def _gpu(name: str, gigabytes: float, bandwidth: float, nvlink: float, port: float, price: float) -> Chip:
+    memory, flops = gigabytes * 1e9, PEAK_FLOPS[name.upper()]
     # JAX preallocates three quarters of a GPU's memory; XLA_PYTHON_CLIENT_MEM_FRACTION moves that.
     return Chip(name, "gpu", memory, 0.75 * memory, bandwidth, flops, 1, 8, 0, nvlink, 8 * port, price)
 
@@ -67,15 +68,15 @@ def _gpu(name: str, gigabytes: float, bandwidth: float, flops: float, nvlink: fl
 CHIPS = {
     chip.name: chip
     for chip in (
-        _tpu("v4", 32, 30.75, 1.23e12, 2.75e14, 3, 4.5e10, 3.22),
-        _tpu("v5e", 16, 15.75, 8.1e11, 1.97e14, 2, 4.5e10, 1.20),
-        _tpu("v5p", 96, 95.74, 2.8e12, 4.59e14, 3, 9e10, 4.20),
-        _tpu("v6e", 32, 31.25, 1.6e12, 9.2e14, 2, 9e10, 2.70),
-        _tpu("tpu7x", 192, 94.75, 7.4e12, 2.307e15, 3, 9e10, 12.0, devices=2),
-        _gpu("a100", 80, 2.0e12, 3.12e14, 3e11, 2.5e10, 3.7),
-        _gpu("h100", 80, 3.35e12, 9.89e14, 4.5e11, 5e10, 4.0),
-        _gpu("h200", 141, 4.8e12, 9.89e14, 4.5e11, 5e10, 5.0),
-        _gpu("b200", 180, 8.0e12, 2.25e15, 9e11, 5e10, 8.0),
+        _tpu("v4", "TPU v4", 32, 30.75, 1.23e12, 3, 4.5e10, 3.22),
+        _tpu("v5e", "TPU v5 lite", 16, 15.75, 8.1e11, 2, 4.5e10, 1.20),
+        _tpu("v5p", "TPU v5", 96, 95.74, 2.8e12, 3, 9e10, 4.20),
+        _tpu("v6e", "TPU v6 lite", 32, 31.25, 1.6e12, 2, 9e10, 2.70),
+        _tpu("tpu7x", "TPU7x", 192, 94.75, 7.4e12, 3, 9e10, 12.0, devices=2),
+        _gpu("a100", 80, 2.0e12, 3e11, 2.5e10, 3.7),
+        _gpu("h100", 80, 3.35e12, 4.5e11, 5e10, 4.0),
+        _gpu("h200", 141, 4.8e12, 4.5e11, 5e10, 5.0),
+        _gpu("b200", 180, 8.0e12, 9e11, 5e10, 8.0),
     )
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from maskformer.models.pipeline import bubble
 from maskformer.planning.layouts import Layout
 from maskformer.planning.memory import Memory, memory
 from maskformer.planning.parameters import parameters
@@ -41,12 +42,21 @@ def estimate(workload: Workload, topology: Topology, layout: Layout, price: floa
 
     Args:
       price: US dollars for one chip and hour.
+
+    Raises:
+      ValueError: layers or rows do not divide into the stages (one line).
     """
     target = topology.chip.platform
     placed = workload.program.placed(layout.sizes)
+    waiting = 0.0
+    if (pipeline := placed.pipeline) is not None:
+        train = workload.experiment.train
+        rows = train.batch_size // train.parts(layout.shards)
+        pipeline.check_microbatches(rows, "train.batch_size")
+        waiting = bubble(pipeline.stages, pipeline.cut(rows), pipeline.rounds)
     arrays = parameters(workload.program, layout.sizes, placed.rules)
     used = memory(workload, placed, layout, arrays, target)
     flows = tuple(traffic(workload, placed, layout, arrays, target))
-    times = roofline(workload, topology, layout, used, flows, arrays, price)
+    times = roofline(workload, topology, layout, used, flows, arrays, price, waiting)
     _, whole = create_rules(placed.mesh, workload.program.model_config.axis_sizes)
     return Estimate(layout, used, flows, times, tuple(whole), tuple(placed.dropped), topology.chip.usable)

@@ -127,12 +127,11 @@ def _across_hosts(sizes: Mapping[str, int], topology: Topology) -> dict[str, int
 
 def check_batch(train: TrainConfig, layout: Layout) -> None:
     """ValueError where a training batch, or a part of an accumulated one, does not divide over the layout."""
-    # With `rows_per_device` the parts follow from the rows of a shard, and divide them.
-    count = train.accumulation_steps if train.rows_per_device is None else 1
-    part = train.batch_size // count
+    # With `train.rows_per_device` a batch is divided among the devices first, and its parts follow from that.
+    part = train.batch_size // train.accumulation_steps
     if part % layout.shards:
-        nearest = max(1, round(part / layout.shards)) * layout.shards * count
-        parts = f" in {count} parts" if count > 1 else ""
+        nearest = max(1, round(part / layout.shards)) * layout.shards * train.accumulation_steps
+        parts = f" in {train.accumulation_steps} parts" if train.accumulation_steps > 1 else ""
         raise ValueError(
             f"train.batch_size={train.batch_size}{parts}: does not divide over the {layout.shards} shards of {layout}; "
             f"set --config.train.batch_size={nearest}"

@@ -97,11 +97,12 @@ def memory(
     def held(kept: Kept) -> float:
         # What only a product reads is stored as the product reads it.
         narrowed = target == "tpu" and kept.outer and kept.dtype.itemsize == 4 and kept.floating
-        whole = kept.bytes(sizes, 2 if narrowed else None)
+        # A stage has some of the layers; rows of embeddings, head and loss, which belong to none, are split over all.
+        whole = kept.bytes(sizes, 2 if narrowed else None) / stage
         if kept.kind == "logits":
             # A gradient is computed of what was kept; masks are computed anew.
             return whole if kept.floating else 0.0
-        return whole / context / (stage if kept.kind == "layers" else 1)
+        return whole / context
 
     of_kind = {
         kind: sum(held(one) for one in workload.kept if one.kind == kind) for kind in ("layers", "logits", "ends")
@@ -112,18 +113,21 @@ def memory(
         of_kind["layers"] += max((held(one) for one in workload.kept if one.kind == "layers"), default=0.0)
     made = [one for one in workload.layer if one.floating and not _in_between(one, workload)]
     layer = sum(one.bytes(sizes) / context for one in made)
-    working = max(0.0, WORKING * layer - (VMEM if target == "tpu" else 0))
+    pipeline = placed.pipeline
+    microbatches = 1 if pipeline is None else pipeline.cut(train.batch_size // train.parts(layout.shards))
+    working = max(0.0, WORKING * layer / microbatches - (VMEM if target == "tpu" else 0))
     gradients = sum(one.local * max(4, one.itemsize) for one in parameters)
-    # The sum over parts of a batch stands beside the gradient of the part at hand.
-    parts = 2 if train.parts(layout.shards) > 1 else 1
+    # The sum over parts of a batch stands beside the gradient of the part at hand, split as the optimizer's state is.
+    split = layout.sizes["data"] if workload.experiment.mesh.shard_optimizer else 1
+    earlier = gradients / split if train.parts(layout.shards) > 1 else 0.0
     copies, gathered = _weights(workload, parameters, layout, target)
     state = _state(placed)
     batch = _batch(workload, layout)
 
     at = {
-        "loss": of_kind["layers"] + of_kind["logits"] + ENDS * of_kind["ends"] + copies + (parts - 1) * gradients,
-        "layers": of_kind["layers"] + ENDS * of_kind["ends"] + copies + gathered + parts * gradients + working,
-        "update": gradients * parts,
+        "loss": of_kind["layers"] + of_kind["logits"] + ENDS * of_kind["ends"] + copies + earlier,
+        "layers": of_kind["layers"] + ENDS * of_kind["ends"] + copies + gathered + gradients + earlier + working,
+        "update": gradients + earlier,
     }
     moment = max(at, key=lambda name: at[name])
     peak = sum(state.values()) + batch + at[moment]
@@ -134,8 +138,8 @@ def memory(
         logits=round(of_kind["logits"]),
         ends=round(ENDS * of_kind["ends"]),
         weights=round(copies + (gathered if moment == "layers" else 0.0)),
-        gradients=round(parts * gradients),
-        earlier_gradients=round((parts - 1) * gradients),
+        gradients=round(gradients + earlier),
+        earlier_gradients=round(earlier),
         working=round(working),
         layer_bytes=round(layer),
         peak=round(peak),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from maskformer.models.pipeline import bubble
 from maskformer.planning.collectives import DCN
 from maskformer.planning.layouts import Layout
 from maskformer.planning.memory import Memory
@@ -34,7 +33,7 @@ class Roofline:
 
     Attributes:
       step_seconds: of the whole step.
-      compute_seconds: of products, with what remat="full" repeats.
+      compute_seconds: of products, with what remat="full" repeats, and the time that stages wait for each other.
       memory_seconds: of reading and writing HBM.
       axis_seconds: of the collectives of each axis, on its own links.
       exposed_seconds: the part of them that nothing hides.
@@ -63,11 +62,13 @@ def roofline(
     flows: Sequence[Flow],
     parameters: Sequence[Parameter],
     price: float,
+    waiting: float = 0.0,
 ) -> Roofline:
     """The estimate.
 
     Args:
       price: US dollars for one chip and hour.
+      waiting: the share of its time that a pipeline's stage waits, see `pipeline.bubble`.
     """
     chip = topology.chip
     experiment = workload.experiment
@@ -76,10 +77,8 @@ def roofline(
         rate /= 2
     # A step is a forward pass and twice that; full rematerialisation adds one of the layers.
     compute = workload.flops * (1 + workload.repeated_share / 3) / topology.devices / rate
+    compute /= 1 - waiting
     parts = experiment.train.parts(layout.shards)
-    if (pipeline := workload.program.placed(layout.sizes).pipeline) is not None:
-        microbatches = pipeline.cut(experiment.train.batch_size // parts)
-        compute /= 1 - bubble(pipeline.stages, microbatches, pipeline.rounds)
     hbm = _memory_bytes(workload, layout, memory, parameters, parts) / chip.memory_bandwidth
 
     axes: dict[str, float] = {}

@@ -11,7 +11,8 @@ What an axis costs in theory:
 - `tensor`: an all-reduce of the activations wherever a product sums over a split axis: in the forward pass after the
   attention and the feed-forward layer, in the backward pass before them.
 - `context`: an all-gather of keys and values, again in the backward pass, and a reduce-scatter of their gradients.
-- `stage`: each boundary's activations forward and their gradients backward.
+- `stage`: at each tick of the pipeline a microbatch of hidden states to the next stage, and one of those that wait to
+  the stage before, and the same of their gradients; an all-reduce of the gradients of what belongs to no stage.
 - `expert`: an all-to-all of the tokens to their experts and back, forward and backward.
 
 Compiled programs are held against it (tests/aot/test_plan.py).
@@ -106,8 +107,11 @@ def _gradients(
     scanned = workload.experiment.model.get("scan_layers", True)
     for one in parameters:
         gradient = one.local * gradient_itemsize(workload, one)
-        # Where an axis parts the rows or their length, each device has a part of the sum.
+        # Where an axis parts the rows or their length, each device has a part of the sum. Of embeddings and head, which
+        # belong to no stage, the rows are split over the stages too.
         spread = [axis for axis in (*BATCH_AXES, "context") if axis not in one.split]
+        if not one.stacked:
+            add(["stage"], "all-reduce", gradient, True, parts)
         if workload.experiment.mesh.shard_optimizer:
             add(spread, "reduce-scatter", gradient, True, parts)
             add(spread, "all-gather", one.local * one.itemsize, True)
@@ -170,6 +174,7 @@ def _activations(
             whole = rows * objective.output_length * one.size("kv_heads") * one.size("head_dim") * itemsize / split
             add(["context"], "all-gather", whole, False, 2 * parts * layers)
             add(["context"], "reduce-scatter", whole, False, parts * layers)
-    if stages > 1:
-        runs = 2 * parts * workload.experiment.mesh.rounds
-        add(["stage"], "collective-permute", positions * widest * itemsize, False, runs)
+    if (pipeline := placed.pipeline) is not None:
+        work = pipeline.cut(experiment.train.batch_size // parts) * pipeline.rounds
+        ticks = (work + stages - 1) / work * pipeline.rounds
+        add(["stage"], "collective-permute", positions * widest * itemsize, False, 4 * parts * ticks)

@@ -45,7 +45,7 @@ def changes(workload: Workload, topology: Topology, price: float, limit: int = 3
     found: dict[str, Change] = {}
     for change in _candidates(workload, topology, price):
         if change.estimate.fits:
-            found.setdefault(re.sub(r"\d+ parts.*", "parts", change.what), change)
+            found.setdefault(re.sub(r"\d+ (parts|rows).*", r"\1", change.what), change)
             if len(found) == limit:
                 break
     return list(found.values())
@@ -90,22 +90,23 @@ def _on_these_chips(
     mesh, train = workload.experiment.mesh, workload.experiment.train
     if best := _best(workload, topology, price):
         yield Change(f"{what}another layout", f"{flags}{best.layout.flags(mesh)}".rstrip(), best)
-    for words, flag, in_parts in _more_parts(train):
-        changed = _with(workload, train=in_parts)
+    for said, flag, parted in _in_more_parts(train):
+        changed = _with(workload, train=parted)
         if here := _same_layout(changed, topology, price):
-            yield Change(f"{what}{words}", f"{flags}{flag}", here)
+            yield Change(f"{what}{said}", f"{flags}{flag}", here)
         if best := _best(changed, topology, price):
-            yield Change(f"{what}{words} on another layout", f"{flags}{flag} {best.layout.flags(mesh)}".rstrip(), best)
+            words = f"{what}{said} on another layout"
+            yield Change(words, f"{flags}{flag} {best.layout.flags(mesh)}".rstrip(), best)
 
 
-def _more_parts(train: TrainConfig) -> Iterator[tuple[str, str, TrainConfig]]:
-    """The batch in more parts: in words, as a flag, and as a config."""
-    if train.rows_per_device is not None:
-        rows = train.rows_per_device // 2
-        while rows:
-            changed = dataclasses.replace(train, rows_per_device=rows)
-            yield f"{rows} rows at once on a device", f"--config.train.rows_per_device={rows}", changed
+def _in_more_parts(train: TrainConfig) -> Iterator[tuple[str, str, TrainConfig]]:
+    """(words, flag, setting) of a batch in more and more parts."""
+    if (rows := train.rows_per_device) is not None:
+        # What follows the mesh goes on following it.
+        while rows > 1:
             rows //= 2
+            words = f"at most {rows} rows of a device at once"
+            yield words, f"--config.train.rows_per_device={rows}", dataclasses.replace(train, rows_per_device=rows)
         return
     parts = train.accumulation_steps * 2
     while parts <= MOST_PARTS and train.batch_size % parts == 0:
@@ -118,9 +119,9 @@ def _same_layout(workload: Workload, topology: Topology, price: float) -> Estima
     try:
         layout = resolve(workload.experiment.mesh, topology)
         check_batch(workload.experiment.train, layout)
+        return estimate(workload, topology, layout, price)
     except ValueError:
         return None
-    return estimate(workload, topology, layout, price)
 
 
 def _best(workload: Workload, topology: Topology, price: float) -> Estimate | None:

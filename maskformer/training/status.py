@@ -14,11 +14,11 @@ from maskformer.paths import AnyPath
 from maskformer.textfiles import unreadable
 from maskformer.training import lines, lock
 from maskformer.training.events import read_events
+from maskformer.training.hangs import EX_HUNG
 from maskformer.training.preemption import EX_INTERRUPTED, EX_TEMPFAIL
 from maskformer.training.workdir import CHECKPOINTS, CONFIG, METRICS, checkpoint_steps, read_config, read_metrics
 
 STATES = ("waiting", "running", "done", "preempted", "failed", "hung", "lost")
-EX_HUNG = 70
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import time
 
 import jax
 
-# Dense bfloat16 peak per device in FLOP/s, by a part of jax's `device_kind`, from the vendors' data sheets.
+# Dense bfloat16 peak per JAX device in FLOP/s, by a part of jax's `device_kind`, from the vendors' data sheets.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -15,7 +15,7 @@ PEAK_FLOPS = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
+    "TPU7x": 2307e12 / 2,  # a chip is two devices
     "A100": 312e12,
     "H100": 989e12,
     "H200": 989e12,

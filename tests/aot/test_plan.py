@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from maskformer import planning
 from maskformer.planning import topologies
 from maskformer.planning.compiled import out_of_memory
+from maskformer.training.throughput import peak_flops
 from tests.planning.cases import config_of
 
 pytestmark = pytest.mark.aot
@@ -32,6 +33,13 @@ def test_libtpu_has_the_devices_and_hosts_that_the_plan_counts(name, slices):
     devices = topologies.devices(topology)
     assert len(devices) == topology.devices
     assert len({(getattr(one, "slice_index", 0), one.process_index) for one in devices}) == topology.hosts
+
+
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_predicted_and_measured_mfu_are_shares_of_one_peak(name):
+    topology = topologies.parse(name)
+    for device in topologies.devices(topology):
+        assert peak_flops(device) == topology.chip.flops
 
 
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])

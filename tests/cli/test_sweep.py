@@ -151,6 +151,7 @@ def test_the_table_of_a_recipe_has_the_runs_that_nobody_has_started(tmp_path, ca
     [
         (["--status", "--list"], "--status: not together with --list"),
         (["--rerun-failed", "--status"], "--rerun-failed: not together with --status"),
+        (["--status", "--sweep=lr"], "--sweep='lr': is one of a recipe; give its --config too"),
         (["--status", "--workdir=/nowhere"], "--workdir=/nowhere: no runs of a sweep there; expected folders 000,"),
     ],
 )

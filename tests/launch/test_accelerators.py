@@ -1,6 +1,10 @@
+import contextlib
+
 import pytest
 
+from launch import tpu_resource
 from launch.accelerators import gpu_hosts, tpu_slice
+from maskformer.planning import topologies
 
 # Topology, machine, hosts, chips of a host, as "Plan TPUs in GKE" of Google Cloud's documentation lists them.
 TPUS = [
@@ -46,7 +50,7 @@ def test_a_slice_of_eight_chips_is_two_hosts_of_four_on_request():
         ("v5p:4x4x6", "--topology 'v5p:4x4x6': expected 2x2x1, 2x2x2, 2x2x4, 2x4x4 or sides that are multiples of 4"),
         ("v5p:0x4x4", "expected 2x2x1"),
         ("v5p:8x4x4", "--topology 'v5p:8x4x4': expected the sides in order: v5p:4x4x8"),
-        ("v5p:16x24x24", "--topology 'v5p:16x24x24': expected at most 8960 chips"),
+        ("v5p:16x16x28", "--topology 'v5p:16x16x28': expected at most 6144 chips"),
         ("v6e:٤x4", "expected a generation"),
     ],
 )
@@ -54,6 +58,32 @@ def test_a_slice_that_gke_does_not_have_is_refused_with_the_nearest(topology, me
     with pytest.raises(ValueError) as error:
         tpu_slice(topology)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def planned(name):
+    """Every topology of one slice that a plan takes, from the smallest of four chips on."""
+    topology = topologies.parse(f"{name}:{'2x2' if name in ('v5e', 'v6e') else '2x2x1'}")
+    while topology is not None and topology.slices == 1:
+        yield topology.name
+        _, topology = topology.smaller_and_larger()
+
+
+@pytest.mark.parametrize("name", topologies.MOST_CHIPS)
+def test_every_slice_that_can_be_planned_can_be_launched_on_as_many_hosts(name):
+    shapes = [topology for topology in map(topologies.parse, planned(name)) if topology.chips >= 4]
+    assert len(shapes) > 5
+    for topology in shapes:
+        assert tpu_slice(topology.name, min(topology.chips, 4)).hosts == topology.hosts
+        with contextlib.suppress(ValueError):  # no accelerator type has it
+            # Of eight flat chips a TPU VM is one machine, and GKE has both.
+            expected = 1 if topology.chips == 8 and "2x4" in topology.name else topology.hosts
+            assert tpu_resource.hosts(tpu_resource.accelerator(topology.name)) == expected
+
+
+def test_every_accelerator_type_can_be_planned():
+    for name, kind in tpu_resource.KINDS.items():
+        for shape in kind.shapes:
+            assert topologies.parse(f"{name}:{shape}").name == f"{name}:{shape}"
 
 
 def test_chips_of_a_host_are_those_that_gke_has():

@@ -187,6 +187,24 @@ def test_what_the_cluster_added_to_a_jobset_does_not_make_it_another_one():
     assert watched.code == 0 and watched.said[0] == "bert: there already" and len(cluster.made) == 1
 
 
+def test_a_jobset_without_restarts_left_is_taken_over_where_the_server_leaves_out_the_zero():
+    cluster = Cluster()
+    (run,) = runs_of(restarts=0)
+    cluster.create(run.make(1, 0))
+    # `MaxRestarts int32 json:"maxRestarts,omitempty"`, in which Go does not write a 0.
+    del cluster.objects["bert"]["spec"]["failurePolicy"]["maxRestarts"]
+    watched = watch(cluster=cluster, restarts=0)
+    assert watched.code == 0 and watched.said[0] == "bert: there already" and len(cluster.made) == 1
+
+
+def test_a_foreign_jobset_of_that_name_is_left_alone():
+    cluster = Cluster()
+    spec = {"replicatedJobs": [{"name": "slice", "replicas": 1, "template": {}}]}
+    cluster.objects["bert"] = {"metadata": {"name": "bert"}, "spec": spec, "status": {}}
+    with pytest.raises(ValueError, match="--name 'bert': expected a name of which there is no JobSet of another"):
+        watch(cluster=cluster)
+
+
 @pytest.mark.parametrize("other", [{"command": ("other",)}, {"sizes": (2,)}, {"restarts": 11}])
 def test_a_jobset_of_that_name_that_is_another_one_is_left_alone(other):
     cluster = Cluster()

@@ -332,6 +332,7 @@ def test_a_topology_is_an_accelerator_type_of_so_many_machines(topology, kind, m
         (["--name=" + "x" * 41], "at most 40 of them"),
         (["--setup=a\0"], "--setup 'a\\x00': expected no NUL character"),
         (["--max-restarts=-1"], "--max-restarts -1: expected at least 0"),
+        (["--patience=60"], "--patience 60.0: expected --slices of several counts"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_code_2(flags, message, capsys):
@@ -341,6 +342,13 @@ def test_a_wrong_flag_is_one_line_and_code_2(flags, message, capsys):
         assert error.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_a_script_leaves_the_machines_where_it_is_told_to(capsys):
+    for flags, deletes in ([], True), (["--keep"], False):
+        assert tpu.main([*FLAGS, *flags, "--", "true"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert any(line.startswith("gcloud compute tpus queued-resources delete bert ") for line in lines) is deletes
 
 
 def test_an_accelerator_type_may_be_given_in_the_words_of_the_cloud(capsys):

@@ -6,7 +6,7 @@ from maskformer.planning.memory import shares
 from tests.planning.cases import COMPILED, MINI, estimate_of, workload_of
 
 # Compiled and fitted cases that are traced in a second; the slow ones are the recipes that docs/scale.md plans.
-QUICK = ("bert data", "bert tensor", "llama fsdp", "llama 7b fsdp")
+QUICK = ("bert data", "bert tensor", "llama fsdp", "llama 7b fsdp", "bert stages", "bert optimizer in parts")
 
 
 def cases():

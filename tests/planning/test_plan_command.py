@@ -43,6 +43,8 @@ def test_one_that_does_not_fit_ends_with_1_and_the_nearest_change(capsys):
     (["--topology", "v5e:4x4", "--config.train.batch_size=20"], "set --config.train.batch_size=16"),
     (["--topology", "v5e:2x2", "--slices", "0"], "--slices=0: expected an integer of at least 1"),
     (["--topology", "v5e:2x2", "--search", "--best", "9"], "--best=9: expected an integer of at most 3"),
+    (["--topology", "v5e:2x2", "--best", "2"], "--best=2: says how many of --search are compiled"),
+    (["--topology", "v5e:2x2", "--search", "--no-compile", "--best", "2"], "--best=2: says how many of --search"),
     (["--topology", "v5e:2x2", "--price", "-1"], "--price=-1.0: expected dollars"),
     (["--topology", "v5e:2x2", "--search", "--config.train.batch_size=3"], "use a multiple of 4"),
 ])  # fmt: skip

@@ -55,6 +55,37 @@ def test_more_parts_are_the_nearest_change_of_a_batch_that_is_too_large():
     assert again.memory.peak <= tight.chip.usable
 
 
+def test_a_batch_that_follows_the_mesh_runs_in_as_many_parts_as_training_gives_it():
+    large = (*FLAGS, "--config.train.batch_size=4096")
+    follows = estimate_of([*large, "--config.train.rows_per_device=256"], "v5e:2x2")
+    told = estimate_of([*large, "--config.train.accumulation_steps=4"], "v5e:2x2")
+    assert (follows.memory, follows.traffic, follows.roofline) == (told.memory, told.traffic, told.roofline)
+
+
+def test_fewer_rows_at_once_are_the_nearest_change_of_a_batch_that_follows_the_mesh():
+    flags = (*FLAGS, "--config.train.batch_size=4096", "--config.train.rows_per_device=512")
+    topology = topologies.parse("v5e:2x2")
+    tight = small(topology, 1.05 * search(workload_of(FLAGS), topology, 1.0)[0].memory.peak)
+    first = changes(workload_of(flags), tight, 1.0)[0]
+    assert "rows of a device at once" in first.what and "--config.train.rows_per_device=" in first.flags
+    assert estimate_of([*flags, *first.flags.split()], "v5e:2x2").memory.peak <= tight.chip.usable
+
+
+def test_stages_wait_for_each_other_as_long_as_the_formula_says():
+    batch = (*FLAGS, "--config.model.layers=4", "--config.train.accumulation_steps=2")
+    whole = estimate_of(batch, "v5e:2x2").roofline.compute_seconds
+    for microbatches, rounds in ((2, 1), (8, 2)):
+        mesh = ("--config.mesh.stage=2", f"--config.mesh.microbatches={microbatches}", f"--config.mesh.rounds={rounds}")
+        # Of each stage's time, one piece of work of microbatches x rounds is waited for.
+        waits = 1 + 1 / (microbatches * rounds)
+        assert estimate_of([*batch, *mesh], "v5e:2x2").roofline.compute_seconds == pytest.approx(waits * whole)
+
+
+def test_rows_that_do_not_divide_into_microbatches_are_refused():
+    with pytest.raises(ValueError, match="mesh.microbatches=6: does not divide .* set --config.mesh.microbatches=4"):
+        estimate_of([*FLAGS, "--config.mesh.stage=2", "--config.mesh.microbatches=6"], "v5e:2x2")
+
+
 def test_where_no_change_helps_there_is_none():
     assert changes(workload_of(FLAGS), small(topologies.parse("v5e:2x2"), 1000.0), 1.0) == []
 

@@ -10,9 +10,10 @@ from tests.planning.cases import COMPILED, MINI, estimate_of, parameters_of, wor
 # Where the compiler does what theory says; docs/scale.md has where it does not.
 FOLLOW = {
     "bert data": "data", "bert large": "data", "bert large bfloat16": "data", "bert fsdp": "fsdp",
-    "llama 7b fsdp": "fsdp", "llama full remat": "fsdp", "llama tensor": "tensor",
+    "llama 7b fsdp": "fsdp", "llama full remat": "fsdp", "llama tensor": "tensor", "bert stages": "stage",
+    "bert optimizer in parts": "data",
 }  # fmt: skip
-QUICK = ("bert data", "bert fsdp", "llama 7b fsdp", "llama tensor")
+QUICK = ("bert data", "bert fsdp", "llama 7b fsdp", "llama tensor", "bert stages", "bert optimizer in parts")
 
 
 def payload(estimate, axis):

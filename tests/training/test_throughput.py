@@ -1,5 +1,7 @@
 """Rates are of the time that training took, whatever was done between two log lines."""
 
+import types
+
 import jax
 import pytest
 
@@ -49,3 +51,13 @@ def test_a_pause_in_the_first_window_changes_no_later_one(clock):
     assert made.rates(1000) == {}
     wait(2.0)
     assert made.rates(1000)["seconds"] == 2.0
+
+
+@pytest.mark.parametrize("kind, devices, teraflops", [
+    # TFLOP/s of a chip, as the vendors' data sheets have it, and how many devices JAX makes of one.
+    ("TPU v5 lite", 1, 197), ("TPU v5", 1, 459), ("TPU v6 lite", 1, 918), ("TPU7x", 2, 2307),
+    ("NVIDIA H100 80GB HBM3", 1, 989),
+])  # fmt: skip
+def test_the_peak_of_a_device_is_its_share_of_the_chips(kind, devices, teraflops):
+    device = types.SimpleNamespace(device_kind=kind)
+    assert devices * throughput.peak_flops(device) == teraflops * 1e12
