@@ -12,7 +12,9 @@ What an axis costs in theory:
   attention and the feed-forward layer, in the backward pass before them.
 - `context`: an all-gather of keys and values, again in the backward pass, and a reduce-scatter of their gradients.
 - `stage`: each boundary's activations forward and their gradients backward.
-- `expert`: an all-to-all of the tokens to their experts and back, forward and backward.
+- `expert`: with `model.expert_capacity` an all-to-all of every expert's places and back, in both passes; without, where
+  no token is dropped, a gather of the tokens of all and their choices, and a scatter of what comes of them, as
+  `models.expert_dispatch` does it. What rematerialisation computes anew travels again.
 
 Compiled programs are held against it (tests/aot/test_plan.py).
 """
@@ -25,6 +27,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from maskformer.models.experts import places
 from maskformer.planning.collectives import DCN, sent
 from maskformer.planning.layouts import Layout
 from maskformer.planning.memory import local_sizes, read_itemsize
@@ -158,13 +161,8 @@ def _activations(
                 # The gradients of what query, key and value read, or up and gate, are summed before they travel.
                 began.add(one.path[:-2])
                 add(["tensor"], "all-reduce", embed, False, parts * layers)
-        if "expert" in one.split and one.path[:-1] not in began:
-            began.add(one.path[:-1])
-            if one.axes[-1] != "embed":
-                continue
-            # To the experts and back, and the gradients the same ways.
-            tokens = positions * experiment.model.get("experts_per_token", 1) * width * itemsize
-            add(["expert"], "all-to-all", tokens, False, 4 * parts * layers)
+        if "expert" in one.split and one.axes[-1] == "embed":
+            _exchanges(workload, layout, positions, width, parts * layers, add)
         if one.stacked and "kv_heads" in one.axes and layout.sizes["context"] > 1:
             split = layout.sizes["tensor"] if "tensor" in one.split else 1
             whole = rows * objective.output_length * one.size("kv_heads") * one.size("head_dim") * itemsize / split
@@ -173,3 +171,26 @@ def _activations(
     if stages > 1:
         runs = 2 * parts * workload.experiment.mesh.rounds
         add(["stage"], "collective-permute", positions * widest * itemsize, False, runs)
+
+
+def _exchanges(workload: Workload, layout: Layout, positions: float, width: int, runs: float, add: Add) -> None:
+    """What a layer with experts sends along `expert`, for the `positions` that a device has."""
+    config = workload.program.model_config
+    itemsize = config.dtype("compute").itemsize
+    # Gates, and what they weigh, are at least float32.
+    wide = max(itemsize, 4)
+    again = 0 if config.remat == "none" else 1
+    if config.expert_capacity is not None:
+        length = workload.program.objective.output_length
+        slots = positions / length * config.experts * places(config, length)
+        add(["expert"], "all-to-all", slots * width * itemsize, False, runs * (4 + 2 * again))
+        return
+    everyone = positions * layout.sizes["expert"]
+    choices = everyone * config.experts_per_token
+    # Tokens, the numbers of their experts, and gates; then the gradients of the results.
+    gathered = everyone * width * itemsize + choices * (4 + wide)
+    add(["expert"], "all-gather", gathered, False, runs * (1 + again))
+    add(["expert"], "all-gather", everyone * width * wide, False, runs)
+    # The results; then the gradients of tokens and gates.
+    scattered = everyone * width * (wide + itemsize) + choices * wide
+    add(["expert"], "reduce-scatter", scattered, False, runs)
