@@ -134,6 +134,11 @@ class Workload:
         part, which is not counted."""
         return 1.0 if self.experiment.model.get("remat") == "full" else 0.0
 
+    def counting_passes(self, parts: int) -> int:
+        """Forward passes before the step's own: the tokens of each expert are counted over the whole batch first, which
+        takes one where it runs in parts."""
+        return int(bool(self.program.model_config.experts) and parts > 1)
+
 
 def trace(program: Planned, target: str) -> Workload:
     """The workload of a program on "tpu" or "gpu", whose attention backends are not the same."""
