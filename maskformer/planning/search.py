@@ -62,9 +62,10 @@ def layouts(workload: Workload, topology: Topology) -> Iterator[Layout]:
         for fsdp in _divisors(rest):
             if sizes["embed"] % fsdp:
                 continue
-            inner = {"fsdp": fsdp, "expert": expert, "tensor": tensor, "context": context}
             try:
-                mesh = dataclasses.replace(experiment.mesh, stage=stage, data=-1, **inner)
+                mesh = dataclasses.replace(
+                    experiment.mesh, stage=stage, data=-1, fsdp=fsdp, expert=expert, tensor=tensor, context=context
+                )
                 layout = resolve(mesh, topology)
                 check_batch(experiment.train, layout)
                 check_stages(workload.program, layout)
