@@ -314,6 +314,17 @@ def split_over_data(mesh: Mesh, shapes: Any, shardings: Any) -> tuple[Any, list[
     return divided, [said] if whole else []
 
 
+def slice_shardings(mesh: Mesh, shapes: Any, shardings: Any) -> Any:
+    """Shardings of gradients that stand side by side for each slice, [slices, ...], in parts over `data` within it.
+
+    Args:
+      mesh: with the axis of slices.
+      shapes, shardings: as of `split_over_data`.
+    """
+    parts, _ = split_over_data(mesh, shapes, shardings)
+    return jax.tree.map(lambda part: NamedSharding(mesh, PartitionSpec(SLICE_AXIS, *part.spec)), parts)
+
+
 def optimizer_shardings(
     mesh: Mesh, optimizer: optax.GradientTransformation, state_shapes: Any, shapes: Any, shardings: Any
 ) -> Any:
