@@ -168,7 +168,7 @@ def _room(workload: Workload, layout: Layout) -> float:
     """How much more room than without the axis `expert` a device has for tokens sorted by expert, none of them dropped:
     all tokens of all devices along it, each as often as it may choose one of the experts that are here."""
     config, devices = workload.program.model_config, layout.sizes["expert"]
-    if devices == 1 or config.experts % devices:
+    if devices == 1 or not workload.experiment.model.get("experts") or config.experts % devices:
         return 1.0
     return devices * min(config.experts_per_token, config.experts // devices) / config.experts_per_token
 

@@ -79,8 +79,10 @@ def check_stages(program: Planned, layout: Layout) -> None:
     pipeline = program.placed(layout.sizes).pipeline if layout.sizes["stage"] > 1 else None
     if pipeline is not None:
         config, train = program.model_config, program.experiment.train
-        pipeline.check_layers(config.layers)
-        pipeline.check_pattern(config.layers, config.period(len(config.mask_pattern)))
+        pair = bool(program.experiment.model.get("generator"))
+        for network in (config.generator, config.discriminator) if pair else (config,):
+            pipeline.check_layers(network.layers)
+            pipeline.check_pattern(network.layers, network.period(len(network.mask_pattern)))
         pipeline.check_microbatches(train.batch_size // train.parts(layout.shards), "train.batch_size")
 
 

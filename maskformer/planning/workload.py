@@ -137,7 +137,7 @@ class Workload:
     def counting_passes(self, parts: int) -> int:
         """Forward passes before the step's own: the tokens of each expert are counted over the whole batch first, which
         takes one where it runs in parts."""
-        return int(bool(self.program.model_config.experts) and parts > 1)
+        return int(bool(self.experiment.model.get("experts")) and parts > 1)
 
 
 def trace(program: Planned, target: str) -> Workload:
@@ -197,10 +197,10 @@ def _kept(program: Planned, marks: Mapping[str, int], target: str) -> tuple[Kept
     with platform.assume(target):
         arrays = jax.tree.leaves(jax.eval_shape(backward, program.model.param_shapes(), batch))
     scanned = program.experiment.model.get("scan_layers", True)
-    config = program.model_config
-    # As many as `models.expert_dispatch.dropless` sorts.
-    choices = config.experts_per_token * program.objective.copies * program.objective.output_length
-    in_one = marks["rows"] * choices if config.experts and config.expert_capacity is None else None
+    model, in_one = program.model_config, None
+    if program.experiment.model.get("experts") and model.expert_capacity is None:
+        # As many as `models.expert_dispatch.dropless` sorts.
+        in_one = marks["rows"] * model.experts_per_token * program.objective.copies * program.objective.output_length
     keys = jax.dtypes.prng_key
     kept = [_read(array, marks, scanned) for array in arrays if not jax.dtypes.issubdtype(array.dtype, keys)]
     return tuple(dataclasses.replace(one, sorted=in_one in one.shape) for one in kept)

@@ -44,6 +44,12 @@ def test_stages_are_tried_where_the_layers_and_the_rows_divide():
     assert {layout.sizes["stage"] for layout in layouts(workload_of(rounds), topology)} == {2}
 
 
+def test_both_networks_of_a_pair_are_parted_into_stages():
+    flags = ("--config=configs/electra.py:tiny,seq=32,vocab=500", "--config.train.batch_size=64")
+    tried = {layout.sizes["stage"] for layout in layouts(workload_of(flags), topologies.parse("v5e:2x2"))}
+    assert tried == {1, 2}
+
+
 def test_experts_are_parted_where_there_are_some():
     topology = topologies.parse("v5e:4x4")
     flags = ("--config=configs/gpt.py:tiny,seq=32,vocab=500,experts=4", "--config.train.batch_size=64")
