@@ -82,7 +82,8 @@ def check_stages(program: Planned, layout: Layout) -> None:
         pair = bool(program.experiment.model.get("generator"))
         for network in (config.generator, config.discriminator) if pair else (config,):
             pipeline.check_layers(network.layers)
-            pipeline.check_pattern(network.layers, network.period(len(network.mask_pattern)))
+            period = network.period(len(network.mask_pattern))
+            pipeline.check_pattern(network.layers, period, f"what repeats after {period} layers")
         pipeline.check_microbatches(train.batch_size // train.parts(layout.shards), "train.batch_size")
 
 
