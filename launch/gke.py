@@ -57,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         target, pod, job = _read(arguments)
     except ValueError as error:
         parser.error(str(error))
+    parser.warn_of_local_workdir(
+        job, [mount.path for mount in pod.mounts], ", or mount a claim there: --mount CLAIM:/FOLDER"
+    )
     kubectl = Kubectl(arguments.context, arguments.namespace)
     name, sizes = arguments.name, arguments.slices
     if not _stays(arguments, job):

@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import math
 import pathlib
+import posixpath
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -139,6 +140,22 @@ class Job:
         if used and self.sweep is None:
             raise ValueError(f"{' '.join(used)}: {INDEX} needs --array")
 
+    def local_workdir(self, mounts: Sequence[str] = ()) -> str | None:
+        """The `--workdir` of the command, where it is a folder of the machine that lies below none of `mounts`.
+
+        >>> Job(["train", "--workdir=runs/x"]).local_workdir(), Job(["train", "--workdir", "gs://b/x"]).local_workdir()
+        ('runs/x', None)
+        >>> Job(["train", "--workdir=/mnt/runs/x"]).local_workdir(["/mnt/runs"])
+        """
+        flag = "--workdir"
+        given = [word.removeprefix(f"{flag}=") for word in self.command if word.startswith(f"{flag}=")]
+        given += [after for word, after in zip(self.command, self.command[1:]) if word == flag]
+        for workdir in given:
+            path = pathlib.PurePosixPath(posixpath.normpath(workdir))
+            if workdir and "://" not in workdir and not any(path.is_relative_to(mount) for mount in mounts):
+                return workdir
+        return None
+
     def runs(self) -> list[int] | list[None]:
         """The number of each run of the sweep; one None where there is no sweep."""
         return [None] if self.sweep is None else self.sweep.indices()
@@ -248,6 +265,13 @@ class Parser(argparse.ArgumentParser):
             check(sweep.at_once in (None, at_once), "--max-parallel", at_once, f"that of --array {sweep}, or none")
             sweep = dataclasses.replace(sweep, at_once=at_once)
         return Job(arguments.command, processes, arguments.restarts, arguments.lead, sweep)
+
+    @staticmethod
+    def warn_of_local_workdir(job: Job, mounts: Sequence[str] = (), way: str = "") -> None:
+        """One line where the run is likely to be lost with its machine; `way` is another way out than a bucket."""
+        if (workdir := job.local_workdir(mounts)) is not None:
+            words = "lies on each machine's own disk, which no other sees and which goes with it"
+            print(f"warning: --workdir={workdir} {words}: give gs://BUCKET/...{way}", file=sys.stderr)
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """The flags, and the command as it was written."""

@@ -32,6 +32,17 @@ def test_the_manifest_is_printed_or_written(tmp_path, capsysbinary):
     assert documents[1] == jobset(job, tpu_slice("v6e:4x4"), Pod("repo/train:v1"), "bert", 2, 1)
 
 
+@pytest.mark.parametrize(
+    ("workdir", "warns"),
+    [("runs/x", True), ("/mnt/runsx/a", True), ("/mnt/runs/../a", True), ("/mnt/runs/a", False), ("gs://b/a", False)],
+)
+def test_a_workdir_on_the_disk_of_each_machine_is_warned_of_unless_it_is_mounted(workdir, warns, capsys):
+    assert gke.main([*FLAGS, "--mount", "claim:/mnt/runs", "--", "train", f"--workdir={workdir}"]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith(f"warning: --workdir={workdir} lies on each machine's own disk") is warns
+    assert error.count("\n") == warns and error.endswith(": --mount CLAIM:/FOLDER\n") is warns
+
+
 GPUS = ["--image", "i", "--gpu", "h100:8"]
 
 
