@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import math
 import pathlib
 import posixpath
@@ -233,12 +234,30 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
+        self._flags: list[str] = []
         self.add_argument("command", nargs="*", metavar="-- command", help="what every process runs")
 
     def error(self, message: str) -> NoReturn:
         # "argument --x: 0: expected ..." is argparse's way to say "--x 0: expected ...".
         plain = re.sub("^argument ([^:]+): ", r"\g<1> ", message)
+        unknown = [word for word in self._flags if word.startswith("--") and not self._known(word)]
+        if unknown and re.search("arguments .*required", message):
+            plain = self._unrecognized(unknown)  # a flag that is misspelt is why one is missing
         self.exit(EX_USAGE, f"error: {plain}\n")
+
+    def _known(self, word: str) -> bool:
+        name = word.partition("=")[0]
+        return any(flag.startswith(name) for flag in self._option_string_actions)
+
+    def _unrecognized(self, words: Sequence[str], command: bool = False) -> str:
+        """What to say about unknown flags; `command`: whether they follow words of the command."""
+        text = f"unrecognized arguments: {' '.join(words)}"
+        if command or any(word.startswith(("--config", "--workdir")) for word in words):
+            return f"{text}; write `--` before the command"
+        flags = {flag.strip("-"): flag for flag in self._option_string_actions}
+        name = next((word for word in words if word.startswith("-")), "").partition("=")[0].strip("-")
+        near = difflib.get_close_matches(name[:100], flags, 1)
+        return f"{text}; did you mean {flags[near[0]]}?" if near else text
 
     def job_flags(self, lead: str = "--lead", restarts: int = 10, seconds: float = 120) -> None:
         """Adds flags for `Job.restarts`, `Job.lead` (under the name given) and `Job.sweep`; `job` reads them."""
@@ -277,7 +296,10 @@ class Parser(argparse.ArgumentParser):
         """The flags, and the command as it was written."""
         words = list(sys.argv[1:] if argv is None else argv)
         end = words.index("--") if "--" in words else len(words)
-        arguments = self.parse_args(words[:end])
+        self._flags = words[:end]
+        arguments, unknown = self.parse_known_args(self._flags)
+        if unknown:
+            self.error(self._unrecognized(unknown, bool(arguments.command) and "--" not in words))
         arguments.command += words[end + 1 :]
         return arguments
 
@@ -327,7 +349,10 @@ def deliver(
         text = render()
         # Arguments that are not UTF-8 reach the program as the bytes that they are.
         if output:
-            pathlib.Path(output).write_bytes(text.encode("utf-8", "surrogateescape"))
+            try:
+                pathlib.Path(output).write_bytes(text.encode("utf-8", "surrogateescape"))
+            except OSError as error:
+                raise ValueError(f"--output {output}: {error.strerror}") from None
         if send:
             print(submit(text))
         elif not output:

@@ -326,6 +326,23 @@ def test_a_wrong_flag_is_one_line_and_code_2(flags, message, capsys):
     assert capsys.readouterr().err == f"error: {message}\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--processes", "2", "--plattform=cpu", "--", "true"], "--plattform=cpu; did you mean --platform?"),
+        (["--procesess", "2", "--", "true"], "--procesess; did you mean --processes?"),
+        (["--processes", "2", "--zzz", "--", "true"], "--zzz"),
+        (["--processes", "2", "--config=c", "--", "true"], "--config=c; write `--` before the command"),
+        (["--processes", "2", "maskformer", "train", "--steps=1"], "--steps=1; write `--` before the command"),
+        (["--processes", "2", "maskformer", "--workdir", "x"], "--workdir x; write `--` before the command"),
+    ],
+)
+def test_an_unknown_flag_says_what_was_probably_meant(words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        local.main(words)
+    assert capsys.readouterr().err == f"error: unrecognized arguments: {message}\n"
+
+
 @pytest.mark.parametrize("command", [[], [""], ["true", "{index}"], ["true", "a\0b"]])
 def test_a_command_that_cannot_be_run_is_one_line_and_code_2(command, capsys):
     with pytest.raises(SystemExit, match="2"):

@@ -323,7 +323,7 @@ def test_a_topology_is_an_accelerator_type_of_so_many_machines(topology, kind, m
         (["--zone=europe"], "--zone 'europe': expected a zone, such as us-east5-b"),
         (["--slices=1,2"], "--slices '1,2': expected counts that fall, such as 4,2,1"),
         (["--slices=0"], "--slices 0: expected at least 1"),
-        (["--spot", "--reserved"], "expected one of --spot and --reserved"),
+        (["--spot", "--reserved"], "--reserved beside --spot: expected one of --spot and --reserved"),
         (["--valid-until-duration=soon"], "--valid-until-duration 'soon': expected a duration, such as 6h"),
         (["--create-extra=--node-id=x"], "expected an option that this launcher does not set itself"),
         (["--ssh-extra=--worker=0"], "--ssh-extra '--worker=0': expected an option that this launcher does not set"),
