@@ -2,11 +2,12 @@
 
     python -m launch.local --processes 2 -- maskformer train --config=configs/bert.py:tiny --workdir=runs/x
 
-Every line of output carries the number of its process. SIGTERM and SIGINT are passed on. When a process fails the
-others are stopped, the last line says which one it was, and the exit code is that of the first failure (128 + n for a
-process killed by signal n). Once one has ended well the others have two minutes. Exit code 75 means "stopped after
-saving, run me again", which is done unless the launcher itself was told to stop; so is any other failure with
-`--max-restarts N`, up to N times. However the launcher ends, even by SIGKILL, its processes and theirs end with it.
+Every line of output carries the number of its process; only gloo's news that all are connected is left out. SIGTERM
+and SIGINT are passed on. When a process fails the others are stopped, the last line says which one it was, and the exit
+code is that of the first failure (128 + n for a process killed by signal n). Once one has ended well the others have
+two minutes. Exit code 75 means "stopped after saving, run me again", which is done unless the launcher itself was told
+to stop; so is any other failure with `--max-restarts N`, up to N times. However the launcher ends, even by SIGKILL, its
+processes and theirs end with it.
 
 With `--processes 3,2,3` each start takes the next of these counts, and the last one stays: a rehearsal on one machine
 of what a run lives through whose machines come and go.
@@ -21,6 +22,7 @@ import dataclasses
 import io
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -194,10 +196,17 @@ class _Group:
 
 
 _output_lock = threading.Lock()
+# Each group of devices makes gloo say so once a process, dozens of times in a run. Only where it is as it should be: of
+# a peer that is missing the line has two numbers, and stays.
+_ALL_CONNECTED = re.compile(
+    r"\[Gloo\] Rank [0-9]+ is connected to ([0-9]+) peer ranks\. Expected number of connected peer ranks is : \1\s*"
+)
 
 
 def _prefix_lines(child: subprocess.Popen, prefix: str) -> None:
     for line in child.stdout or ():
+        if _ALL_CONNECTED.fullmatch(line):
+            continue
         with _output_lock:
             sys.stdout.write(prefix + line.rstrip("\n") + "\n")
             sys.stdout.flush()

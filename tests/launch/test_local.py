@@ -266,6 +266,13 @@ def test_lines_of_a_progress_bar_are_prefixed_one_by_one(tmp_path):
     assert (code, out.splitlines()) == (0, ["[0] a", "[0] b", "[0] c"])
 
 
+def test_gloo_is_quiet_where_all_are_connected(tmp_path):
+    line = "[Gloo] Rank 0 is connected to {} peer ranks. Expected number of connected peer ranks is : {}"
+    script = f"for one in (1, 1), (12, 12), (1, 12): print({line!r}.format(*one))\nprint('x {line}')"
+    code, out = finish(start(script, processes=1, folder=tmp_path))
+    assert (code, out.splitlines()) == (0, [f"[0] {line.format(1, 12)}", f"[0] x {line}"])
+
+
 def test_the_device_count_of_the_caller_is_replaced_and_its_other_flags_stay():
     base = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_other=1"}
     assert local.environment(0, 2, 1, 3, base=base)["XLA_FLAGS"].split() == [
