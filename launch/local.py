@@ -265,8 +265,8 @@ def submit(
                         print(f"[launch] {failure} (exit code {code}){others}", flush=True)
                     break
                 now = next(starts, now)
-                why = f"{failure}: " if failure else ""
-                print(f"[launch] {why}{restarts.words(code, pause)}, {now.processes} processes", flush=True)
+                why = f"; {failure}" if failure else ""
+                print(f"[launch] {restarts.words(code, pause)}, {now.processes} processes{why}", flush=True)
                 if not signals.sleep(pause):
                     code = EX_INTERRUPTED if signals.heard == signal.SIGINT else EX_TEMPFAIL
                     break

@@ -68,7 +68,7 @@ def test_a_start_after_a_failure_says_which_process_failed(tmp_path):
     """
     code, out = finish(start(script, "--max-restarts", "1", folder=tmp_path))
     words = "exit code 137 (failure 1 of at most 1): starting again in 1 s, 2 processes"
-    assert (code, out) == (0, f"[launch] process 1 was killed by signal 9: {words}\n")
+    assert (code, out) == (0, f"[launch] {words}; process 1 was killed by signal 9\n")
 
 
 def test_a_process_that_is_stuck_after_another_ended_well_is_not_waited_for_for_ever(tmp_path, monkeypatch, capfd):
