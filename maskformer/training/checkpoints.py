@@ -25,6 +25,7 @@ from maskformer.training.checksums import CHECKSUMS, DamageError, replace_files,
 from maskformer.training.orbax_noise import OrbaxFilter
 from maskformer.training.precision import widened_shapes
 from maskformer.training.record import RunRecord, read_record
+from maskformer.training.saved_arrays import CheckpointError, StructureError, check_structure, saved_tree
 from maskformer.training.scores import best_first, read_score
 from maskformer.training.sections import CheckpointConfig, EvaluationConfig
 from maskformer.training.workdir import (
@@ -41,14 +42,6 @@ from maskformer.training.workdir import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-class CheckpointError(RuntimeError):
-    """No usable checkpoint where one was asked for."""
-
-
-class StructureError(CheckpointError):
-    """The checkpoint holds other arrays than the config describes."""
 
 
 class SaveError(RunError):
@@ -337,7 +330,7 @@ def restore(directory: AnyPath, step: int, abstract_state: Any) -> tuple[Any, Ru
     folder = directory.resolve() / str(step)
     _verify(folder, step)
     read_score(folder)
-    _check_structure(folder / "state", abstract_state)
+    check_structure(folder / "state", abstract_state)
     with ocp.StandardCheckpointer() as arrays:
         state = arrays.restore(os.fspath(folder / "state"), abstract_state)
     return state, read_record(folder / "record" / "metadata", step)
@@ -372,9 +365,9 @@ def restore_params(workdir: str | os.PathLike[str], abstract_params: Any, which:
         folder = directory / str(step)
         _verify(folder, step)
         with ocp.PyTreeCheckpointer() as arrays:
-            averaged = _tree(folder / "state").get("ema") is not None
+            averaged = saved_tree(folder / "state").get("ema") is not None
             name, wanted = ("ema", widened_shapes(abstract_params)) if averaged else ("params", abstract_params)
-            _check_structure(folder / "state", {name: wanted}, only=(name,))
+            check_structure(folder / "state", {name: wanted}, only=(name,))
             restored = arrays.restore(
                 os.fspath(folder / "state"),
                 args=ocp.args.PyTreeRestore(
@@ -444,45 +437,6 @@ def _from_all_processes(text: str) -> list[str]:
     said[: len(encoded)] = np.frombuffer(encoded, np.uint8)
     rows = multihost_utils.process_allgather(said)
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
-
-
-def _tree(folder: AnyPath) -> Any:
-    """Orbax's description of the arrays in `folder`."""
-    with ocp.PyTreeCheckpointer() as arrays:
-        described = arrays.metadata(os.fspath(folder)).item_metadata
-    if described is None:
-        raise DamageError(f"{folder}: the description of its arrays is missing or cannot be read")
-    return described.tree
-
-
-def _check_structure(folder: AnyPath, abstract: Any, only: tuple[str, ...] | None = None) -> None:
-    tree = _tree(folder)
-    if only is not None:
-        tree = {name: tree[name] for name in only if name in tree}
-    saved = _leaves(tree)
-    expected = _leaves(abstract)
-    for name in sorted(saved.keys() | expected.keys()):
-        if name not in saved or name not in expected:
-            holder, other = ("config", "checkpoint") if name in expected else ("checkpoint", "config")
-            raise StructureError(
-                f"checkpoint {folder.parent}: the {holder} has '{name}' and the {other} has not; "
-                "use the config that the run was started with, or a new --workdir"
-            )
-        if saved[name] != expected[name]:
-            raise StructureError(
-                f"checkpoint {folder.parent}: '{name}' has shape {saved[name]} and the config asks for "
-                f"{expected[name]}; use the config that the run was started with, or a new --workdir"
-            )
-
-
-def _leaves(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Path -> shape, alike for a state and for the nested dicts that Orbax describes it with."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in leaves
-        if hasattr(leaf, "shape") and leaf.shape is not None
-    }
 
 
 def _said(error: Exception) -> str:

@@ -208,7 +208,7 @@ def test_every_dropout_of_every_layer_draws_its_own_mask(monkeypatch):
 
     masks_seen = []
 
-    def record(key, x, rate):
+    def record(key, x, rate, rows=None):
         if key is not None:
             masks_seen.append(np.asarray(jax.random.bits(key, (8,))))
         return x
