@@ -147,6 +147,8 @@ def parse(text: str, slices: int = 1) -> Topology:
     if shape not in shapes or not colon:
         dimensions = "DEVICESxHOSTS" if found.platform == "gpu" else f"{('', '', 'two', 'three')[found.torus]} sides"
         what = f"{dimensions} of {found.name}" if found.platform == "gpu" else f"a {found.name} slice of {dimensions}"
+        if found.platform == "tpu" and len(shape) == found.torus:
+            what = f"a {found.name} slice of a size that there is (several slices: --slices)"
         near = _nearest(shape, shapes)
         raise ValueError(
             f"--topology={shown(text)}: expected {what}, such as {found.name}:{'x'.join(map(str, near))} "

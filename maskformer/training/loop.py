@@ -80,8 +80,6 @@ def train_and_evaluate(
         placed.check_batch()
         for line in placed.dropped:
             logger.warning("sharding: %s", line)
-        if (schedule := placed.describe_pipeline()) is not None:
-            logger.info("pipeline: %s", schedule)
         leader = jax.process_index() == 0
 
     results: dict[str, float] = {}

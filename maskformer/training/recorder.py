@@ -67,6 +67,8 @@ class Recorder:
             f"{experiment.data.length} tokens, {placed.mesh.size} {placed.mesh.devices.flat[0].device_kind} device(s), "
             f"from step {start} of {experiment.train.steps} in {workdir}"
         )
+        if (schedule := placed.describe_pipeline()) is not None:
+            self.line(f"pipeline: {schedule}")
 
     def line(self, text: str) -> None:
         """One line above the progress bar."""
