@@ -128,7 +128,9 @@ def test_mask_knows_the_masks_of_a_recipe(tmp_path, capsys, monkeypatch):
         (["train", "--config={tmp}/nothing.py", "--workdir="], "--workdir: '': expected a folder"),
         (["evaluate", "--workdir", "{tmp}/nothing", ""], "--workdir: '': expected a folder"),
         (["sweep", "--config={tmp}/nothing.py", "--workdir=gz://bucket/run"], "unknown address; did you mean 'gs://'?"),
-        (["fill", "--workdir=s3:///run"], "expected s3://BUCKET/FOLDER"),
+        (["fill", "--workdir=gs:///run"], "expected gs://BUCKET/FOLDER"),
+        (["report", "gs://bucket/"], "'gs://bucket/': expected gs://BUCKET/FOLDER"),
+        (["fill", "--workdir=s3://bucket/run"], "checkpoints are kept in gs:// or on a file system, and not in s3://"),
         (["report", ""], "'': expected a folder"),
     ],
 )
