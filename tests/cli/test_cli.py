@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -77,6 +78,19 @@ def test_sweep_lists_its_runs_and_trains_one_by_index(recipe, tmp_path, capsys):
     assert cli.main(["train", *flags, "--sweep-index=1"]) == 0
     assert json.loads((tmp_path / "001" / "config.json").read_text())["objective"]["rate"] == 0.4
     assert cli.main(["train", *flags, "--sweep-index=2"]) == 2
+
+
+def test_a_wrong_argument_of_a_recipe_is_named_alone(capsys):
+    assert cli.main(["config", "--config=configs/gpt.py:base"]) == 2
+    assert capsys.readouterr().err.startswith("error: config argument 'base': expected one of tiny, ")
+
+
+def test_what_nobody_reads_to_its_end_ends_without_a_word():
+    command = [sys.executable, "-m", "maskformer.cli", "mask", "causal", "--length=4"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 def test_mask_draws_text_and_picture(tmp_path, capsys):
