@@ -100,8 +100,8 @@ def test_a_workdir_in_a_bucket_that_stays_so_is_one_line(proxy, bucket, answer, 
     [
         "Cannot connect to host storage.googleapis.com:443 ssl:default [Name or service not known]",
         "HTTPSConnectionPool(host='storage.googleapis.com', port=443): Max retries exceeded with url: /token "
-        "(Caused by NameResolutionError(\"x: Failed to resolve 'storage.googleapis.com' ([Errno -3] Temporary failure in "
-        'name resolution)"))',
+        "(Caused by NameResolutionError(\"x: Failed to resolve 'storage.googleapis.com' ([Errno -3] Temporary failure "
+        'in name resolution)"))',
     ],
 )
 def test_a_machine_without_a_network_is_told_which_address_it_could_not_resolve(said):
