@@ -57,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         target, pod, job = _read(arguments)
     except ValueError as error:
         parser.error(str(error))
+    parser.warn_of_local_workdir(
+        job, [mount.path for mount in pod.mounts], ", or mount a claim there: --mount CLAIM:/FOLDER"
+    )
     kubectl = Kubectl(arguments.context, arguments.namespace)
     name, sizes = arguments.name, arguments.slices
     if not _stays(arguments, job):
@@ -122,16 +125,17 @@ def _read(arguments: argparse.Namespace) -> tuple[Target, Pod, Job]:
       ValueError: a field, or fields that contradict each other.
     """
     sizes = arguments.slices
+    shown = ",".join(map(str, sizes))
     if (arguments.topology is None) == (arguments.gpu is None):
         raise ValueError("expected either --topology, for TPU, or --gpu")
     if arguments.gpu:
-        check(sizes == [1], "--slices", sizes, "--topology: with --gpu, --hosts says how many machines")
+        check(sizes == [1], "--slices", shown, "--topology: with --gpu, --hosts says how many machines")
         check(arguments.chips_per_host is None, "--chips-per-host", arguments.chips_per_host, "--topology, not --gpu")
         target = gpu_hosts(arguments.gpu, arguments.hosts or 1)
     else:
         check(arguments.hosts is None, "--hosts", arguments.hosts, "--gpu: with --topology the shape says how many")
         target = tpu_slice(arguments.topology, arguments.chips_per_host)
-    check(sizes == sorted(set(sizes), reverse=True), "--slices", sizes, "sizes that get smaller, such as 4,2,1")
+    check(sizes == sorted(set(sizes), reverse=True), "--slices", shown, "sizes that get smaller, such as 4,2,1")
     check(arguments.patience is None or len(sizes) > 1, "--patience", arguments.patience, "--slices of several sizes")
     check(arguments.context is None or arguments.submit, "--context", arguments.context, "--submit")
     pod = Pod(
@@ -150,9 +154,13 @@ def _read(arguments: argparse.Namespace) -> tuple[Target, Pod, Job]:
     )
     job = Parser.job(arguments, sizes[0] * target.hosts)
     if _stays(arguments, job) and (arguments.output or not arguments.submit):
+        limit = "" if arguments.at_once is None else f"--max-parallel {arguments.at_once}"
+        if job.sweep is not None and job.sweep.at_once is not None:
+            limit = limit or f"--array {job.sweep}"
+        typed = [*["--wait"] * arguments.wait, *[f"--slices {shown}"] * (len(sizes) > 1), *[limit] * bool(limit)]
         raise ValueError(
-            "--wait, --max-parallel and --slices of several sizes need --submit, without --output: Kubernetes does "
-            "none of them alone, so the launcher stays and makes the JobSets one by one"
+            f"{' and '.join(typed)} {'needs' if len(typed) == 1 else 'need'} --submit, without --output: Kubernetes "
+            "does not do this alone, so the launcher stays and makes the JobSets one by one"
         )
     return target, pod, job
 

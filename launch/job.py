@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import math
 import pathlib
+import posixpath
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -139,6 +141,22 @@ class Job:
         if used and self.sweep is None:
             raise ValueError(f"{' '.join(used)}: {INDEX} needs --array")
 
+    def local_workdir(self, mounts: Sequence[str] = ()) -> str | None:
+        """The `--workdir` of the command, where it is a folder of the machine that lies below none of `mounts`.
+
+        >>> Job(["train", "--workdir=runs/x"]).local_workdir(), Job(["train", "--workdir", "gs://b/x"]).local_workdir()
+        ('runs/x', None)
+        >>> Job(["train", "--workdir=/mnt/runs/x"]).local_workdir(["/mnt/runs"])
+        """
+        flag = "--workdir"
+        given = [word.removeprefix(f"{flag}=") for word in self.command if word.startswith(f"{flag}=")]
+        given += [after for word, after in zip(self.command, self.command[1:]) if word == flag]
+        for workdir in given:
+            path = pathlib.PurePosixPath(posixpath.normpath(workdir))
+            if workdir and "://" not in workdir and not any(path.is_relative_to(mount) for mount in mounts):
+                return workdir
+        return None
+
     def runs(self) -> list[int] | list[None]:
         """The number of each run of the sweep; one None where there is no sweep."""
         return [None] if self.sweep is None else self.sweep.indices()
@@ -216,12 +234,30 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
+        self._flags: list[str] = []
         self.add_argument("command", nargs="*", metavar="-- command", help="what every process runs")
 
     def error(self, message: str) -> NoReturn:
         # "argument --x: 0: expected ..." is argparse's way to say "--x 0: expected ...".
         plain = re.sub("^argument ([^:]+): ", r"\g<1> ", message)
+        unknown = [word for word in self._flags if word.startswith("--") and not self._known(word)]
+        if unknown and re.search("arguments .*required", message):
+            plain = self._unrecognized(unknown)  # a flag that is misspelt is why one is missing
         self.exit(EX_USAGE, f"error: {plain}\n")
+
+    def _known(self, word: str) -> bool:
+        name = word.partition("=")[0]
+        return any(flag.startswith(name) for flag in self._option_string_actions)
+
+    def _unrecognized(self, words: Sequence[str], command: bool = False) -> str:
+        """What to say about unknown flags; `command`: whether they follow words of the command."""
+        text = f"unrecognized arguments: {' '.join(words)}"
+        if command or any(word.startswith(("--config", "--workdir")) for word in words):
+            return f"{text}; write `--` before the command"
+        flags = {flag.strip("-"): flag for flag in self._option_string_actions}
+        name = next((word for word in words if word.startswith("-")), "").partition("=")[0].strip("-")
+        near = difflib.get_close_matches(name[:100], flags, 1)
+        return f"{text}; did you mean {flags[near[0]]}?" if near else text
 
     def job_flags(self, lead: str = "--lead", restarts: int = 10, seconds: float = 120) -> None:
         """Adds flags for `Job.restarts`, `Job.lead` (under the name given) and `Job.sweep`; `job` reads them."""
@@ -249,11 +285,21 @@ class Parser(argparse.ArgumentParser):
             sweep = dataclasses.replace(sweep, at_once=at_once)
         return Job(arguments.command, processes, arguments.restarts, arguments.lead, sweep)
 
+    @staticmethod
+    def warn_of_local_workdir(job: Job, mounts: Sequence[str] = (), way: str = "") -> None:
+        """One line where the run is likely to be lost with its machine; `way` is another way out than a bucket."""
+        if (workdir := job.local_workdir(mounts)) is not None:
+            words = "lies on each machine's own disk, which no other sees and which goes with it"
+            print(f"warning: --workdir={workdir} {words}: give gs://BUCKET/...{way}", file=sys.stderr)
+
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """The flags, and the command as it was written."""
         words = list(sys.argv[1:] if argv is None else argv)
         end = words.index("--") if "--" in words else len(words)
-        arguments = self.parse_args(words[:end])
+        self._flags = words[:end]
+        arguments, unknown = self.parse_known_args(self._flags)
+        if unknown:
+            self.error(self._unrecognized(unknown, bool(arguments.command) and "--" not in words))
         arguments.command += words[end + 1 :]
         return arguments
 
@@ -303,7 +349,10 @@ def deliver(
         text = render()
         # Arguments that are not UTF-8 reach the program as the bytes that they are.
         if output:
-            pathlib.Path(output).write_bytes(text.encode("utf-8", "surrogateescape"))
+            try:
+                pathlib.Path(output).write_bytes(text.encode("utf-8", "surrogateescape"))
+            except OSError as error:
+                raise ValueError(f"--output {output}: {error.strerror}") from None
         if send:
             print(submit(text))
         elif not output:

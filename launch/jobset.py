@@ -260,7 +260,8 @@ def _container(job: Job, target: Target, pod: Pod, name: str, slices: int, index
 
 def _environment(target: Target, name: str, slices: int) -> list[dict[str, Any]]:
     """How the processes find each other, and that none of them trains on its CPU in silence."""
-    platforms = "tpu,cpu" if target.tpu else "cuda,cpu"
+    # Not "cuda,cpu": where a GPU is missing JAX passes over "cuda" in silence, unlike over "tpu".
+    platforms = "tpu,cpu" if target.tpu else "cuda"
     variables: list[dict[str, Any]] = [*_variables(["PYTHONUNBUFFERED=1", f"JAX_PLATFORMS={platforms}"])]
     if target.tpu:
         # GKE gives each pod TPU_WORKER_ID and _HOSTNAMES, and MEGASCALE_* between slices; "on" insists on them.

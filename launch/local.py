@@ -2,12 +2,12 @@
 
     python -m launch.local --processes 2 -- maskformer train --config=configs/bert.py:tiny --workdir=runs/x
 
-Every line of output carries the number of its process. SIGTERM and SIGINT are passed on. When a process fails the
-others are stopped, and the exit code is that of the first failure (128 + n for a process killed by signal n). Once one
-has ended well the others have two minutes. Exit
-code 75 means "stopped after saving, run me again", which is done unless the launcher itself was told to stop; so is any
-other failure with `--max-restarts N`, up to N times. However the launcher ends, even by SIGKILL, its processes and
-theirs end with it.
+Every line of output carries the number of its process; only gloo's news that all are connected is left out. SIGTERM
+and SIGINT are passed on. When a process fails the others are stopped, the last line says which one it was, and the exit
+code is that of the first failure (128 + n for a process killed by signal n). Once one has ended well the others have
+two minutes. Exit code 75 means "stopped after saving, run me again", which is done unless the launcher itself was told
+to stop; so is any other failure with `--max-restarts N`, up to N times. However the launcher ends, even by SIGKILL, its
+processes and theirs end with it.
 
 With `--processes 3,2,3` each start takes the next of these counts, and the last one stays: a rehearsal on one machine
 of what a run lives through whose machines come and go.
@@ -22,6 +22,7 @@ import dataclasses
 import io
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -66,7 +67,7 @@ def environment(
     """The environment of process `index` of `processes`, which `maskformer.training.distributed` reads.
 
     On CPU each process simulates `devices_per_process` devices and they talk through gloo; on GPU each takes that many
-    of the machine's GPUs, in order.
+    of the machine's GPUs, in order, and fails where there are none unless JAX_PLATFORMS says otherwise.
 
     >>> environment(1, 2, 8476, base={})["JAX_COORDINATOR_ADDRESS"]
     '127.0.0.1:8476'
@@ -91,6 +92,8 @@ def environment(
         }
     else:
         first = index * devices_per_process
+        # JAX passes over a missing GPU in silence wherever it may use the CPU, also with "cuda,cpu".
+        env.setdefault("JAX_PLATFORMS", "cuda")
         env["JAX_LOCAL_DEVICE_IDS"] = ",".join(str(first + i) for i in range(devices_per_process))
     return env
 
@@ -100,6 +103,8 @@ class _Group:
 
     def __init__(self) -> None:
         self.signalled: int | None = None
+        # Which process failed first, and how, where one did that nobody had told to stop.
+        self.failure: str | None = None
         self.children: list[subprocess.Popen] = []
         self._readers: list[threading.Thread] = []
         self._orphans_told: set[int] = set()
@@ -140,12 +145,13 @@ class _Group:
 
     def wait(self, lead: float) -> int:
         """Waits for all and returns the code of the first failure, or 0."""
-        first, deadline = 0, None
+        first, deadline, late = 0, None, False
         while None in [child.poll() for child in self.children]:
             self._tell_orphans()
             failed = next((c.returncode for c in self.children if c.returncode), 0)
             if failed and not first:
                 first = failed
+                self._note_failure(late)
                 # After a 75 or 130 the others are at the same step boundary, saving. After a crash they wait for the
                 # dead one in a collective and, since JAX takes SIGTERM as "save soon", only SIGKILL ends that.
                 saved = failed in (EX_TEMPFAIL, EX_INTERRUPTED)
@@ -153,7 +159,7 @@ class _Group:
                 if not saved:
                     self.signal(signal.SIGTERM)
             elif deadline is None and not first and 0 in [child.returncode for child in self.children]:
-                deadline = time.monotonic() + _LAST_GRACE
+                deadline, late = time.monotonic() + _LAST_GRACE, True
             if deadline is not None and time.monotonic() > deadline:
                 self.signal(signal.SIGKILL)
                 deadline = math.inf
@@ -164,10 +170,22 @@ class _Group:
         for reader in self._readers:
             reader.join(timeout=max(0.0, until - time.monotonic()))
         codes = [child.returncode for child in self.children]
-        first = first or next((code for code in codes if code), 0)
+        if not first and any(codes):
+            first = next(code for code in codes if code)
+            self._note_failure(late)
         if first == EX_TEMPFAIL and {EX_INTERRUPTED, -signal.SIGINT} & set(codes):
             first = EX_INTERRUPTED  # somebody pressed Ctrl-C: not to be started again
         return 128 - first if first < 0 else first
+
+    def _note_failure(self, late: bool) -> None:
+        index, code = next((i, child.returncode) for i, child in enumerate(self.children) if child.returncode)
+        if self.signalled is not None or code in (EX_TEMPFAIL, EX_INTERRUPTED, -signal.SIGINT):
+            return
+        if late and code == -signal.SIGKILL:
+            end = f"was killed, since it had not ended {_LAST_GRACE:g} s after another"
+        else:
+            end = f"was killed by signal {-code}" if code < 0 else "failed"
+        self.failure = f"process {index} {end}"
 
     def _tell_orphans(self) -> None:
         """A shell that a signal ends does not pass it on to the command that it waits for."""
@@ -178,10 +196,17 @@ class _Group:
 
 
 _output_lock = threading.Lock()
+# Each group of devices makes gloo say so once a process, dozens of times in a run. Only where it is as it should be: of
+# a peer that is missing the line has two numbers, and stays.
+_ALL_CONNECTED = re.compile(
+    r"\[Gloo\] Rank [0-9]+ is connected to ([0-9]+) peer ranks\. Expected number of connected peer ranks is : \1\s*"
+)
 
 
 def _prefix_lines(child: subprocess.Popen, prefix: str) -> None:
     for line in child.stdout or ():
+        if _ALL_CONNECTED.fullmatch(line):
+            continue
         with _output_lock:
             sys.stdout.write(prefix + line.rstrip("\n") + "\n")
             sys.stdout.flush()
@@ -231,12 +256,17 @@ def submit(
             while True:
                 begin = time.monotonic()
                 # A fresh port for each start: the last one may still be in TIME_WAIT.
-                code = _run_once(render(now, port or free_port(), devices_per_process, platform, index), job, signals)
+                processes = render(now, port or free_port(), devices_per_process, platform, index)
+                code, failure = _run_once(processes, job, signals)
                 pause = None if signals.heard else restarts.pause(code, time.monotonic() - begin)
                 if pause is None:
+                    if failure:
+                        others = "; the others were stopped" if now.processes > 1 else ""
+                        print(f"[launch] {failure} (exit code {code}){others}", flush=True)
                     break
                 now = next(starts, now)
-                print(f"[launch] {restarts.words(code, pause)}, {now.processes} processes", flush=True)
+                why = f"; {failure}" if failure else ""
+                print(f"[launch] {restarts.words(code, pause)}, {now.processes} processes{why}", flush=True)
                 if not signals.sleep(pause):
                     code = EX_INTERRUPTED if signals.heard == signal.SIGINT else EX_TEMPFAIL
                     break
@@ -275,8 +305,8 @@ class _Signals:
         return self.heard is None
 
 
-def _run_once(processes: Sequence[Process], job: Job, signals: _Signals) -> int:
-    """The exit code of one start."""
+def _run_once(processes: Sequence[Process], job: Job, signals: _Signals) -> tuple[int, str | None]:
+    """The exit code of one start, and which process failed first, where one did."""
     group = _Group()
     # First, so that no signal can end us between two of the children.
     signals.group = group
@@ -284,7 +314,7 @@ def _run_once(processes: Sequence[Process], job: Job, signals: _Signals) -> int:
     watchdog = Watchdog()
     try:
         group.start(processes, watchdog)
-        return group.wait(job.lead)
+        return group.wait(job.lead), group.failure
     finally:
         signals.group = None
         group.signal(signal.SIGKILL)

@@ -200,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ssh_extra=tuple(arguments.ssh_extra),
         )
         job = parser.job(arguments, request.workers(request.slices[0]))
+        parser.warn_of_local_workdir(job)
         what = dict(name=arguments.name, setup=arguments.setup, keep=arguments.keep)
         if arguments.output or not arguments.submit:
             code = deliver(lambda: render(job, request, **what), str, arguments.output)

@@ -18,7 +18,16 @@ from launch.tpu_resource import Request
 from launch.watchdog import kill_group
 
 WAITING = ("STATE_UNSPECIFIED", "CREATING", "ACCEPTED", "PROVISIONING", "WAITING_FOR_RESOURCES")
-_MISTAKES = ("INVALID_ARGUMENT", "PERMISSION_DENIED", "UNAUTHENTICATED", "not currently have an active account")
+# What gcloud says to a request, a configuration or a login that asking again does not mend; and shorter, where it takes
+# a paragraph.
+_MISTAKES = {
+    "INVALID_ARGUMENT": None,
+    "PERMISSION_DENIED": None,
+    "UNAUTHENTICATED": None,
+    "Failed to find attribute [project]": "gcloud has no project: give --project or `gcloud config set project NAME`",
+    "Failed to find attribute": None,
+    "not currently have an active account": "gcloud is not logged in: `gcloud auth login`",
+}
 # Seconds. gcloud itself tries ten times, 5 s apart, to reach a machine that has just started.
 BEGIN_TOGETHER = 180.0
 AFTER_A_CRASH = 10.0
@@ -34,11 +43,12 @@ class GcloudError(RuntimeError):
 
     Attributes:
       mistake: whether asking again can only give the same answer.
+      code: the exit code of a run that it ends.
     """
 
-    def __init__(self, words: str, mistake: bool = False):
+    def __init__(self, words: str, mistake: bool = False, code: int = 1):
         super().__init__(words)
-        self.mistake = mistake
+        self.mistake, self.code = mistake, code
 
 
 class Gone(Exception):
@@ -75,14 +85,18 @@ def gcloud(arguments: Sequence[str], timeout: float = 600.0) -> str:
             start_new_session=True,
         )  # fmt: skip
     except FileNotFoundError:
-        raise GcloudError("gcloud was not found: install the Google Cloud CLI, and log in", mistake=True) from None
+        words = "gcloud was not found: install the Google Cloud CLI, and log in"
+        raise GcloudError(words, mistake=True, code=EX_USAGE) from None
     except subprocess.TimeoutExpired:
         raise GcloudError(f"`{' '.join(arguments[:5])}` gave no answer within {timeout:.0f} s") from None
     if done.returncode:
         words = " ".join(done.stderr.split())
         said = words.rpartition("ERROR: ")[2] or f"exit code {done.returncode}"
-        # 2 is a usage error of gcloud.
-        raise GcloudError(said[:600], mistake=done.returncode == 2 or any(word in said for word in _MISTAKES))
+        found = [mistake for mistake in _MISTAKES if mistake in said]
+        if found or done.returncode == 2:  # a usage error of gcloud
+            shorter = _MISTAKES[found[0]] if found else None
+            raise GcloudError(shorter or said[:600], mistake=True, code=EX_USAGE)
+        raise GcloudError(said[:600])
     return done.stdout
 
 
@@ -126,7 +140,7 @@ class Life:
             return self._live()
         except GcloudError as error:
             self._tell(f"error: {error}")
-            return 1
+            return error.code
         finally:
             if self._there and self.keep:
                 self._tell(f"kept; they cost money until `{shlex.join(self.request.delete(self.name))}`")

@@ -132,7 +132,8 @@ class Request:
         until = self.valid_until_duration
         fine = until is None or re.fullmatch("([0-9]{1,9}[smhd])+", until)
         check(fine, "--valid-until-duration", until, "a duration, such as 6h or 90m")
-        check(not (self.spot and self.reserved), "--reserved", True, "one of --spot and --reserved")
+        if self.spot and self.reserved:
+            raise ValueError("--reserved beside --spot: expected one of --spot and --reserved")
         for field, pattern in (("runtime_version", "[a-z0-9.-]+"), ("project", "[a-z0-9.:-]+")):
             value = getattr(self, field)
             check(value is None or re.fullmatch(pattern, value), f"--{field.replace('_', '-')}", value, "a name")

@@ -341,7 +341,9 @@ class Encoder(nnx.Module):
         config, over = self.config, pipeline.current()
         assert over is not None
         over.check_layers(config.layers)
-        over.check_pattern(config.layers, config.period(len(masks)))
+        over.check_pattern(config.layers, len(masks), f"model.mask: a pattern of {len(masks)} masks")
+        if config.experts:
+            over.check_pattern(config.layers, config.moe_period, f"model.moe_period={config.moe_period}:")
         graphs, parameters = self._stacks()
         microbatches = over.cut(x.shape[0])
         cut = functools.partial(stages.Rows.of, shards=over.shards, microbatches=microbatches)

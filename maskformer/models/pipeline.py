@@ -117,12 +117,13 @@ class Pipeline:
                 "layers, or another mesh.stage"
             )
 
-    def check_pattern(self, layers: int, period: int) -> None:
-        """ValueError where the masks of `model.mask` do not fall on the layers of every block alike."""
+    def check_pattern(self, layers: int, period: int, name: str) -> None:
+        """ValueError where what repeats after `period` layers, called `name`, does not fall on those of every block
+        alike."""
         depth = layers // (self.stages * self.rounds)
         if depth % period:
             raise ValueError(
-                f"model.mask: a pattern of {period} masks does not divide the {depth} layers that "
+                f"{name} does not divide the {depth} layers that "
                 f"model.layers={layers} over mesh.stage={self.stages} and mesh.rounds={self.rounds} gives each block; "
                 "use fewer stages or rounds, or more layers"
             )

@@ -93,6 +93,7 @@ def memory(
     train = workload.experiment.train
     sizes = local_sizes(workload, placed, layout)
     context, stage = layout.sizes["context"], layout.sizes["stage"]
+    spread = _room(workload, layout)
 
     def held(kept: Kept) -> float:
         # What only a product reads is stored as the product reads it.
@@ -102,7 +103,7 @@ def memory(
         if kept.kind == "logits":
             # A gradient is computed of what was kept; masks are computed anew.
             return whole if kept.floating else 0.0
-        return whole / context
+        return whole / context * (spread if kept.sorted else 1)
 
     of_kind = {
         kind: sum(held(one) for one in workload.kept if one.kind == kind) for kind in ("layers", "logits", "ends")
@@ -112,7 +113,7 @@ def memory(
         # the inputs of its layers, they are then copied.
         of_kind["layers"] += max((held(one) for one in workload.kept if one.kind == "layers"), default=0.0)
     made = [one for one in workload.layer if one.floating and not _in_between(one, workload)]
-    layer = sum(one.bytes(sizes) / context for one in made)
+    layer = sum(one.bytes(sizes) / context * (spread if one.sorted else 1) for one in made)
     pipeline = placed.pipeline
     microbatches = 1 if pipeline is None else pipeline.cut(train.batch_size // train.parts(layout.shards))
     working = max(0.0, WORKING * layer / microbatches - (VMEM if target == "tpu" else 0))
@@ -161,6 +162,15 @@ def local_sizes(workload: Workload, placed: Placed, layout: Layout) -> dict[str,
         if axis in sizes and rules[rule]:
             sizes[axis] /= tensor
     return sizes
+
+
+def _room(workload: Workload, layout: Layout) -> float:
+    """How much more room than without the axis `expert` a device has for tokens sorted by expert, none of them dropped:
+    all tokens of all devices along it, each as often as it may choose one of the experts that are here."""
+    config, devices = workload.program.model_config, layout.sizes["expert"]
+    if devices == 1 or not workload.experiment.model.get("experts") or config.experts % devices:
+        return 1.0
+    return devices * min(config.experts_per_token, config.experts // devices) / config.experts_per_token
 
 
 def _weights(

@@ -97,6 +97,7 @@ def plan(
     layout = None if search else resolve(program.experiment.mesh, topology)
     if layout is not None:
         check_batch(program.experiment.train, layout)
+        searching.check_stages(program, layout)
     workload = trace(program, topology.chip.platform)
     if not workload.splits_heads:
         notes.append(

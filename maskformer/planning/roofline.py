@@ -75,10 +75,10 @@ def roofline(
     rate = chip.flops * EFFICIENCY[chip.platform]
     if chip.platform == "gpu" and experiment.model.get("compute_dtype", "float32") == "float32":
         rate /= 2
-    # A step is a forward pass and twice that; full rematerialisation adds one of the layers.
-    compute = workload.flops * (1 + workload.repeated_share / 3) / topology.devices / rate
-    compute /= 1 - waiting
     parts = experiment.train.parts(layout.shards)
+    # A step is a forward pass and twice that; full rematerialisation adds one of the layers.
+    passes = 3 + workload.repeated_share + workload.counting_passes(parts)
+    compute = workload.flops * passes / 3 / topology.devices / rate / (1 - waiting)
     hbm = _memory_bytes(workload, layout, memory, parameters, parts) / chip.memory_bandwidth
 
     axes: dict[str, float] = {}

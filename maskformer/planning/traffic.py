@@ -13,7 +13,11 @@ What an axis costs in theory:
 - `context`: an all-gather of keys and values, again in the backward pass, and a reduce-scatter of their gradients.
 - `stage`: at each tick of the pipeline a microbatch of hidden states to the next stage, and one of those that wait to
   the stage before, and the same of their gradients; an all-reduce of the gradients of what belongs to no stage.
-- `expert`: an all-to-all of the tokens to their experts and back, forward and backward.
+- `expert`: with `model.expert_capacity` an all-to-all of every expert's places and back, in both passes; without, where
+  no token is dropped, a gather of the tokens of all and their choices, and a scatter of what comes of them, as
+  `models.expert_dispatch` does it. What rematerialisation computes anew travels again.
+
+A mixture whose batch runs in parts makes each part's forward pass twice: first the tokens of each expert are counted.
 
 Compiled programs are held against it (tests/aot/test_plan.py).
 """
@@ -26,6 +30,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from maskformer.models.experts import places
 from maskformer.planning.collectives import DCN, sent
 from maskformer.planning.layouts import Layout
 from maskformer.planning.memory import local_sizes, read_itemsize
@@ -122,7 +127,7 @@ def _gradients(
             # Rows of a table are looked up as they are; products read what `read_itemsize` says.
             looked_up = one.axes[0] in TABLES
             itemsize = gradient_itemsize(workload, one) if looked_up else read_itemsize(workload, one, target)
-            gathers = parts * (2 if one.stacked and scanned else 1)
+            gathers = parts * ((2 if one.stacked and scanned else 1) + workload.counting_passes(parts))
             add(["fsdp"], "all-gather", whole * itemsize, True, gathers)
             add(["fsdp"], "reduce-scatter", whole * gradient_itemsize(workload, one), True, parts)
 
@@ -135,7 +140,7 @@ def _activations(
     itemsize = jax.numpy.dtype(experiment.model.get("compute_dtype", "float32")).itemsize
     rows = local_sizes(workload, placed, layout)["rows"] * objective.copies
     positions = rows * objective.output_length / layout.sizes["context"]
-    again = workload.repeated_share
+    again, counting = workload.repeated_share, workload.counting_passes(parts)
     stages = layout.sizes["stage"]
     widest = 0
     began: set[tuple[str, ...]] = set()
@@ -151,30 +156,51 @@ def _activations(
             if one.axes[0] in TABLES:
                 # Rows that other devices hold are 0; the gradient of the hidden states sums over the vocabulary.
                 if "embeddings" in one.path:
-                    add(["tensor"], "all-reduce", embed, False, parts)
+                    add(["tensor"], "all-reduce", embed, False, parts * (1 + counting))
                 if "head" in one.path or not heads:
                     add(["tensor"], "all-reduce", rows * objective.budget * width * itemsize, False, parts)
             elif one.axes[-1] == "embed":
                 # The feed-forward layer's result is what the next one keeps: only the attention's is summed again.
-                runs = 1 + (again if "heads" in one.axes else 0)
+                runs = 1 + counting + (again if "heads" in one.axes else 0)
                 add(["tensor"], "all-reduce", embed, False, parts * layers * runs)
             elif one.path[:-2] not in began:
                 # The gradients of what query, key and value read, or up and gate, are summed before they travel.
                 began.add(one.path[:-2])
                 add(["tensor"], "all-reduce", embed, False, parts * layers)
-        if "expert" in one.split and one.path[:-1] not in began:
-            began.add(one.path[:-1])
-            if one.axes[-1] != "embed":
-                continue
-            # To the experts and back, and the gradients the same ways.
-            tokens = positions * experiment.model.get("experts_per_token", 1) * width * itemsize
-            add(["expert"], "all-to-all", tokens, False, 4 * parts * layers)
+        if "expert" in one.split and one.axes[-1] == "embed":
+            _exchanges(workload, layout, positions, width, parts * layers, counting, add)
         if one.stacked and "kv_heads" in one.axes and layout.sizes["context"] > 1:
             split = layout.sizes["tensor"] if "tensor" in one.split else 1
             whole = rows * objective.output_length * one.size("kv_heads") * one.size("head_dim") * itemsize / split
-            add(["context"], "all-gather", whole, False, 2 * parts * layers)
+            add(["context"], "all-gather", whole, False, (2 + counting) * parts * layers)
             add(["context"], "reduce-scatter", whole, False, parts * layers)
     if (pipeline := placed.pipeline) is not None:
         work = pipeline.cut(experiment.train.batch_size // parts) * pipeline.rounds
         ticks = (work + stages - 1) / work * pipeline.rounds
-        add(["stage"], "collective-permute", positions * widest * itemsize, False, 4 * parts * ticks)
+        add(["stage"], "collective-permute", positions * widest * itemsize, False, (4 + 2 * counting) * parts * ticks)
+
+
+def _exchanges(
+    workload: Workload, layout: Layout, positions: float, width: int, runs: float, counting: int, add: Add
+) -> None:
+    """What layers with experts send along `expert` in `runs` training passes of the `positions` that a device has, each
+    with `counting` forward passes before it."""
+    config = workload.program.model_config
+    itemsize = config.dtype("compute").itemsize
+    # Gates, and what they weigh, are at least float32.
+    wide = max(itemsize, 4)
+    again = 0 if config.remat == "none" else 1
+    if config.expert_capacity is not None:
+        length = workload.program.objective.output_length
+        slots = positions / length * config.experts * places(config, length)
+        add(["expert"], "all-to-all", slots * width * itemsize, False, runs * (4 + 2 * again + 2 * counting))
+        return
+    everyone = positions * layout.sizes["expert"]
+    choices = everyone * config.experts_per_token
+    # Tokens, the numbers of their experts, and gates; then the gradients of the results.
+    gathered = everyone * width * itemsize + choices * (4 + wide)
+    add(["expert"], "all-gather", gathered, False, runs * (1 + again + counting))
+    add(["expert"], "all-gather", everyone * width * wide, False, runs)
+    add(["expert"], "reduce-scatter", everyone * width * wide, False, runs * (1 + counting))
+    # Gradients of tokens and gates.
+    add(["expert"], "reduce-scatter", everyone * width * itemsize + choices * wide, False, runs)

@@ -9,7 +9,7 @@ from typing import Any
 
 from maskformer.planning.estimate import Estimate, estimate
 from maskformer.planning.layouts import check_batch, resolve
-from maskformer.planning.search import search
+from maskformer.planning.search import check_stages, search
 from maskformer.planning.topologies import Topology
 from maskformer.planning.workload import Planned, Workload, trace
 from maskformer.training.sections import TrainConfig
@@ -119,6 +119,7 @@ def _same_layout(workload: Workload, topology: Topology, price: float) -> Estima
     try:
         layout = resolve(workload.experiment.mesh, topology)
         check_batch(workload.experiment.train, layout)
+        check_stages(workload.program, layout)
         return estimate(workload, topology, layout, price)
     except ValueError:
         return None

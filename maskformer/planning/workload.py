@@ -64,6 +64,7 @@ class Kept:
       powers: how often each marked axis is in it.
       outer: the last two axes are heads and their channels.
       shape: as traced.
+      sorted: tokens are sorted by their experts: rows and positions are one axis.
     """
 
     kind: str
@@ -72,6 +73,7 @@ class Kept:
     powers: Mapping[str, int]
     outer: bool
     shape: tuple[int, ...]
+    sorted: bool = False
 
     def bytes(self, sizes: Mapping[str, float], itemsize: int | None = None) -> float:
         """Bytes with these sizes of the marked axes."""
@@ -132,6 +134,11 @@ class Workload:
         part, which is not counted."""
         return 1.0 if self.experiment.model.get("remat") == "full" else 0.0
 
+    def counting_passes(self, parts: int) -> int:
+        """Forward passes before the step's own: the tokens of each expert are counted over the whole batch first, which
+        takes one where it runs in parts."""
+        return int(bool(self.experiment.model.get("experts")) and parts > 1)
+
 
 def trace(program: Planned, target: str) -> Workload:
     """The workload of a program on "tpu" or "gpu", whose attention backends are not the same."""
@@ -190,8 +197,13 @@ def _kept(program: Planned, marks: Mapping[str, int], target: str) -> tuple[Kept
     with platform.assume(target):
         arrays = jax.tree.leaves(jax.eval_shape(backward, program.model.param_shapes(), batch))
     scanned = program.experiment.model.get("scan_layers", True)
+    model, in_one = program.model_config, None
+    if program.experiment.model.get("experts") and model.expert_capacity is None:
+        # As many as `models.expert_dispatch.dropless` sorts.
+        in_one = marks["rows"] * model.experts_per_token * program.objective.copies * program.objective.output_length
     keys = jax.dtypes.prng_key
-    return tuple(_read(array, marks, scanned) for array in arrays if not jax.dtypes.issubdtype(array.dtype, keys))
+    kept = [_read(array, marks, scanned) for array in arrays if not jax.dtypes.issubdtype(array.dtype, keys)]
+    return tuple(dataclasses.replace(one, sorted=in_one in one.shape) for one in kept)
 
 
 def _read(array: Any, marks: Mapping[str, int], scanned: bool) -> Kept:

@@ -478,9 +478,7 @@ def _leaves(tree: Any) -> dict[str, tuple[int, ...]]:
     """Path -> shape, alike for a state and for the nested dicts that Orbax describes it with."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))
     return {
-        "/".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path): tuple(
-            leaf.shape
-        )
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
         for path, leaf in leaves
         if hasattr(leaf, "shape") and leaf.shape is not None
     }

@@ -36,8 +36,8 @@ class Events:
     """Appends to the `events.jsonl` of a workdir, from whatever thread.
 
     A line is on a file system when it is written; on a store that of a start or an end is, and another within
-    `lines.STORE_SECONDS`. A file that cannot be written is no reason to stop a run: it is said once, and the run goes
-    on without events.
+    `lines.STORE_SECONDS`. A file that cannot be written is no reason to stop a run: it is said once, and the lines are
+    written when it can be again.
 
     Args:
       workdir: an existing folder, which no other training has.
@@ -48,12 +48,12 @@ class Events:
         self._path, self._attempt = workdir / EVENTS, attempt
         self._lock = threading.Lock()
         self._file: lines.LineFile | None = None
-        self._broken = False
+        self._said = self._closed = False
 
     def write(self, event: str, **fields: Any) -> None:
         """One line, with the time of now where `fields` has none."""
         with self._lock:
-            if self._broken:
+            if self._closed:
                 return
             try:
                 if self._file is None:
@@ -62,12 +62,14 @@ class Events:
                 if event != "phase":
                     self._file.flush()
             except OSError as error:
-                self._broken = True
-                logger.warning("%s: cannot be written (%s); the run goes on without", self._path, reason(error))
+                # What was given to the file waits there, and the next line takes it along.
+                if not self._said:
+                    logger.warning("%s: cannot be written (%s); the run goes on without", self._path, reason(error))
+                self._said = True
 
     def close(self) -> None:
         with self._lock, contextlib.suppress(OSError):
-            self._broken = True
+            self._closed = True
             if self._file is not None:
                 self._file.close()
 

@@ -99,11 +99,12 @@ class _Parts:
         if len(self._text) >= PART_BYTES:
             self._number, self._text, self._version = self._number + 1, b"", None
         path = part_path(self._path, self._number)
+        # A store that does not answer is not asked again by the next line at once: its client has tried for long.
+        self._flushed = time.monotonic()
         version = paths.put(path, self._text + self._waiting, self._version)
         if version is None:
             raise StoreError(f"{path}: was written by another process meanwhile; let one training at a time write it")
         self._text, self._version, self._waiting = self._text + self._waiting, version, b""
-        self._flushed = time.monotonic()
 
 
 def part_path(path: AnyPath, number: int) -> Any:

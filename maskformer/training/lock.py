@@ -172,10 +172,10 @@ class _Held:
 
     def name(self, silent: float | None = None) -> str:
         started = self.holder.get("started")
-        since = f", started {_age(time.time() - started)} ago" if isinstance(started, int | float) else ""
+        since = f", started {age(time.time() - started)} ago" if isinstance(started, int | float) else ""
         return (
             f"process {self.holder.get('pid', 'unknown')} on {self.holder.get('host', 'an unknown host')}"
-            f" (last sign of life {_age(self.silent if silent is None else silent)} ago{since})"
+            f" (last sign of life {age(self.silent if silent is None else silent)} ago{since})"
         )
 
     __str__ = name
@@ -367,7 +367,12 @@ def _modified(path: pathlib.Path) -> float:
         return time.time()
 
 
-def _age(seconds: float) -> str:
+def age(seconds: float) -> str:
+    """How long ago something was, in a word or two.
+
+    >>> age(30), age(300)
+    ('30 s', '5 min')
+    """
     seconds = max(seconds, 0.0)
     for unit, size in (("days", 86400), ("hours", 3600), ("min", 60)):
         if seconds >= 2 * size:

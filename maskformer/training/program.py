@@ -273,6 +273,7 @@ class Placed:
         """`state, batch -> state`, which takes the place of the state it is given."""
         program, experiment = self.program, self.program.experiment
         slices = self.mesh.shape.get(sharding.SLICE_AXIS, 1)
+        shapes = program.model.param_shapes()
         step = create_train_step(
             program.task,
             program.optimizer,
@@ -283,6 +284,8 @@ class Placed:
             placed=self._activations if slices == 1 else self._activations_of_a_slice,
             slices=slices,
             gradients_at=self._optimizer_at if experiment.mesh.shard_optimizer else None,
+            sent_at=None if slices == 1 else sharding.slice_shardings(self.mesh, shapes, self.params_at),
+            received_at=None if slices == 1 else self._optimizer_at,
         )
         return jax.jit(
             step, in_shardings=(self._state_at, self.rows), out_shardings=self._state_at, donate_argnums=0

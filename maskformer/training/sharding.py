@@ -261,14 +261,16 @@ def check_stacks(pipeline: Pipeline, logical_axes: Any, shapes: Any) -> None:
     Args:
       logical_axes, shapes: of a model's parameters.
     """
-    names = jax.tree.leaves(logical_axes, is_leaf=lambda node: isinstance(node, tuple))
+    named, _ = jax.tree_util.tree_flatten_with_path(logical_axes, is_leaf=lambda node: isinstance(node, tuple))
     depths = {
-        leaf.shape[0]
-        for axes, leaf in zip(names, jax.tree.leaves(shapes), strict=True)
+        (leaf.shape[0], any(key.key == "expert_layers" for key in path))
+        for (path, axes), leaf in zip(named, jax.tree.leaves(shapes), strict=True)
         if axes[:1] == ("layers",)
     }
-    for depth in sorted(depths):
-        pipeline.check_layers(depth)
+    mixed = any(routed for _, routed in depths) and not all(routed for _, routed in depths)
+    for depth, routed in sorted(depths):
+        kind = f" {'with' if routed else 'without'} experts" if mixed else ""
+        pipeline.check_layers(depth, f"model.layers{kind}")
 
 
 def param_shardings(mesh: Mesh, logical_axes: Any, rules: Rules) -> Any:
@@ -310,6 +312,17 @@ def split_over_data(mesh: Mesh, shapes: Any, shardings: Any) -> tuple[Any, list[
         "and are whole on every device along data"
     )
     return divided, [said] if whole else []
+
+
+def slice_shardings(mesh: Mesh, shapes: Any, shardings: Any) -> Any:
+    """Shardings of gradients that stand side by side for each slice, [slices, ...], in parts over `data` within it.
+
+    Args:
+      mesh: with the axis of slices.
+      shapes, shardings: as of `split_over_data`.
+    """
+    parts, _ = split_over_data(mesh, shapes, shardings)
+    return jax.tree.map(lambda part: NamedSharding(mesh, PartitionSpec(SLICE_AXIS, *part.spec)), parts)
 
 
 def optimizer_shardings(

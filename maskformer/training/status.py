@@ -90,7 +90,7 @@ def _state(
 ) -> tuple[str, str]:
     if held is not None and lock.alive(*held):
         holder, silent = held
-        return "running", f"on {holder.get('host', 'an unknown host')}, last sign of life {_age(silent)} ago"
+        return "running", f"on {holder.get('host', 'an unknown host')}, last sign of life {lock.age(silent)} ago"
     attempt = events[-1]["attempt"] if events else None
     end = next((event for event in events if event["attempt"] == attempt and event["event"] == "end"), None)
     # A start of which nothing but its lock is left did not come as far as its first step.
@@ -105,8 +105,8 @@ def _state(
         return "done", ""  # of a version without events
     if held is not None:
         holder, silent = held
-        return "lost", f"no sign of life of {holder.get('host', 'an unknown host')} for {_age(silent)}"
-    since = f" {_age(time.time() - events[-1]['time'])} ago" if events else ""
+        return "lost", f"no sign of life of {holder.get('host', 'an unknown host')} for {lock.age(silent)}"
+    since = f" {lock.age(time.time() - events[-1]['time'])} ago" if events else ""
     return "lost", f"it ended{since} without saying why"
 
 
@@ -117,11 +117,3 @@ def _last_metric(config: Mapping[str, Any], metrics: Sequence[Mapping[str, float
             if name in line:
                 return name, line[name]
     return None
-
-
-def _age(seconds: float) -> str:
-    seconds = max(seconds, 0.0)
-    for unit, size in (("days", 86400), ("hours", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"

@@ -36,6 +36,8 @@ def create_train_step(
     placed: Placed = contextlib.nullcontext,
     gradients_at: Any = None,
     slices: int = 1,
+    sent_at: Any = None,
+    received_at: Any = None,
 ) -> Callable[[TrainState, Batch], TrainState]:
     """The update `state, batch -> state`, to be jitted with the state donated.
 
@@ -53,6 +55,8 @@ def create_train_step(
       placed: by default the compiler decides where activations live.
       gradients_at: shardings of the summed gradients; None leaves them to the compiler, which may keep each whole.
       slices: of several, each adds up the gradients of its own rows, and they are sent to the others in bfloat16.
+      sent_at, received_at: of several slices, shardings of their sums, [slices, ...], when they are sent, and of the
+        whole sum.
     """
     key, dropout_root = masking_key(seed), jax.random.fold_in(jax.random.key(seed), 1)
 
@@ -116,8 +120,11 @@ def create_train_step(
         keys = jax.vmap(functools.partial(jax.random.fold_in, dropout_key))(jnp.arange(slices))
         each = jax.vmap(accumulate, in_axes=(None, 0, None, 0), axis_name=SLICE_AXIS, spmd_axis_name=SLICE_AXIS)
         gradients, sums = each(params, of_slices, scales, keys)
+        # Added up in float32, a part on each device of a slice, so that none sends what its neighbour does.
+        gradients = jax.lax.with_sharding_constraint(gradients, sent_at)
         sent = jax.tree.map(lambda leaf: jnp.sum(leaf.astype(jnp.bfloat16), axis=0), gradients)
         received = jax.tree.map(lambda leaf, summed: summed.astype(leaf.dtype), gradients, sent)
+        received = jax.lax.with_sharding_constraint(received, received_at)
         return received, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:

@@ -1,5 +1,6 @@
 """What the TPU compiler sends between two slices, without a TPU."""
 
+import math
 import re
 
 import pytest
@@ -36,6 +37,14 @@ def test_gradients_cross_once_a_step_as_bfloat16_where_asked():
     # What is left in 32 bits are the counts and means of the log line.
     wide = [shape for _, shape in sent if not shape.startswith("bf16")]
     assert set(wide) <= {"f32[1,1,128]", "s32[1,1,128]"} and any(s.startswith("bf16") for _, s in sent)
+
+
+def test_each_device_of_a_slice_sends_its_own_part_of_the_gradients_only():
+    sent = sent_between_slices("--config.mesh.dcn.data=2", "--config.mesh.dcn_gradients=bfloat16")
+    numbers = sum(math.prod(map(int, shape[5:-1].split(","))) for _, shape in sent if shape.startswith("bf16["))
+    program = Program.of(recipes.load_config(["--config=configs/bert.py:tiny"])[0])
+    # Of four devices; small arrays are padded to tiles.
+    assert numbers == pytest.approx(program.model.num_params() / 4, rel=0.2)
 
 
 def test_without_it_they_cross_in_float32():

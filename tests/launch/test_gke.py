@@ -32,6 +32,17 @@ def test_the_manifest_is_printed_or_written(tmp_path, capsysbinary):
     assert documents[1] == jobset(job, tpu_slice("v6e:4x4"), Pod("repo/train:v1"), "bert", 2, 1)
 
 
+@pytest.mark.parametrize(
+    ("workdir", "warns"),
+    [("runs/x", True), ("/mnt/runsx/a", True), ("/mnt/runs/../a", True), ("/mnt/runs/a", False), ("gs://b/a", False)],
+)
+def test_a_workdir_on_the_disk_of_each_machine_is_warned_of_unless_it_is_mounted(workdir, warns, capsys):
+    assert gke.main([*FLAGS, "--mount", "claim:/mnt/runs", "--", "train", f"--workdir={workdir}"]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith(f"warning: --workdir={workdir} lies on each machine's own disk") is warns
+    assert error.count("\n") == warns and error.endswith(": --mount CLAIM:/FOLDER\n") is warns
+
+
 GPUS = ["--image", "i", "--gpu", "h100:8"]
 
 
@@ -40,22 +51,27 @@ GPUS = ["--image", "i", "--gpu", "h100:8"]
     [
         (["--image", "i"], "expected either --topology, for TPU, or --gpu"),
         ([*FLAGS, "--gpu", "h100:8"], "expected either --topology, for TPU, or --gpu"),
-        ([*GPUS, "--slices", "2"], "--slices [2]: expected --topology: with --gpu, --hosts says how many machines"),
+        ([*GPUS, "--slices", "2"], "--slices '2': expected --topology: with --gpu, --hosts says how many machines"),
         ([*GPUS, "--chips-per-host", "4"], "--chips-per-host 4: expected --topology, not --gpu"),
         ([*FLAGS, "--hosts", "2"], "--hosts 2: expected --gpu: with --topology the shape says how many"),
-        ([*FLAGS, "--slices", "1,2"], "--slices [1, 2]: expected sizes that get smaller, such as 4,2,1"),
+        ([*FLAGS, "--slices", "1,2"], "--slices '1,2': expected sizes that get smaller, such as 4,2,1"),
         ([*FLAGS, "--slices", "0"], "--slices 0: expected at least 1"),
         ([*FLAGS, "--patience", "9"], "--patience 9.0: expected --slices of several sizes"),
         ([*FLAGS, "--context", "c"], "--context 'c': expected --submit"),
-        ([*FLAGS, "--slices", "4,2"], "need --submit, without --output: Kubernetes does none of them alone"),
-        ([*FLAGS, "--array", "0-7%2"], "need --submit"),
-        ([*FLAGS, "--array", "0-7", "--max-parallel", "2"], "need --submit"),
-        ([*FLAGS, "--wait"], "need --submit"),
-        ([*FLAGS, "--wait", "--submit", "--output", "x.yaml"], "need --submit, without --output"),
+        (
+            [*FLAGS, "--slices", "4,2"],
+            "error: --slices 4,2 needs --submit, without --output: Kubernetes does not do this alone",
+        ),
+        ([*FLAGS, "--array", "0-7%2"], "error: --array 0-7%2 needs --submit"),
+        ([*FLAGS, "--array", "0-7", "--max-parallel", "2"], "error: --max-parallel 2 needs --submit"),
+        ([*FLAGS, "--wait", "--slices", "2,1"], "error: --wait and --slices 2,1 need --submit"),
+        ([*FLAGS, "--wait", "--submit", "--output", "x.yaml"], "error: --wait needs --submit, without --output"),
         ([*FLAGS, "--max-parallel", "2"], "--max-parallel 2: expected a sweep"),
         ([*FLAGS, "--mount", "x"], "--mount 'x': expected CLAIM:/folder"),
         ([*FLAGS, "--max-restarts", "-1"], "--max-restarts -1: expected at least 0"),
         (["--topology", "v6e:4x4"], "the following arguments are required: --image"),
+        (["--topology", "v6e:4x4", "--imge", "i"], "error: unrecognized arguments: --imge; did you mean --image?"),
+        ([*FLAGS, "--output", "/nonexistent/a.yaml"], "--output /nonexistent/a.yaml: No such file or directory"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(flags, message, capsys):

@@ -272,7 +272,7 @@ def test_processes_on_gpu_find_each_other_by_three_variables_that_maskformer_rea
     found = distributed.detect(environment(document) | {"JAX_PROCESS_ID": "1"})
     assert (found["coordinator_address"], found["num_processes"], found["process_id"]) == (
         "mae-7-hosts-0-0.mae-7:8476", 2, 1)  # fmt: skip
-    assert environment(document)["JAX_PLATFORMS"] == "cuda,cpu"
+    assert environment(document)["JAX_PLATFORMS"] == "cuda"
     replicated, work, pod, container = parts(document)
     assert (replicated["replicas"], work["completions"]) == (1, 2)
     assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}

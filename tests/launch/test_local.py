@@ -47,22 +47,38 @@ def test_a_crash_stops_the_others_and_gives_its_exit_code(tmp_path):
         sys.exit(3) if os.environ["JAX_PROCESS_ID"] == "1" else time.sleep(600)
     """
     begin = time.monotonic()
-    code, _ = finish(start(script, folder=tmp_path))
-    assert code == 3
+    code, out = finish(start(script, folder=tmp_path))
+    assert (code, out) == (3, "[launch] process 1 failed (exit code 3); the others were stopped\n")
     assert time.monotonic() - begin < 30
 
 
 def test_a_killed_process_gives_128_plus_the_signal(tmp_path):
-    code, _ = finish(start("import os; os.kill(os.getpid(), 9)", processes=1, folder=tmp_path))
-    assert code == 137
+    code, out = finish(start("import os; os.kill(os.getpid(), 9)", processes=1, folder=tmp_path))
+    assert (code, out) == (137, "[launch] process 0 was killed by signal 9 (exit code 137)\n")
 
 
-def test_a_process_that_is_stuck_after_another_has_ended_well_is_not_waited_for_for_ever(tmp_path, monkeypatch):
+def test_a_start_after_a_failure_says_which_process_failed(tmp_path):
+    script = """
+        import os, pathlib, time
+        mark = pathlib.Path(__file__).with_name("mark")
+        if not mark.exists() and os.environ["JAX_PROCESS_ID"] == "1":
+            mark.touch()
+            os.kill(os.getpid(), 9)
+        mark.exists() or time.sleep(600)
+    """
+    code, out = finish(start(script, "--max-restarts", "1", folder=tmp_path))
+    words = "exit code 137 (failure 1 of at most 1): starting again in 1 s, 2 processes"
+    assert (code, out) == (0, f"[launch] {words}; process 1 was killed by signal 9\n")
+
+
+def test_a_process_that_is_stuck_after_another_ended_well_is_not_waited_for_for_ever(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(local, "_LAST_GRACE", 0.5)
     script = tmp_path / "script.py"
     script.write_text("import os, time\nos.environ['JAX_PROCESS_ID'] == '0' or time.sleep(600)")
     begin = time.monotonic()
     assert local.submit(job.Job(["python", str(script)], processes=2)) == 137
+    said = "was killed, since it had not ended 0.5 s after another (exit code 137); the others were stopped"
+    assert capfd.readouterr().out == f"[launch] process 1 {said}\n"
     assert time.monotonic() - begin < 30
 
 
@@ -193,7 +209,8 @@ def test_the_runs_of_a_sweep_follow_one_another_and_each_gets_its_index(tmp_path
     script = "import sys; print(sys.argv[1:]); sys.exit(3 if '--sweep-index=2' in sys.argv else 0)"
     code, out = finish(start(script, "--array", "0-4:2", processes=1, folder=tmp_path))
     assert code == 3
-    assert out.splitlines() == [f"[0] ['--sweep-index={index}']" for index in (0, 2, 4)]
+    ran = [f"[0] ['--sweep-index={index}']" for index in (0, 2, 4)]
+    assert out.splitlines() == [*ran[:2], "[launch] process 0 failed (exit code 3)", ran[2]]
 
 
 def test_every_argument_reaches_the_program_as_it_was_written(capfd):
@@ -249,6 +266,13 @@ def test_lines_of_a_progress_bar_are_prefixed_one_by_one(tmp_path):
     assert (code, out.splitlines()) == (0, ["[0] a", "[0] b", "[0] c"])
 
 
+def test_gloo_is_quiet_where_all_are_connected(tmp_path):
+    line = "[Gloo] Rank 0 is connected to {} peer ranks. Expected number of connected peer ranks is : {}"
+    script = f"for one in (1, 1), (12, 12), (1, 12): print({line!r}.format(*one))\nprint('x {line}')"
+    code, out = finish(start(script, processes=1, folder=tmp_path))
+    assert (code, out.splitlines()) == (0, [f"[0] {line.format(1, 12)}", f"[0] x {line}"])
+
+
 def test_the_device_count_of_the_caller_is_replaced_and_its_other_flags_stay():
     base = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_other=1"}
     assert local.environment(0, 2, 1, 3, base=base)["XLA_FLAGS"].split() == [
@@ -259,6 +283,14 @@ def test_the_device_count_of_the_caller_is_replaced_and_its_other_flags_stay():
 def test_gpus_of_the_machine_are_dealt_out_in_order():
     given = [local.environment(i, 2, 1, 2, "gpu", base={})["JAX_LOCAL_DEVICE_IDS"] for i in range(2)]
     assert given == ["0,1", "2,3"]
+
+
+def test_a_process_without_a_gpu_fails_unless_the_caller_names_another_platform():
+    assert local.environment(0, 1, 1, 1, "gpu", base={})["JAX_PLATFORMS"] == "cuda"
+    assert local.environment(0, 1, 1, 1, "gpu", base={"JAX_PLATFORMS": "rocm"})["JAX_PLATFORMS"] == "rocm"
+    environment = local.environment(0, 1, 1, 1, "gpu") | {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=environment, capture_output=True)
+    assert done.returncode == 1
 
 
 def test_an_unknown_command_is_one_line_and_code_127(capsys):
@@ -299,6 +331,23 @@ def test_a_wrong_flag_is_one_line_and_code_2(flags, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         local.main(["--processes", "2", *flags, "--", "true"])
     assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--processes", "2", "--plattform=cpu", "--", "true"], "--plattform=cpu; did you mean --platform?"),
+        (["--procesess", "2", "--", "true"], "--procesess; did you mean --processes?"),
+        (["--processes", "2", "--zzz", "--", "true"], "--zzz"),
+        (["--processes", "2", "--config=c", "--", "true"], "--config=c; write `--` before the command"),
+        (["--processes", "2", "maskformer", "train", "--steps=1"], "--steps=1; write `--` before the command"),
+        (["--processes", "2", "maskformer", "--workdir", "x"], "--workdir x; write `--` before the command"),
+    ],
+)
+def test_an_unknown_flag_says_what_was_probably_meant(words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        local.main(words)
+    assert capsys.readouterr().err == f"error: unrecognized arguments: {message}\n"
 
 
 @pytest.mark.parametrize("command", [[], [""], ["true", "{index}"], ["true", "a\0b"]])

@@ -323,7 +323,7 @@ def test_a_topology_is_an_accelerator_type_of_so_many_machines(topology, kind, m
         (["--zone=europe"], "--zone 'europe': expected a zone, such as us-east5-b"),
         (["--slices=1,2"], "--slices '1,2': expected counts that fall, such as 4,2,1"),
         (["--slices=0"], "--slices 0: expected at least 1"),
-        (["--spot", "--reserved"], "expected one of --spot and --reserved"),
+        (["--spot", "--reserved"], "--reserved beside --spot: expected one of --spot and --reserved"),
         (["--valid-until-duration=soon"], "--valid-until-duration 'soon': expected a duration, such as 6h"),
         (["--create-extra=--node-id=x"], "expected an option that this launcher does not set itself"),
         (["--ssh-extra=--worker=0"], "--ssh-extra '--worker=0': expected an option that this launcher does not set"),
@@ -359,8 +359,44 @@ def test_an_accelerator_type_may_be_given_in_the_words_of_the_cloud(capsys):
 
 def test_without_gcloud_it_says_so(monkeypatch, capfd):
     monkeypatch.setenv("PATH", "/nowhere")
-    assert launch(command=["true"]) == 1
+    assert launch(command=["true"]) == 2
     assert "[launch] error: gcloud was not found: install the Google Cloud CLI, and log in" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        # As the real one writes them.
+        (
+            "(gcloud.x) Error parsing [queued_resource].\nThe [queued_resource] resource is not properly specified.\n"
+            "Failed to find attribute [project]. The attribute can be set in the following ways: \n- provide ...",
+            "gcloud has no project: give --project or `gcloud config set project NAME`",
+        ),
+        (
+            "(gcloud.x) You do not currently have an active account selected.\nPlease run:\n\n  $ gcloud auth login\n",
+            "gcloud is not logged in: `gcloud auth login`",
+        ),
+        ("(gcloud.x) INVALID_ARGUMENT: no zone here", "(gcloud.x) INVALID_ARGUMENT: no zone here"),
+        ("(gcloud.x) PERMISSION_DENIED: not yours", "(gcloud.x) PERMISSION_DENIED: not yours"),
+    ],
+)
+def test_what_is_wrong_with_the_configuration_ends_the_run_at_once_with_code_2(
+    words, said, monkeypatch, tmp_path, capfd
+):
+    (tmp_path / "gcloud").write_text(f"#!/bin/sh\ncat >&2 <<'END'\nERROR: {words}\nEND\nexit 1\n")
+    (tmp_path / "gcloud").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert launch(command=["true"]) == 2
+    assert capfd.readouterr().out == f"[launch] error: {said}\n"
+
+
+def test_a_workdir_on_the_disk_of_each_worker_is_warned_of(capsys):
+    for workdir, warns in ("runs/x", True), ("/home/x", True), ("gs://bucket/x", False):
+        for words in ([f"--workdir={workdir}"], ["--workdir", workdir]):
+            assert tpu.main([*FLAGS, "--", "train", *words]) == 0
+            error = capsys.readouterr().err
+            assert error.startswith(f"warning: --workdir={workdir} lies on each machine's own disk") is warns
+            assert error.count("\n") == warns
 
 
 # The real gcloud from here on, which takes two seconds a call; skipped where there is none.

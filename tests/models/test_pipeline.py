@@ -279,6 +279,14 @@ def refused(corpus, **changes):
         (dict(model__layers=6), r"model\.layers=6: does not divide into mesh\.stage=2 x mesh\.rounds=2 blocks.*4 or 8"),
         (dict(model__layers=3, mesh__rounds=1), r"model\.layers=3: does not divide .*mesh\.stage=2 blocks.*2 or 4"),
         (dict(model__mask=PATTERN), r"model\.mask: a pattern of 2 masks .* 1 layers .*model\.layers=4"),
+        (
+            dict(model__experts=4, model__moe_period=2),
+            r"model\.layers without experts=2: does not divide .*mesh\.rounds=2 blocks.*use 4",
+        ),
+        (
+            dict(model__experts=4, model__moe_period=4, model__layers=10, mesh__rounds=1),
+            r"model\.moe_period=4: does not divide the 5 layers that model\.layers=10 ",
+        ),
         (dict(mesh__microbatches=3), r"mesh\.microbatches=3: expected a multiple of mesh\.stage=2"),
         (dict(mesh__microbatches=8), r"mesh\.microbatches=8: does not divide the 4 rows.*microbatches=4$"),
         (dict(train__batch_size=12), r"train\.batch_size / .*=6: .*use a multiple of 4"),

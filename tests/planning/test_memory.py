@@ -76,3 +76,22 @@ def test_the_parts_that_are_shown_add_up_to_the_peak():
         moments.add(memory.moment)
         assert sum(shares(memory).values()) + memory.batch == pytest.approx(memory.peak, rel=1e-6)
     assert moments == {"loss", "layers"}
+
+
+def test_experts_that_drop_nothing_have_room_for_the_tokens_of_all_devices():
+    flags = ("--config=configs/gpt.py:tiny,seq=32,vocab=500,experts=8", "--config.train.batch_size=16")
+    capacity = "--config.model.expert_capacity=1.25"
+
+    def activations(*mesh):
+        return estimate_of((*flags, *mesh), "v5e:2x2").memory.activations
+
+    # Two choices of each token: a row of 32 has 64, and the products of two layers keep them.
+    kept = [one for one in workload_of(flags).kept if one.sorted]
+    assert kept and all(1009 * 64 in one.shape for one in kept)
+    sizes = {**workload_of(flags).sizes, "rows": 16 / 4}
+    alone = sum(one.bytes(sizes) for one in kept)
+    expert = activations("--config.mesh.data=1", "--config.mesh.expert=4")
+    # Four times the tokens, of which each may still choose both of the two experts that are here.
+    assert expert - activations() == pytest.approx(3 * alone, rel=1e-3)
+    # With capacity the places of an expert come from all devices, and each has fewer experts.
+    assert activations(capacity, "--config.mesh.data=1", "--config.mesh.expert=4") == activations(capacity)

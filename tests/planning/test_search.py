@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from maskformer.models.pipeline import bubble
 from maskformer.planning import topologies
 from maskformer.planning.chips import CHIPS
 from maskformer.planning.search import layouts, search
@@ -28,6 +29,66 @@ def test_a_layout_is_tried_once_and_takes_all_devices():
     # Two heads are split at most in two, rows of 32 tokens not at all, and 500 pieces divide by 2.
     assert {dict(layout)["tensor"] for layout in tried} == {1, 2}
     assert {dict(layout)["context"] for layout in tried} == {1}
+
+
+def test_stages_are_tried_where_the_layers_and_the_rows_divide():
+    topology = topologies.parse("v5e:4x4")
+    tried = [dict(layout.sizes) for layout in layouts(workload_of(FLAGS), topology)]
+    # Two layers.
+    assert {sizes["stage"] for sizes in tried} == {1, 2} and {sizes["expert"] for sizes in tried} == {1}
+    # Sixteen rows are one for each shard, which two stages cannot share.
+    few = [dict(layout.sizes) for layout in layouts(workload_of((*TINY, "--config.train.batch_size=16")), topology)]
+    assert all(sizes["data"] * sizes["fsdp"] < 16 for sizes in few if sizes["stage"] == 2)
+    rounds = (*FLAGS, "--config.model.layers=4", "--config.mesh.stage=2", "--config.mesh.rounds=2")
+    # Rounds are a pipeline's, and two of them part four layers over two stages at most.
+    assert {layout.sizes["stage"] for layout in layouts(workload_of(rounds), topology)} == {2}
+
+
+def test_both_networks_of_a_pair_are_parted_into_stages():
+    flags = ("--config=configs/electra.py:tiny,seq=32,vocab=500", "--config.train.batch_size=64")
+    tried = {layout.sizes["stage"] for layout in layouts(workload_of(flags), topologies.parse("v5e:2x2"))}
+    assert tried == {1, 2}
+
+
+def test_experts_are_parted_where_there_are_some():
+    topology = topologies.parse("v5e:4x4")
+    flags = ("--config=configs/gpt.py:tiny,seq=32,vocab=500,experts=4", "--config.train.batch_size=64")
+    workload = workload_of(flags)
+    assert {layout.sizes["expert"] for layout in layouts(workload, topology)} == {1, 2, 4}
+    # All of them are experts' layers: where each device has fewer, it has less to hold.
+    state = {
+        expert: min(
+            one.memory.parameters + one.memory.optimizer
+            for one in search(workload, topology, 1.0)
+            if one.layout.sizes["expert"] == expert and one.layout.sizes["fsdp"] == one.layout.sizes["tensor"] == 1
+        )
+        for expert in (1, 4)
+    }
+    assert state[4] < 0.6 * state[1]
+
+
+def test_stages_wait_for_the_first_and_the_last_microbatch():
+    flags = (*FLAGS, "--config.model.layers=8")
+    alone = estimate_of(flags, "v5e:2x2").roofline.compute_seconds
+    # 64 rows over the shards that are left, at most four microbatches a stage.
+    for stage, rounds, microbatches in ((2, 1, 8), (4, 1, 16), (2, 2, 8), (4, 2, 8)):
+        chosen = [f"--config.mesh.stage={stage}", f"--config.mesh.rounds={rounds}"]
+        chosen += [f"--config.mesh.microbatches={microbatches}"]
+        staged = estimate_of([*flags, *chosen], "v5e:2x2").roofline.compute_seconds
+        waits = (stage - 1) / (microbatches * rounds + stage - 1)
+        assert bubble(stage, microbatches, rounds) == pytest.approx(waits)
+        assert staged == pytest.approx(alone / (1 - waits))
+
+
+def test_rows_per_device_plan_as_the_parts_that_they_stand_for():
+    # Sixteen rows of each of four devices, at most five at once: four parts.
+    rows, parts = (
+        estimate_of([*FLAGS, flag], "v5e:2x2")
+        for flag in ("--config.train.rows_per_device=5", "--config.train.accumulation_steps=4")
+    )
+    assert rows == parts
+    assert rows.memory.earlier_gradients > 0
+    assert rows != estimate_of(FLAGS, "v5e:2x2")
 
 
 def test_the_fastest_that_fits_comes_first():

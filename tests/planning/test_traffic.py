@@ -1,10 +1,15 @@
-"""The bytes of each axis by theory: by hand for one model, and against compiled programs."""
+"""The bytes of each axis by theory: by hand for one model, and against compiled and traced programs."""
 
+import math
+
+import jax
 import pytest
 
+from maskformer import data
 from maskformer.planning import topologies
 from maskformer.planning.layouts import resolve
 from maskformer.planning.traffic import gradient_bytes
+from maskformer.training import sharding
 from tests.planning.cases import COMPILED, MINI, estimate_of, parameters_of, workload_of
 
 # Where the compiler does what theory says; docs/scale.md has where it does not.
@@ -105,3 +110,81 @@ def test_the_hosts_of_gpus_are_crossed_by_the_outer_axes():
     assert dict(layout.across) == {"data": 2}
     axes = {flow.axis for flow in estimate_of(flags, "h100:8x2").traffic}
     assert axes == {"data", "tensor", "slices"}
+
+
+EXPERTS = (
+    "--config=configs/gpt.py:tiny,seq=32,vocab=500,experts=8", "--config.train.batch_size=16", "--config.mesh.data=1",
+    "--config.mesh.expert=4",
+)  # fmt: skip
+
+
+def experts_payload(*flags):
+    """Of each kind, what theory says travels along `expert` in its layers: not the gradients of all parameters."""
+    found = {}
+    for flow in estimate_of((*EXPERTS, *flags), "v5e:2x2").traffic:
+        if flow.kind != "all-reduce":
+            assert flow.axis == "expert" and not flow.overlaps
+            found[flow.kind] = found.get(flow.kind, 0) + flow.payload_bytes
+    return found
+
+
+def exchanged(flags):
+    """Of each kind, the bytes that the traced training step exchanges by hand; no formula, and nothing compiled."""
+    program = workload_of((*EXPERTS, *flags)).program
+    placed = program.on(sharding.create_mesh(program.experiment.mesh, jax.devices()[:4]))
+    layout = data.batch_layout(program.experiment.train.batch_size, program.experiment.data.length)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed.rows) for name, (shape, dtype) in layout.items()
+    }
+    found = {}
+    add_exchanges(placed.train_step.trace(placed.state, batch).jaxpr.jaxpr, 1, found)
+    return found
+
+
+def add_exchanges(jaxpr, runs, found):
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name.replace("_", "-")
+        if name in ("all-gather", "all-to-all", "reduce-scatter"):
+            whole = equation.outvars if name == "all-gather" else equation.invars
+            size = sum(math.prod(one.aval.shape) * one.aval.dtype.itemsize for one in whole)
+            found[name] = found.get(name, 0) + runs * size
+        times = runs * (equation.params["length"] if name == "scan" else 1)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    add_exchanges(inner, times, found)
+
+
+def test_experts_with_capacity_exchange_their_places_there_and_back():
+    # 2 layers; a device's 4 rows bring 8 experts 10 places each (1.25 * 2 choices * 32 / 8) of 128 channels.
+    once = 4 * 8 * 10 * 128 * 4
+    capacity = "--config.model.expert_capacity=1.25"
+    assert experts_payload(capacity, "--config.model.remat=none") == {"all-to-all": 2 * 4 * once}
+    # Recomputed in the backward pass, both ways again.
+    assert experts_payload(capacity) == {"all-to-all": 2 * 6 * once}
+    # Of twice the choices twice the places.
+    more = experts_payload(capacity, "--config.model.experts_per_token=4", "--config.model.remat=none")
+    assert more == {"all-to-all": 2 * 4 * 2 * once}
+
+
+def test_experts_that_drop_nothing_gather_all_tokens_and_their_choices():
+    # 2 layers; the 16 rows of all four devices, 128 channels and 2 choices of a token, all in four bytes.
+    tokens, choices = 16 * 32 * 128 * 4, 16 * 32 * 2 * 4
+    assert experts_payload("--config.model.remat=none") == {
+        "all-gather": 2 * (2 * tokens + 2 * choices), "reduce-scatter": 2 * (2 * tokens + choices),
+    }  # fmt: skip
+    assert experts_payload()["all-gather"] == 2 * (3 * tokens + 4 * choices)
+    # What tokens are in bfloat16, results and gates are not.
+    half = experts_payload("--config.model.compute_dtype=bfloat16", "--config.model.remat=none")
+    assert half["all-gather"] == 2 * (1.5 * tokens + 2 * choices)
+    assert half["reduce-scatter"] == 2 * (1.5 * tokens + choices)
+
+
+@pytest.mark.parametrize("flags", [
+    (), ("--config.model.remat=none", "--config.model.compute_dtype=bfloat16"), ("--config.model.remat=full",),
+    ("--config.model.expert_capacity=1.25",), ("--config.model.expert_capacity=2.0", "--config.model.remat=none"),
+    ("--config.model.experts_per_token=3", "--config.model.moe_period=2", "--config.train.accumulation_steps=2"),
+], ids=str)  # fmt: skip
+def test_experts_exchange_in_the_traced_step_what_theory_says(flags):
+    assert exchanged(flags) == experts_payload(*flags)

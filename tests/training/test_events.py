@@ -3,6 +3,7 @@
 import json
 import pathlib
 import threading
+import time
 
 import pytest
 
@@ -91,6 +92,32 @@ def test_in_a_bucket_a_start_and_an_end_are_there_at_once(tmp_path, monkeypatch)
     assert [line["event"] for line in read_events("memory://bucket/run")] == ["start"]
     events.write("end", code=0)
     assert [line["event"] for line in read_events("memory://bucket/run")] == ["start", "phase", "end"]
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_what_happened_while_a_bucket_was_away_is_written_when_it_is_back(monkeypatch, caplog):
+    import fsspec
+
+    from maskformer import paths
+
+    events = Events(paths.resolve("memory://bucket/run"), "a")
+    events.write("start", step=0)
+    asked = []
+
+    def away(*arguments):
+        asked.append(arguments)
+        raise paths.StoreError("memory://bucket does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(paths, "put", away)
+        patch.setattr(lines, "STORE_SECONDS", 0.2)
+        time.sleep(0.3)
+        for _ in range(20):
+            events.write("phase", name="steps", seconds=1.0)
+    # Each time it is asked it may take half a minute to say no.
+    assert len(asked) == 1 and caplog.text.count("cannot be written (memory://bucket does not answer)") == 1
+    events.write("end", code=0)
+    assert [line["event"] for line in read_events("memory://bucket/run")] == ["start", *["phase"] * 20, "end"]
     fsspec.filesystem("memory").store.clear()
 
 
