@@ -12,8 +12,9 @@ from typing import Any
 from maskformer import paths
 from maskformer.checks import printable, shown
 from maskformer.evaluation import KINDS
+from maskformer.paths import AnyPath
 from maskformer.training.tables import markdown_table
-from maskformer.training.workdir import METRICS, has_metrics, read_config, read_metrics, reason
+from maskformer.training.workdir import CONFIG, METRICS, has_metrics, read_config, read_metrics, reason
 
 # Of an evaluation, what is told first: metric -> the head of its column, and how it is written.
 COLUMNS = {
@@ -50,6 +51,11 @@ def load(workdir: str | pathlib.Path) -> tuple[dict[str, Any], list[dict[str, fl
     if not has_metrics(folder):
         raise ValueError(f"workdir {shown(str(workdir))}: no {METRICS} there; expected the folder of a run")
     return config, read_metrics(folder / METRICS)
+
+
+def is_run(workdir: AnyPath) -> bool:
+    """Whether a folder holds a run that has metrics."""
+    return paths.lexists(workdir / CONFIG) and has_metrics(workdir)
 
 
 def table(workdirs: Sequence[str | pathlib.Path]) -> str:

@@ -40,6 +40,17 @@ def test_a_missing_client_library_is_one_line_with_the_extra_to_install(monkeypa
     assert paths.why_no_folder(f"{kind}://bucket/run").endswith(f"pip install 'maskformer[{extra}]'")
 
 
+def test_a_run_is_refused_where_none_can_be_whatever_is_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for kind in ("s3", "memory", "gcs"):
+        assert paths.why_no_run(f"{kind}://bucket/run").startswith("checkpoints are kept in gs:// or on a file system")
+    for root in ("gs://bucket", "gs://bucket/", "gs:/bucket", "gs:///run"):
+        assert paths.why_no_run(root) == "expected gs://BUCKET/FOLDER"
+    assert paths.why_no_run("gs://bucket/run").endswith("pip install 'maskformer[gcs]'")
+    assert paths.why_no_run("gz://bucket/run") == "unknown address; did you mean 'gs://'?"
+    assert paths.why_no_run("") == "expected a folder; '.' is the current one"
+
+
 def test_an_address_survives_arithmetic_pathlib_and_pickling(bucket):
     run = paths.resolve(f"{bucket}/runs/bert/")
     assert str(run) == f"{bucket}/runs/bert"

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from maskformer import cli, report
+from maskformer import cli, paths, report
 
 
 @pytest.fixture
@@ -41,6 +41,39 @@ def test_folders_of_any_name_have_their_rows_and_their_curves(make_run, tmp_path
     text = (tmp_path / "report.svg").read_text()
     for label in (r"$\badmath$", "$", "./_hidden", r"two\nlines", r"\x1b[31mred", r"\xff\xfe", "a|b"):
         assert f"<!-- {label} -->" in text
+
+
+def test_folders_without_a_run_are_left_out_beside_others_with_a_warning(make_run, tmp_path, capsys):
+    (tmp_path / "000").mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    assert cli.main(["report", "000", make_run("001"), "notes.txt"]) == 0
+    out, err = capsys.readouterr()
+    assert "| 001 |" in out and "curves: 001/report.png" in out and "| 000 |" not in out
+    assert err.splitlines() == [
+        f"warning: workdir '{name}': no run there, or none that has begun; left out" for name in ("000", "notes.txt")
+    ]
+    assert cli.main(["report", "000", "notes.txt"]) == 2
+    assert capsys.readouterr().err.startswith("error: workdir '000': no config.json there; expected the folder of a")
+
+
+def test_the_folder_of_a_sweep_is_refused_with_what_shows_its_runs(make_run, tmp_path, capsys):
+    make_run("001")
+    for flags in ([], ["--goodput"]):
+        (tmp_path / "001" / "events.jsonl").write_text("")
+        assert cli.main(["report", str(tmp_path), *flags]) == 2
+        assert capsys.readouterr().err == (
+            f"error: workdir '{tmp_path}': the folder of a sweep, expected its runs: `maskformer report {tmp_path}/*`, "
+            f"or `maskformer sweep --workdir={tmp_path} --status`\n"
+        )
+
+
+def test_the_picture_of_a_run_in_a_bucket_is_named_by_its_address(make_run, tmp_path, bucket, capsys):
+    for file in (tmp_path / make_run()).iterdir():
+        paths.resolve(f"{bucket}/sweep/000/{file.name}").write_bytes(file.read_bytes())
+    assert cli.main(["report", f"{bucket}/sweep/000"]) == 0
+    assert f"curves: {bucket}/sweep/000/report.png\n" in capsys.readouterr().out
+    assert cli.main(["report", f"{bucket}/sweep"]) == 2
+    assert f"`maskformer report {bucket}/sweep/000 ...`, or" in capsys.readouterr().err
 
 
 def write_metrics(run, *lines):

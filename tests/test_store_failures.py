@@ -95,6 +95,21 @@ def test_a_workdir_in_a_bucket_that_stays_so_is_one_line(proxy, bucket, answer, 
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Cannot connect to host storage.googleapis.com:443 ssl:default [Name or service not known]",
+        "HTTPSConnectionPool(host='storage.googleapis.com', port=443): Max retries exceeded with url: /token "
+        "(Caused by NameResolutionError(\"x: Failed to resolve 'storage.googleapis.com' ([Errno -3] Temporary failure "
+        'in name resolution)"))',
+    ],
+)
+def test_a_machine_without_a_network_is_told_which_address_it_could_not_resolve(said):
+    with pytest.raises(paths.StoreError, match=r"does not answer.* \(could not resolve storage.googleapis.com\); run"):
+        with paths.reported(paths.resolve("gs://bucket/run")):
+            raise OSError(said)
+
+
 def test_a_bucket_that_may_be_read_and_not_written_to_is_refused_before_any_work(proxy, bucket):
     proxy.answer = lambda method, path: 403 if method == "POST" else None
     with pytest.raises(ValueError, match=rf"^workdir='{bucket}/run': no access to {bucket} \(made up 403\); give this"):

@@ -22,7 +22,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import pkgutil
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -102,8 +105,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = 1
     try:
         code = arguments.run(arguments, rest)
+        if owns_process:
+            sys.stdout.flush()
     except Exception as error:
-        if isinstance(error, _mistakes()) and not arguments.verbose:
+        if owns_process and isinstance(error, BrokenPipeError) and _unread():
+            # As `| head` leaves it: no mistake, and Python is not to complain at its end either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 128 + signal.SIGPIPE
+        elif isinstance(error, _mistakes()) and not arguments.verbose:
             # Code of a recipe may fail by a ValueError too, and is then to be named.
             # What may go well at the next start is no mistake of the command.
             code = _refuse(f"{origin(error)}{error}", 1 if isinstance(error, _failures()) else EX_USAGE)
@@ -114,6 +123,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if owns_process and code not in (0, EX_TEMPFAIL, EX_INTERRUPTED):
         end_failed(code)
     return code
+
+
+def _unread() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _mistakes() -> tuple[type[Exception], ...]:

@@ -14,18 +14,18 @@ from collections.abc import Iterator
 
 from maskformer import paths
 from maskformer.checks import require, shown
-from maskformer.paths import why_no_folder
+from maskformer.paths import why_no_folder, why_no_run
 
 
 def folder(text: str) -> str:
-    """The type of a `--workdir`: as written, unless it can name no folder here or in a bucket.
+    """The type of a `--workdir`: as written, unless it can be no folder of a run.
 
     >>> folder("gz://bucket/run")
     Traceback (most recent call last):
         ...
     argparse.ArgumentTypeError: 'gz://bucket/run': unknown address; did you mean 'gs://'?
     """
-    if (why := why_no_folder(text)) is not None:
+    if (why := why_no_run(text)) is not None:
         raise argparse.ArgumentTypeError(f"{shown(text)}: {why}")
     return text
 

@@ -25,11 +25,13 @@ class Parser(argparse.ArgumentParser):
 
     Attributes:
       flags: the long flags that it knows.
+      elsewhere: flags of another command, and which does what was probably meant.
       recipes: what `--config=` names on this command line.
     """
 
     def __init__(self, *arguments: Any, **options: Any):
         self.flags: list[str] = []
+        self.elsewhere: dict[str, str] = {}
         self.recipes: list[str] = []
         super().__init__(*arguments, **options)
 
@@ -51,6 +53,8 @@ class Parser(argparse.ArgumentParser):
 def hint(parser: Parser, argv: Sequence[str]) -> str:
     """The flag that was probably meant by one that the parser does not know."""
     for flag in (argument.partition("=")[0] for argument in argv if argument.startswith("--")):
+        if flag in parser.elsewhere:
+            return f"; {parser.elsewhere[flag]}"
         close = closest(flag, parser.flags)
         if close is not None and flag not in parser.flags and not flag.startswith("--config"):
             return f"; instead of {flag}, did you mean {close}?"

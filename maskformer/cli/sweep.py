@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from maskformer.checks import one_line, shown
+from maskformer.checks import printable, shown
+from maskformer.cli import EX_USAGE
 from maskformer.cli.files import folder
 from maskformer.cli.parser import CONFIG_HELP, Parser
 from maskformer.training.preemption import EX_INTERRUPTED, EX_TEMPFAIL
@@ -36,6 +37,7 @@ THREADS = 16
 
 def add_arguments(parser: Parser) -> None:
     parser.epilog = CONFIG_HELP
+    parser.elsewhere["--sweep-index"] = "`maskformer train --sweep-index=INDEX` runs one entry"
     parser.add_argument("--workdir", default="runs/sweep", type=folder)
     parser.add_argument("--sweep", metavar="NAME", help="which sweep of the recipe (sweep_NAME)")
     parser.add_argument("--list", action="store_true", help="list and check the runs only")
@@ -61,10 +63,14 @@ def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
     values, recipe = recipes.load_config(config_flags)
     sweep = arguments.sweep or "sweep"
     runs = recipes.load_sweep(recipe, sweep)
-    for overrides in runs:
-        resolve(sweeps.apply(values, overrides))
     if arguments.status:
         return _show({f"{index:03d}": _words(overrides) for index, overrides in enumerate(runs)}, arguments.workdir)
+    function = sweep if sweep == "sweep" else f"sweep_{sweep}"
+    for index, overrides in enumerate(runs):
+        try:
+            resolve(sweeps.apply(values, overrides))
+        except ValueError as error:
+            raise ValueError(f"{function}() entry {index}: {error}") from error
     left = _left_alone(arguments.workdir, len(runs)) if arguments.rerun_failed else {}
     failed = {}
     for index, overrides in enumerate(runs):
@@ -81,9 +87,45 @@ def run(arguments: argparse.Namespace, config_flags: Sequence[str]) -> int:
                 failed[index] = code
                 print(f"{index:03d}  failed with exit code {code}", flush=True)
     if failed:
-        said = ", ".join(f"{index:03d} ({code})" for index, code in failed.items())
-        print(f"{len(failed)} of {len(runs)} runs failed: {said}; --rerun-failed runs them again", flush=True)
+        print(_summary(failed, len(runs)), flush=True)
     return next(iter(failed.values()), 0)
+
+
+def _summary(failed: Mapping[int, int], count: int) -> str:
+    """Which runs failed, by their exit codes, and what runs each of them again.
+
+    A usage error may come before the run's folder has anything in it: for --rerun-failed it was then never started.
+
+    >>> print(_summary({0: 1, 3: 2}, 4))
+    2 of 4 runs failed: 000 (1), 003 (2)
+    000: --rerun-failed runs it again
+    003: mend its config, then run the same command
+    """
+    said = ", ".join(f"{index:03d} ({code})" for index, code in failed.items())
+    lines = [f"{len(failed)} of {count} runs failed: {said}"]
+    mistaken = [index for index, code in failed.items() if code == EX_USAGE]
+    again = [index for index in failed if index not in mistaken]
+    if again:
+        lines.append(f"{_names(again)}: --rerun-failed runs {'it' if len(again) == 1 else 'them'} again")
+    if mistaken:
+        whose = "its config" if len(mistaken) == 1 else "their configs"
+        lines.append(f"{_names(mistaken)}: mend {whose}, then run the same command")
+    return "\n".join(lines)
+
+
+def _names(indices: Sequence[int]) -> str:
+    return ", ".join(f"{index:03d}" for index in indices)
+
+
+def _shortened(text: str) -> str:
+    """One line of at most `LONGEST_WHY` characters: both ends of a longer one, in whole words."""
+    text = printable(text)
+    if len(text) <= LONGEST_WHY:
+        return text
+    half = (LONGEST_WHY - 5) // 2
+    # With the character at the cut: a word that ends there is whole.
+    head, tail = text[: half + 1].rpartition(" ")[0], text[-half - 1 :].partition(" ")[2]
+    return f"{head or text[:half]} ... {tail or text[-half:]}"
 
 
 def _words(overrides: Mapping[str, Any]) -> str:
@@ -142,7 +184,7 @@ def _show(runs: Mapping[str, str], workdir: str) -> int:
     for name, status in statuses.items():
         step = "" if status.state == "waiting" else f"{status.step}/{'?' if status.steps is None else status.steps}"
         metric = "" if status.metric is None else f"{status.metric[0]}={status.metric[1]:.4g}"
-        rows.append([name, runs[name], status.state, step, metric, one_line(status.why, LONGEST_WHY)])
+        rows.append([name, runs[name], status.state, step, metric, _shortened(status.why)])
     print(markdown_table(["run", "overrides", "state", "step", "last metric", "why"], rows))
     counts = Counter(status.state for status in statuses.values())
     print(", ".join(f"{count} {state}" for state, count in counts.most_common()))

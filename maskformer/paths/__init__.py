@@ -9,7 +9,7 @@ Like `checks`, a ground floor. No client library is imported, and nothing is ask
 kind is used.
 """
 
-from maskformer.paths.address import is_local, scheme, why_no_folder
+from maskformer.paths.address import is_local, scheme, why_no_folder, why_no_run
 from maskformer.paths.errors import StoreError, reported
 from maskformer.paths.files import (
     AnyPath,
@@ -53,4 +53,5 @@ __all__ = [
     "stored_checksums",
     "unbuffered",
     "why_no_folder",
+    "why_no_run",
 ]

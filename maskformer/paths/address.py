@@ -62,6 +62,31 @@ def why_no_folder(path: str) -> str | None:
     return _missing_package(kind)
 
 
+def why_no_run(path: str) -> str | None:
+    """Why a path, as it was written, can be no folder of a run; None where it can. Asks no network.
+
+    Orbax speaks with file systems and with Google's store, whatever its clients for small files speak with.
+
+    >>> why_no_run("gs://bucket")
+    'expected gs://BUCKET/FOLDER'
+    >>> why_no_run("s3://bucket/run")
+    'checkpoints are kept in gs:// or on a file system, and not in s3://; mount it, and give that folder'
+    >>> why_no_run("runs/bert")
+    """
+    kind = scheme(path)
+    if kind is None:
+        return why_no_folder(path)
+    from fsspec.registry import known_implementations
+
+    # Before its package is asked for, which would not help.
+    if kind in known_implementations and kind != "gs":
+        kept = "checkpoints are kept in gs:// or on a file system"
+        return f"{kept}, and not in {kind}://; mount it, and give that folder"
+    if kind == "gs" and "/" not in path[len(kind) + 1 :].strip("/"):
+        return "expected gs://BUCKET/FOLDER"
+    return why_no_folder(path)
+
+
 def _missing_package(kind: str) -> str | None:
     from fsspec.registry import known_implementations
 

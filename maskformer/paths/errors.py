@@ -75,6 +75,9 @@ def _translated(path: Any, error: Exception) -> OSError:
 def _said(error: Exception) -> str:
     """What the server said: without the request, which is known, and without how often it was made."""
     lines = str(error).strip().splitlines()
+    if re.search("name resolution|Name or service not known|nodename nor servname|No address associated", str(error)):
+        host = re.search(r"host[ =]'?([\w.-]+)", str(error))
+        return f"could not resolve {host[1] if host else 'its address'}"
     text = re.sub(r"(\d{3} )?[A-Z]+ https?://\S+ ?", "", lines[-1] if lines else "").partition(": ('Request failed")[0]
     if (message := re.search('"message": ?"([^"]+)"', text)) is not None:
         text = message[1]

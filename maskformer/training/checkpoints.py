@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from maskformer import paths
-from maskformer.checks import first_line
+from maskformer.checks import first_line, printable
 from maskformer.paths import AnyPath
 from maskformer.training.checksums import CHECKSUMS, DamageError, replace_files, verify, write_checksums
 from maskformer.training.orbax_noise import OrbaxFilter
@@ -38,7 +38,6 @@ from maskformer.training.workdir import (
     reason,
     stray_steps,
     unfinished_steps,
-    why_no_checkpoints,
 )
 
 logger = logging.getLogger(__name__)
@@ -350,9 +349,9 @@ def restore_params(workdir: str | os.PathLike[str], abstract_params: Any, which:
     Raises:
       CheckpointError: no checkpoint there, none that can be read, or one of another model.
     """
+    if (why := paths.why_no_run(os.fspath(workdir))) is not None:
+        raise CheckpointError(f"{printable(os.fspath(workdir))}: {why}")
     directory = paths.given(workdir).resolve() / CHECKPOINTS
-    if (why := why_no_checkpoints(directory)) is not None:
-        raise CheckpointError(f"{directory}: {why}")
     steps = _newest_first(directory)
     if not steps:
         begun = unfinished_steps(directory)

@@ -126,6 +126,11 @@ def train_and_evaluate(
             checkpoints.complete(start, record, results.get(evaluation.metric))
             recorder.resume()
         record.evaluation_due = False
+        if leader and not results and start >= train.steps:
+            more = 2 * max(start, 1)
+            logger.warning(
+                "nothing to do: step %d of %d is reached; --config.train.steps=%d goes on", start, train.steps, more
+            )
 
         for step in phases.steps(start + 1, train.steps):
             if out_of_patience(record, evaluation):

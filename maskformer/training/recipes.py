@@ -69,7 +69,10 @@ def load_config(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, str]:
     get_config = _load_recipe(path).get("get_config")
     if not callable(get_config):
         raise ValueError(f"--config={recipe}: {path} has no get_config(arg=None)")
-    config = _called(path, get_config, arg if colon else None)
+    try:
+        config = _called(path, get_config, arg if colon else None)
+    except ArgumentError as error:
+        raise ArgumentError(str(error)) from None  # without the line of the recipe that read it, which is not to mend
     if not isinstance(config, ml_collections.ConfigDict):
         raise ValueError(
             f"{path}:{_first_line(get_config)}: get_config returned {shown(config)}: expected the ConfigDict that "

@@ -10,7 +10,7 @@ from typing import Any
 
 from maskformer.checks import choose, integer, number, require, shown, typed_fields
 from maskformer.data.data_config import SPLITS
-from maskformer.paths import is_local, why_no_folder
+from maskformer.paths import is_local, why_no_run
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")
@@ -141,7 +141,7 @@ class TrainConfig:
         for field in ("init_from", "resume"):
             value = getattr(self, field)
             require(value is None or value.strip(), f"train.{field}", value, "the workdir of a run, or None")
-            if value is not None and (why := why_no_folder(value)) is not None:
+            if value is not None and (why := why_no_run(value)) is not None:
                 raise ValueError(f"train.{field}={shown(value)}: {why}")
         require(
             self.init_from is None or self.resume is None, "train.init_from", self.init_from,

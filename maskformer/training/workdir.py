@@ -16,7 +16,7 @@ from maskformer.checks import printable, shown
 from maskformer.data import DataConfig
 from maskformer.models import EncoderConfig
 from maskformer.objectives.schedules import in_steps
-from maskformer.paths import AnyPath, why_no_folder
+from maskformer.paths import AnyPath, why_no_run
 from maskformer.training import lines
 from maskformer.training.sections import TrainConfig
 
@@ -56,11 +56,9 @@ def prepare_workdir(workdir: str | os.PathLike[str]) -> AnyPath:
       RunError: the bucket does not answer, also when asked again for half a minute.
     """
     text = os.fspath(workdir)
-    if (why := why_no_folder(text)) is not None:
+    if (why := why_no_run(text)) is not None:
         raise ValueError(f"workdir={shown(text)}: {why}")
     path = paths.resolve(workdir)
-    if (why := why_no_checkpoints(path)) is not None:
-        raise ValueError(f"workdir={shown(text)}: {why}")
     try:
         paths.check_store(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -83,17 +81,6 @@ def prepare_workdir(workdir: str | os.PathLike[str]) -> AnyPath:
             found = "a folder" if entry.is_dir() else "a file" if entry.is_file() else "a link that leads nowhere"
             raise ValueError(f"{entry}: is {found}, expected {wanted}; move it away, or choose another --workdir")
     return path
-
-
-def why_no_checkpoints(path: AnyPath) -> str | None:
-    """Why checkpoints can be neither saved nor read there; None where they can.
-
-    Orbax speaks with file systems and with Google's store, whatever its clients for small files speak with.
-    """
-    kind = paths.scheme(path)
-    if kind in (None, "gs"):
-        return None
-    return f"checkpoints are kept in gs:// or on a file system, and not in {kind}://; mount it, and give that folder"
 
 
 def checkpoint_steps(directory: AnyPath) -> list[int]:
@@ -191,8 +178,6 @@ def check_sources(train: TrainConfig, workdir: AnyPath) -> None:
         return
     for field in ("resume", "init_from"):
         source = getattr(train, field)
-        if source is not None and (why := why_no_checkpoints(paths.given(source))) is not None:
-            raise ValueError(f"train.{field}={shown(source)}: {why}")
         # What is no folder counts here: who reads it says what is wrong with it.
         if source is not None and not _named(paths.resolve(source) / CHECKPOINTS):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -79,6 +80,19 @@ def test_sweep_lists_its_runs_and_trains_one_by_index(recipe, tmp_path, capsys):
     assert cli.main(["train", *flags, "--sweep-index=2"]) == 2
 
 
+def test_a_wrong_argument_of_a_recipe_is_named_alone(capsys):
+    assert cli.main(["config", "--config=configs/gpt.py:base"]) == 2
+    assert capsys.readouterr().err.startswith("error: config argument 'base': expected one of tiny, ")
+
+
+def test_what_nobody_reads_to_its_end_ends_without_a_word():
+    command = [sys.executable, "-m", "maskformer.cli", "mask", "causal", "--length=4"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
 def test_mask_draws_text_and_picture(tmp_path, capsys):
     assert cli.main(["mask", "causal & window(2)", "--length=6", f"--png={tmp_path / 'mask.png'}"]) == 0
     assert len(capsys.readouterr().out.splitlines()) >= 6
@@ -128,7 +142,9 @@ def test_mask_knows_the_masks_of_a_recipe(tmp_path, capsys, monkeypatch):
         (["train", "--config={tmp}/nothing.py", "--workdir="], "--workdir: '': expected a folder"),
         (["evaluate", "--workdir", "{tmp}/nothing", ""], "--workdir: '': expected a folder"),
         (["sweep", "--config={tmp}/nothing.py", "--workdir=gz://bucket/run"], "unknown address; did you mean 'gs://'?"),
-        (["fill", "--workdir=s3:///run"], "expected s3://BUCKET/FOLDER"),
+        (["fill", "--workdir=gs:///run"], "expected gs://BUCKET/FOLDER"),
+        (["report", "gs://bucket/"], "'gs://bucket/': expected gs://BUCKET/FOLDER"),
+        (["fill", "--workdir=s3://bucket/run"], "checkpoints are kept in gs:// or on a file system, and not in s3://"),
         (["report", ""], "'': expected a folder"),
     ],
 )

@@ -88,12 +88,17 @@ def test_a_run_that_was_told_to_stop_ends_the_sweep_with_its_exit_code(code, tmp
 
 
 @pytest.mark.parametrize(
-    "training, code", [("sys.exit(1)", 1), ("sys.exit(2)", EX_USAGE), ("os.kill(os.getpid(), 9)", 137)]
+    "training, code, fix",
+    [
+        ("sys.exit(1)", 1, "--rerun-failed runs it again"),
+        ("sys.exit(2)", EX_USAGE, "mend its config, then run the same command"),
+        ("os.kill(os.getpid(), 9)", 137, "--rerun-failed runs it again"),
+    ],
 )
-def test_a_sweep_goes_on_after_a_run_that_fails_and_ends_with_its_exit_code(training, code, tmp_path):
+def test_a_sweep_goes_on_after_a_run_that_fails_and_ends_with_its_exit_code(training, code, fix, tmp_path):
     sweep = start(tmp_path, f"if sys.argv[-1] == '--sweep-index=0': {training}")
-    said = f"1 of 2 runs failed: 000 ({code}); --rerun-failed runs them again"
-    assert finish(sweep) == (code, ["000  seed=0", f"000  failed with exit code {code}", "001  seed=1", said])
+    said = [f"1 of 2 runs failed: 000 ({code})", f"000: {fix}"]
+    assert finish(sweep) == (code, ["000  seed=0", f"000  failed with exit code {code}", "001  seed=1", *said])
 
 
 def test_the_runs_of_a_sweep_follow_one_another(tmp_path):
@@ -144,6 +149,49 @@ def test_the_table_of_a_recipe_has_the_runs_that_nobody_has_started(tmp_path, ca
     _, _, first, second, counts = capsys.readouterr().out.splitlines()
     assert "waiting" in first and "never started" in first and "done" in second
     assert counts == "1 waiting, 1 done"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Of two runs, the second of which cannot be."""
+    (tmp_path / "recipe.py").write_text(
+        "from maskformer.training import default_config\n"
+        "def get_config(arg=None):\n    return default_config()\n"
+        "def sweep_lr():\n    return [{'seed': 0}, {'optimizer.learning_rate': -1.0}]\n"
+    )
+    return [f"--config={tmp_path}/recipe.py", "--sweep=lr", f"--workdir={tmp_path}/runs"]
+
+
+def test_an_entry_that_cannot_run_is_named_before_any_is_run(recipe, tmp_path, capsys):
+    for flags in ([], ["--list"], ["--rerun-failed"]):
+        assert cli.main(["sweep", *recipe, *flags]) == EX_USAGE
+        out, err = capsys.readouterr()
+        assert err.startswith("error: sweep_lr() entry 1: optimizer.learning_rate=-1.0: expected") and not out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_table_of_a_sweep_needs_no_entry_that_can_run(recipe, tmp_path, capsys):
+    make_run(tmp_path / "runs" / "000", step=100, end=(0, "done"))
+    assert cli.main(["sweep", *recipe, "--status"]) == 0
+    _, _, first, second, counts = capsys.readouterr().out.splitlines()
+    assert "done" in first and "optimizer.learning_rate=-1.0" in second and counts == "1 done, 1 waiting"
+
+
+def test_a_long_reason_keeps_its_ends_in_whole_words(tmp_path, capsys):
+    words = [f"word{index}" for index in range(60)]
+    make_run(tmp_path / "000", step=40, end=(1, " ".join(words)))
+    assert cli.main(["sweep", f"--workdir={tmp_path}", "--status"]) == 0
+    why = capsys.readouterr().out.splitlines()[2].strip("| ").rpartition("| ")[2]
+    head, tail = why.removeprefix("exit code 1: ").removesuffix("; saved at step 40").split(" ... ")
+    assert set(head.split() + tail.split()) <= set(words) and tail.endswith("word59") and 100 < len(why) <= 120
+
+
+def test_the_index_of_a_run_is_a_flag_of_train(capsys):
+    assert cli.main(["sweep", "--sweep-index=1"]) == EX_USAGE
+    said = (
+        "error: argument '--sweep-index=1': no such flag here; `maskformer train --sweep-index=INDEX` runs one entry\n"
+    )
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(

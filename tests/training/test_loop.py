@@ -251,12 +251,13 @@ def test_a_run_from_before_a_key_existed_and_a_schedule_by_step_are_continued(co
         check_same_run(plain(config), tmp_path)
 
 
-def test_a_complete_run_says_its_result_again_and_adds_nothing(reference, corpus, devices, tmp_path):
+def test_a_complete_run_says_its_result_again_and_adds_nothing(reference, corpus, devices, tmp_path, caplog):
     workdir = tmp_path / "run"
     shutil.copytree(reference[0], workdir)
     again = train_and_evaluate(tiny_config(corpus), workdir)
     assert again == reference[1]
     assert metric_lines(workdir) == metric_lines(reference[0])
+    assert "nothing to do: step 12 of 12 is reached; --config.train.steps=24 goes on" in caplog.text
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(corpus, devices, tmp_path):
