@@ -18,6 +18,8 @@ def start(script, *options, processes=2, folder, shell=None):
     return subprocess.Popen(
         [sys.executable, "-m", "launch.local", "--processes", str(processes), *options, "--", *command],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # The tests may run under nohup, whose children ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )  # fmt: skip
 
 
