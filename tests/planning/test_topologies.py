@@ -26,7 +26,7 @@ def test_chips_hosts_and_devices_follow_from_the_shape():
     ("v5e:3x5", "such as v5e:4x4 (16 chips)"),
     ("v5p", "expected a v5p slice of three sides"),
     ("v5p:", "expected a v5p slice of three sides"),
-    ("v5p:0x4x4", "expected a v5p slice of three sides"),
+    ("v5p:0x4x4", "expected a v5p slice of a size that there is"),
     ("v9:4x4", "chip 'v9': expected one of v4, v5e"),
     ("h10:8x4", "did you mean 'h100'?"),
     ("h100:6x4", "expected DEVICESxHOSTS of h100, such as h100:8x3 (24 chips)"),
