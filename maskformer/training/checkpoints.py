@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from maskformer import paths
 from maskformer.checks import first_line, printable
 from maskformer.paths import AnyPath
+from maskformer.training import gathering
 from maskformer.training.checksums import CHECKSUMS, DamageError, replace_files, verify, write_checksums
 from maskformer.training.orbax_noise import OrbaxFilter
 from maskformer.training.precision import widened_shapes
@@ -419,23 +419,11 @@ def _verify(folder: AnyPath, step: int) -> None:
         checked = verify(folder, step, jax.process_index(), jax.process_count())
     except DamageError as error:
         damage = str(error)
-    for said in _from_all_processes(damage):
+    for said in gathering.texts(damage, longest=256):
         if said:
             raise DamageError(said)
     if not checked:
         logger.warning("checkpoint of step %d in %s has no %s: used unchecked", step, folder.parent, CHECKSUMS)
-
-
-def _from_all_processes(text: str) -> list[str]:
-    if jax.process_count() == 1:
-        return [text]
-    from jax.experimental import multihost_utils
-
-    said = np.zeros(256, np.uint8)
-    encoded = text.encode()[: said.size]
-    said[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    rows = multihost_utils.process_allgather(said)
-    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
 
 
 def _said(error: Exception) -> str:

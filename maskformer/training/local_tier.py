@@ -33,6 +33,7 @@ import jax
 import numpy as np
 
 from maskformer.paths import AnyPath
+from maskformer.training import gathering
 from maskformer.training.record import RunRecord
 from maskformer.training.sections import CheckpointConfig
 from maskformer.training.shards import Shards
@@ -105,7 +106,7 @@ class LocalTier:
     def __init__(self, folder: pathlib.Path, workdir: AnyPath, abstract_state: Any):
         self._shards, self._workdir = Shards(abstract_state), workdir
         # A shared disk may show what the leader wrote to one process before another.
-        told = _gathered_texts(Lineage.of(workdir).text() if jax.process_index() == 0 else "")[0]
+        told = gathering.texts(Lineage.of(workdir).text() if jax.process_index() == 0 else "", LONGEST_TEXT)[0]
         self._lineage = Lineage(**json.loads(told))
         self.folder = folder / self._lineage.run / f"process-{jax.process_index()}"
         self._start = ""
@@ -120,7 +121,7 @@ class LocalTier:
         Raises:
           RunError: the file that says so cannot be written in the workdir.
         """
-        self._start = _gathered_texts(uuid.uuid4().hex)[0]
+        self._start = gathering.texts(uuid.uuid4().hex, LONGEST_TEXT)[0]
         before = {} if self._restored is None else {self._restored[0]: self._restored[1]}
         self._lineage = Lineage(self._lineage.run, {**before, self._start: None})
         if jax.process_index() == 0:
@@ -159,10 +160,10 @@ class LocalTier:
           newer_than: step of the newest checkpoint that is kept for good, -1 for none; no older one is used.
         """
         # A shared disk may show a new checkpoint to one process before another.
-        newer_than = int(_gathered(np.array(newer_than)).max())
+        newer_than = int(gathering.arrays(np.array(newer_than)).max())
         ours = [step for step in self._steps() if step > newer_than and self._lineage.has(self._started(step), step)]
         mine = [step for step in ours if self._manifest(step) is not None][:KEPT]
-        told = _gathered(np.array(mine + [-1] * (KEPT - len(mine))))
+        told = gathering.arrays(np.array(mine + [-1] * (KEPT - len(mine))))
         for step in sorted({int(step) for step in told.flat if step > newer_than}, reverse=True):
             have = [bool((of_process == step).any()) for of_process in told]
             missing = self._shards.missing(have)
@@ -267,7 +268,7 @@ class LocalTier:
                     own = shards.recovered(leaf, own, copy, have)
                 arrays.append(own)
         told = {"start": manifest["start"], "record": manifest["record"]} if manifest else {}
-        told = json.loads(_gathered_texts(json.dumps(told))[have.index(True)])
+        told = json.loads(gathering.texts(json.dumps(told), LONGEST_TEXT)[have.index(True)])
         self._restored = told["start"], step
         return shards.structure.unflatten(arrays), RunRecord(**told["record"])
 
@@ -293,20 +294,3 @@ def _parts(file: BinaryIO | None, entries: Any, leaf: jax.ShapeDtypeStruct) -> B
         file.seek(offset)
         parts.append(np.frombuffer(file.read(size), leaf.dtype).reshape(shape))
     return parts
-
-
-def _gathered(array: np.ndarray) -> np.ndarray:
-    """The array of each process, stacked."""
-    if jax.process_count() == 1:
-        return array[None]
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(array))
-
-
-def _gathered_texts(text: str) -> list[str]:
-    """The text of each process."""
-    encoded = np.zeros(LONGEST_TEXT, np.uint8)
-    data = text.encode()
-    encoded[: len(data)] = np.frombuffer(data, np.uint8)
-    return [bytes(row).rstrip(b"\0").decode() for row in _gathered(encoded)]
