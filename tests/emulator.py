@@ -145,3 +145,15 @@ class Proxy:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+def check_known_files(folder):
+    """A file of a store is made once, and replaced only by who knows what is there."""
+    from maskformer import paths
+
+    file = paths.resolve(f"{folder}/known.json")
+    assert paths.get(file) is None
+    first = paths.put(file, b"one")
+    assert paths.put(file, b"another") is None and paths.get(file) == (b"one", first)
+    second = paths.put(file, b"two", first)
+    assert paths.put(file, b"late", first) is None and paths.get(file) == (b"two", second)

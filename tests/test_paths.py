@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from maskformer import paths
-from tests.emulator import contents
+from tests.emulator import check_known_files, contents
 
 
 def test_a_local_path_is_a_pathlib_path_and_absolute():
@@ -90,12 +90,7 @@ def test_appending_to_an_object_is_refused_since_it_would_overwrite(bucket):
 
 
 def test_a_file_is_written_only_where_it_is_the_one_that_is_known(bucket):
-    file = paths.resolve(f"{bucket}/lock.json")
-    assert paths.get(file) is None
-    first = paths.put(file, b"one")
-    assert paths.put(file, b"another") is None and paths.get(file) == (b"one", first)
-    second = paths.put(file, b"two", first)
-    assert paths.put(file, b"late", first) is None and paths.get(file) == (b"two", second)
+    check_known_files(bucket)
 
 
 def test_a_bucket_that_is_not_there_is_one_line_with_the_command_that_makes_it(emulator):

@@ -13,6 +13,7 @@ from maskformer import paths
 from maskformer.data import DataConfig, cache, load_dataset, load_tokenizer
 from maskformer.training import lines
 from maskformer.training.workdir import prepare_workdir
+from tests.emulator import check_known_files
 from tests.training.tiny import write_corpus
 
 
@@ -51,12 +52,7 @@ def s3():
 
 
 def test_a_file_is_written_only_where_it_is_the_one_that_is_known(s3):
-    file = paths.resolve(f"{s3}/known.json")
-    assert paths.get(file) is None
-    first = paths.put(file, b"one")
-    assert paths.put(file, b"another") is None and paths.get(file) == (b"one", first)
-    second = paths.put(file, b"two", first)
-    assert paths.put(file, b"late", first) is None and paths.get(file) == (b"two", second)
+    check_known_files(s3)
 
 
 def test_files_of_lines_are_kept_in_parts(s3):
