@@ -3,16 +3,18 @@
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import signal
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
 from maskformer import objectives
-from maskformer.training import NonFiniteError, Preempted, program, runs, throughput, train_and_evaluate
+from maskformer.training import NonFiniteError, Preempted, checkpoints, program, runs, throughput, train_and_evaluate
 from maskformer.training.checkpoints import Checkpoints, RunRecord, checkpoint_steps, restore_params
 from maskformer.training.experiment import plain
 from maskformer.training.lock import Lock, LockError
@@ -269,6 +271,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(corpus, devi
     with pytest.raises(NonFiniteError, match=r"train/(loss|grad_norm) is NaN or infinite at step \d+; the last good"):
         train_and_evaluate(config, tmp_path)
     assert checkpoint_steps(tmp_path / "checkpoints") == []
+
+
+def test_the_checkpoint_that_an_error_names_is_the_one_on_its_way_to_the_disk(
+    corpus, devices, tmp_path, monkeypatch, quick_compilation
+):
+    write = checkpoints.write_checksums
+
+    def slowly(folder, step):
+        time.sleep(0.5)
+        write(folder, step)
+
+    monkeypatch.setattr(checkpoints, "write_checksums", slowly)
+    config = tiny_config(
+        corpus, optimizer__name="sgd", optimizer__learning_rate=999.0, optimizer__weight_decay=999.0,
+        optimizer__warmup_steps=0, evaluation__every=0, checkpoint__every=1,
+    )
+    with pytest.raises(NonFiniteError) as stopped:
+        train_and_evaluate(config, tmp_path)
+    bad, good = re.search(r"at step (\d+); the last good checkpoint is .*/(\d+);", str(stopped.value)).groups()
+    assert int(good) == int(bad) - 1
 
 
 def test_training_stops_early_when_the_metric_does_not_improve_and_stays_stopped(corpus, devices, tmp_path):
