@@ -31,6 +31,7 @@ from launch.kubectl import Kubectl, Run, supervise
 from launch.manifest import to_yaml
 
 PATIENCE = 900.0
+PERIOD = 15.0
 
 
 def render(job: Job, target: Target, pod: Pod, *, name: str = "maskformer", slices: int = 1) -> str:
@@ -74,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run.make(slices, 0)  # whatever is wrong with one of them is said before the first is there
         return supervise(
             kubectl, name, runs, at_once=job.sweep.at_once if job.sweep else None,
-            patience=PATIENCE if arguments.patience is None else arguments.patience, period=arguments.period,
+            patience=PATIENCE if arguments.patience is None else arguments.patience,
+            period=PERIOD if arguments.period is None else arguments.period,
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -113,7 +115,7 @@ def _parser() -> Parser:
     add("--context", metavar="NAME", help="context of kubectl, for --submit")
     add("--wait", action="store_true", help="with --submit: stay until all runs have ended")
     add("--patience", type=number, metavar="S", help=f"with --slices 4,2: wait so long for machines ({PATIENCE:g})")
-    add("--period", type=number, default=15.0, metavar="S", help="seconds between two looks (default 15)")
+    add("--period", type=number, metavar="S", help=f"where it stays: seconds between two looks ({PERIOD:g})")
     parser.job_flags()
     return parser
 
@@ -153,7 +155,10 @@ def _read(arguments: argparse.Namespace) -> tuple[Target, Pod, Job]:
         host_network=arguments.host_network,
     )
     job = Parser.job(arguments, sizes[0] * target.hosts)
-    if _stays(arguments, job) and (arguments.output or not arguments.submit):
+    stays = _stays(arguments, job)
+    expected = "--wait, or what else stays, such as --slices 4,2"
+    check(arguments.period is None or stays, "--period", arguments.period, expected)
+    if stays and (arguments.output or not arguments.submit):
         limit = "" if arguments.at_once is None else f"--max-parallel {arguments.at_once}"
         if job.sweep is not None and job.sweep.at_once is not None:
             limit = limit or f"--array {job.sweep}"

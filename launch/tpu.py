@@ -33,6 +33,7 @@ from launch.tpu_life import Life, Stop
 from launch.tpu_resource import Request, accelerator
 
 PATIENCE = 1800.0
+POLL = 30.0
 # What a node of a slice adds to the name, and a run of a sweep, has to fit as well.
 _LONGEST_NAME = 40
 
@@ -103,7 +104,7 @@ def submit(
     name: str = "maskformer",
     setup: Sequence[str] = (),
     patience: float = PATIENCE,
-    poll: float = 30.0,
+    poll: float = POLL,
     keep: bool = False,
 ) -> int:
     """Lives through the run, or those of a sweep side by side, and returns the exit code: the first that is not 0.
@@ -179,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--ssh-extra", action="append", default=[], metavar="OPTION", help="--ssh-extra=--internal-ip; repeatable")
     add("--setup", action="append", default=[], metavar="LINE", help="a shell line for each worker; may be repeated")
     add("--keep", action="store_true", help="leave the machines at the end")
-    add("--poll", type=number, default=30.0, metavar="S", help="seconds between two looks at the state (default 30)")
+    add("--poll", type=number, metavar="S", help=f"with --submit: seconds between two looks at the state ({POLL:g})")
     add("--output", metavar="FILE", help="write the script there rather than print it")
     add("--submit", action="store_true", help="do it, and stay with the run until its end")
     parser.job_flags()
@@ -187,6 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         patience, several = arguments.patience, len(arguments.slices) > 1
         check(patience is None or several, "--patience", patience, "--slices of several counts")
+        check(arguments.poll is None or arguments.submit, "--poll", arguments.poll, "--submit")
+        poll = POLL if arguments.poll is None else arguments.poll
         request = Request(
             zone=arguments.zone,
             accelerator_type=arguments.accelerator_type or accelerator(arguments.topology),
@@ -206,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = deliver(lambda: render(job, request, **what), str, arguments.output)
             if code or not arguments.submit:
                 return code
-        return submit(job, request, **what, patience=PATIENCE if patience is None else patience, poll=arguments.poll)
+        return submit(job, request, **what, patience=PATIENCE if patience is None else patience, poll=poll)
     except ValueError as error:
         parser.error(str(error))
 

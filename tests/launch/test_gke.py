@@ -57,6 +57,7 @@ GPUS = ["--image", "i", "--gpu", "h100:8"]
         ([*FLAGS, "--slices", "1,2"], "--slices '1,2': expected sizes that get smaller, such as 4,2,1"),
         ([*FLAGS, "--slices", "0"], "--slices 0: expected at least 1"),
         ([*FLAGS, "--patience", "9"], "--patience 9.0: expected --slices of several sizes"),
+        ([*FLAGS, "--period", "9"], "--period 9.0: expected --wait, or what else stays"),
         ([*FLAGS, "--context", "c"], "--context 'c': expected --submit"),
         (
             [*FLAGS, "--slices", "4,2"],

@@ -18,7 +18,7 @@ from tests.launch.test_local import alive
 from tests.training.tiny import metric_lines, write_corpus
 
 ROOT = pathlib.Path(__file__).parents[2]
-FLAGS = ["--zone=us-east5-b", "--topology=v5p:2x2x2", "--poll=0.1", "--name=bert"]  # two workers a slice
+FLAGS = ["--zone=us-east5-b", "--topology=v5p:2x2x2", "--name=bert"]  # two workers a slice
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def cloud(tmp_path, monkeypatch):
 
 
 def launch(*flags, command):
-    return tpu.main([*FLAGS, "--submit", *flags, "--", *command])
+    return tpu.main([*FLAGS, "--submit", "--poll=0.1", *flags, "--", *command])
 
 
 def bash(text, *words):
@@ -194,7 +194,7 @@ def test_machines_that_are_to_be_kept_are(cloud, capfd):
 
 def start(cloud, *flags, command):
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.tpu", *FLAGS, "--submit", *flags, "--", *command],
+        [sys.executable, "-m", "launch.tpu", *FLAGS, "--submit", "--poll=0.1", *flags, "--", *command],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env={**os.environ, **cloud.caller},
     )  # fmt: skip
 
@@ -333,6 +333,7 @@ def test_a_topology_is_an_accelerator_type_of_so_many_machines(topology, kind, m
         (["--setup=a\0"], "--setup 'a\\x00': expected no NUL character"),
         (["--max-restarts=-1"], "--max-restarts -1: expected at least 0"),
         (["--patience=60"], "--patience 60.0: expected --slices of several counts"),
+        (["--poll=5"], "--poll 5.0: expected --submit"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_code_2(flags, message, capsys):
