@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from maskformer.planning.topologies import Topology
+from maskformer.training.axes import axes_across, axis_sizes
 from maskformer.training.sections import MeshConfig, TrainConfig
 from maskformer.training.sharding import BATCH_AXES
 
@@ -60,58 +61,11 @@ def resolve(config: MeshConfig, topology: Topology) -> Layout:
     Raises:
       ValueError: its axes do not multiply to the devices, or do not lie on the slices; the nearest that do are named.
     """
-    sizes, count = dict(config.sizes), topology.devices
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if -1 in sizes.values() and count % fixed == 0:
-        sizes = {axis: count // fixed if size == -1 else size for axis, size in sizes.items()}
-    elif fixed != count or -1 in sizes.values():
-        raise ValueError(
-            f"mesh={_shown(sizes)}: its axes do not multiply to the {count} devices of {topology}; "
-            f"set {_nearest(sizes, count)}"
-        )
-    return Layout(sizes, _across(config.dcn, sizes, topology))
-
-
-def _shown(sizes: Mapping[str, int]) -> str:
-    return "{" + ", ".join(f"{axis}: {size}" for axis, size in sizes.items() if size != 1) + "}"
-
-
-def _nearest(sizes: Mapping[str, int], count: int) -> str:
-    """The one change of an axis that makes them multiply to `count`, as a flag."""
-    fixed = {axis: size for axis, size in sizes.items() if size > 1}
-    open_axis = next((axis for axis, size in sizes.items() if size == -1), None)
-    best: tuple[float, str, int] | None = None
-    for axis, size in fixed.items():
-        others = math.prod(fixed.values()) // size
-        for new in range(1, count + 1):
-            total = others * new
-            if total == count or (open_axis is not None and count % total == 0):
-                step = abs(math.log(new / size))
-                best = min(best, (step, axis, new)) if best else (step, axis, new)
-    return f"--config.mesh.{best[1]}={best[2]}" if best else "--config.mesh.data=-1, and the other axes to 1"
-
-
-def _across(dcn: Mapping[str, int], sizes: Mapping[str, int], topology: Topology) -> dict[str, int]:
-    if topology.chip.platform == "gpu":
-        return _across_hosts(sizes, topology)
-    if topology.slices == 1:
-        return {}
-    chosen = dict(dcn) or {"data": topology.slices}
-    spanned = math.prod(chosen.values())
-    if spanned != topology.slices:
-        raise ValueError(
-            f"mesh.dcn={chosen}: multiplies to {spanned}, and {topology} has {topology.slices} slices; "
-            f"set --config.mesh.dcn.data={topology.slices}"
-        )
-    for axis, parts in chosen.items():
-        if sizes[axis] % parts:
-            flag = f"mesh.dcn.{axis}={parts}" if dcn else f"mesh.{axis}={sizes[axis]}"
-            nearest = max(parts, parts * round(sizes[axis] / parts))
-            raise ValueError(
-                f"{flag}: {axis}={sizes[axis]} does not divide over {parts} slices; "
-                f"set --config.mesh.{axis}={nearest}, or --config.mesh.dcn of another axis"
-            )
-    return {axis: parts for axis, parts in chosen.items() if parts > 1}
+    sizes = axis_sizes(config, topology.devices, f" of {topology}")
+    if topology.chip.platform == "gpu" and not config.dcn:
+        return Layout(sizes, _across_hosts(sizes, topology))
+    groups, what = (topology.hosts, "hosts") if topology.chip.platform == "gpu" else (topology.slices, "slices")
+    return Layout(sizes, axes_across(config, sizes, groups, what, default=groups > 1))
 
 
 def _across_hosts(sizes: Mapping[str, int], topology: Topology) -> dict[str, int]:

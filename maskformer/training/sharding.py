@@ -22,6 +22,7 @@ from maskformer import attention
 from maskformer.models.partitioning import Rules, logical_rules, partition_spec
 from maskformer.models.pipeline import Pipeline
 from maskformer.models.pipeline import use as use_pipeline
+from maskformer.training.axes import axes_across, axis_sizes
 from maskformer.training.sections import MeshConfig
 
 # Rows of a batch are split over all three: fsdp shards parameters and expert whole experts, and each shard still sees
@@ -66,8 +67,9 @@ def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
       ValueError: the axes do not multiply to the number of devices, or `dcn` not to the number of slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = _resolved_sizes(config, len(devices))
-    dcn = _resolved_dcn(config, sizes, devices)
+    sizes = axis_sizes(config, len(devices))
+    groups, what = _groups(devices)
+    dcn = axes_across(config, sizes, groups, what, default=groups > 1 and devices[0].platform == "tpu")
     if config.dcn_gradients is not None:
         across = dcn.pop("data")
         sizes = {SLICE_AXIS: across, **sizes, "data": sizes["data"] // across}
@@ -80,7 +82,7 @@ def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
             inner,
             tuple(dcn.get(axis, 1) for axis in sizes),
             devices,
-            process_is_granule=not _has_slices(devices),
+            process_is_granule=what == "processes",
             allow_split_physical_axes=True,
         )
     elif len(devices) > 1:
@@ -90,51 +92,13 @@ def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
     return Mesh(array.reshape(tuple(sizes.values())), tuple(sizes))
 
 
-def _resolved_sizes(config: MeshConfig, count: int) -> dict[str, int]:
-    sizes = config.sizes
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if -1 in sizes.values():
-        if count % fixed:
-            raise ValueError(
-                f"mesh={sizes}: {count} devices do not divide into groups of {fixed}; "
-                "choose fixed axes whose product divides the number of devices"
-            )
-        return {axis: count // fixed if size == -1 else size for axis, size in sizes.items()}
-    if fixed != count:
-        raise ValueError(f"mesh={sizes}: multiplies to {fixed} of {count} devices; set one axis to -1")
-    return sizes
-
-
-def _has_slices(devices: Sequence[jax.Device]) -> bool:
-    # Absent where there is one slice, and on CPU.
-    return len({getattr(device, "slice_index", 0) for device in devices}) > 1
-
-
-def _parts(devices: Sequence[jax.Device]) -> int:
-    """How many groups of devices have a network of their own among them."""
-    attribute = "slice_index" if _has_slices(devices) else "process_index"
-    return len({getattr(device, attribute) for device in devices})
-
-
-def _resolved_dcn(config: MeshConfig, sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> dict[str, int]:
-    """Slices that each axis spans; empty where none is crossed, or where there is nothing to cross."""
-    dcn, parts = dict(config.dcn), _parts(devices)
-    if not dcn and _has_slices(devices) and devices[0].platform == "tpu":
-        if sizes["data"] % parts:
-            raise ValueError(
-                f"mesh.data={sizes['data']}: does not divide over the {parts} slices; expected a multiple, or mesh.dcn "
-                "with another axis across them"
-            )
-        return {"data": parts}
-    if dcn and (spanned := math.prod(dcn.values())) != parts:
-        raise ValueError(
-            f"mesh.dcn={dcn}: multiplies to {spanned}, and there are {parts} slices (or, without slices, processes); "
-            f"set --config.mesh.dcn.data={parts}"
-        )
-    for axis, across in dcn.items():
-        if sizes[axis] % across:
-            raise ValueError(f"mesh.dcn.{axis}={across}: expected a divisor of mesh.{axis}={sizes[axis]}")
-    return {axis: across for axis, across in dcn.items() if across > 1}
+def _groups(devices: Sequence[jax.Device]) -> tuple[int, str]:
+    """How many groups of devices have a network of their own among them, and what they are called."""
+    # A device of the only slice has no number of its slice, and on CPU none has.
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1 or devices[0].platform == "tpu":
+        return slices, "slices"
+    return len({device.process_index for device in devices}), "processes"
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -39,9 +39,10 @@ def test_a_mesh_that_does_not_divide_names_the_nearest_that_does(mesh, nearest):
 
 def test_slices_that_no_axis_crosses_are_refused_by_name():
     two = topologies.parse("v6e:8x8", 2)
-    with pytest.raises(ValueError, match=r"mesh\.data=1.*does not divide over 2 slices; set --config\.mesh\.data=2"):
+    said = r"mesh\.data=1.*does not divide over the 2 slices; set --config\.mesh\.data=2"
+    with pytest.raises(ValueError, match=said):
         resolve(MeshConfig(data=1, fsdp=128), two)
-    with pytest.raises(ValueError, match=r"multiplies to 4, and 2 slices .* set --config\.mesh\.dcn\.data=2"):
+    with pytest.raises(ValueError, match=r"multiplies to 4, and there are 2 slices; set --config\.mesh\.dcn\.data=2"):
         resolve(MeshConfig(dcn={"data": 4}), two)
 
 
@@ -63,3 +64,14 @@ def test_flags_make_the_config_that_layout():
         changed = MeshConfig(**{**mesh.sizes, **{axis: int(size) for axis, size in changes.items()}})
         again = resolve(changed, topology)
         assert again == layout and math.prod(again.sizes.values()) == 128
+
+
+def test_dcn_is_followed_on_hosts_of_gpus_and_refused_where_a_pod_has_one_slice():
+    hosts = topologies.parse("h100:8x4")
+    assert resolve(MeshConfig(tensor=8), hosts).across == {"data": 4}
+    crossed = resolve(MeshConfig(data=1, fsdp=-1, tensor=2, dcn={"fsdp": 4}), hosts)
+    assert crossed.across == {"fsdp": 4} and crossed.inner["fsdp"] == 4
+    with pytest.raises(ValueError, match=r"mesh\.dcn=\{'data': 2\}: multiplies to 2, and there are 4 hosts"):
+        resolve(MeshConfig(dcn={"data": 2}), hosts)
+    with pytest.raises(ValueError, match=r"mesh\.dcn=\{'data': 2\}: multiplies to 2, and there are 1 slices"):
+        resolve(MeshConfig(dcn={"data": 2}), topologies.parse("v5e:4x4"))

@@ -121,3 +121,8 @@ def test_each_row_is_read_by_every_process_that_holds_a_part_of_it():
         )
         if stage * tensor * context == 1:
             assert all(len(of_row) == 1 for of_row in readers)
+
+
+def test_the_hosts_of_one_slice_of_a_pod_are_no_slices():
+    with pytest.raises(ValueError, match=r"mesh\.dcn=\{'data': 2\}: multiplies to 2, and there are 1 slices"):
+        sharding.create_mesh(MeshConfig(dcn={"data": 2}), slices(1, processes=2))
